@@ -1,0 +1,52 @@
+"""What all tests share: one thread per process, GPU tests skipped where there is no GPU, and the golden numbers."""
+
+import os
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+# Before torch is imported, here and in the processes that tests start: the suite runs one worker per core, and small
+# tensors gain nothing from threads. It also makes the order of float sums, and so the last digits, repeatable.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from safetensors import safe_open  # noqa: E402
+
+GOLDEN_DIR = Path(__file__).parent / "golden"
+
+Golden = tuple[dict[str, torch.Tensor], dict[str, str]]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hold this process to one thread."""
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what is marked `gpu` on a machine without CUDA."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@lru_cache(maxsize=None)
+def _read_golden(name: str) -> Golden:
+    with safe_open(GOLDEN_DIR / name, framework="pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+@pytest.fixture(scope="session")
+def golden() -> Callable[[str], Golden]:
+    """golden("primitives.safetensors") -> (tensors by name, metadata), of a file in tests/golden.
+
+    The tensors are copies, which a test may change; the file is read once.
+    """
+
+    def load(name: str) -> Golden:
+        tensors, metadata = _read_golden(name)
+        return {key: value.clone() for key, value in tensors.items()}, dict(metadata)
+
+    return load
