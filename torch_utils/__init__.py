@@ -1,0 +1,1 @@
+"""Helpers around torch that know nothing of diffusion: processes, precision, checkpoints, stored objects."""

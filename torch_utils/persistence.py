@@ -1,0 +1,127 @@
+"""Classes whose instances are pickled together with the source text of the module that defines them.
+
+That is the published layout of network files: every object of a project class is one call of
+`_reconstruct_persistent_obj` with a dictionary of the module's source, the class name and the object's attributes.
+The published reader executes the source. This one never does: it finds the class among those decorated in this
+process, which serves `copy.deepcopy` and spawned workers, and refuses everything else. Files from elsewhere are data,
+and are read by `torch_utils.safe_pickle`.
+"""
+
+import copy
+import functools
+import inspect
+import pickle
+import sys
+from typing import Any, TypeVar
+
+from dnnlib.easydict import EasyDict
+from dnnlib.errors import ConfigError
+
+C = TypeVar("C", bound=type)
+
+VERSION = 6  # of the published layout
+
+# The decorated classes and the source text of their modules as it was when they were defined. It has to be module
+# state: a pickle names a class by that text alone, and pickle calls `_reconstruct_persistent_obj` with nothing else.
+_sources: dict[type, str | None] = {}
+
+
+def persistent_class(cls: C) -> C:
+    """Class decorator: instances record their constructor arguments, and pickles of them carry their module's source.
+
+    The class stays itself (no wrapper class), so that isinstance, super(), deepcopy and torch.compile see nothing
+    unusual. Instances get `_init_args` and `_init_kwargs` (deep copies, taken before the constructor runs), also as
+    the properties `init_args` and `init_kwargs`, which return copies. Subclasses that are not decorated themselves
+    are pickled the ordinary way.
+    """
+    _sources[cls] = _module_source(cls)
+    _record_arguments(cls)
+    base_reduce = cls.__reduce_ex__
+
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        if type(self) is not cls:
+            return base_reduce(self, protocol)
+        return _reconstruct_persistent_obj, (_describe(self),)
+
+    cls.__reduce_ex__ = __reduce_ex__  # type: ignore[method-assign, assignment]
+    for name, getter in (("init_args", _init_args), ("init_kwargs", _init_kwargs)):
+        if not hasattr(cls, name):
+            setattr(cls, name, property(getter))
+    return cls
+
+
+def is_persistent(obj: Any) -> bool:
+    """Whether `obj` is a class decorated with `persistent_class`, or an instance of one."""
+    return (obj if isinstance(obj, type) else type(obj)) in _sources
+
+
+def _reconstruct_persistent_obj(meta: dict[str, Any]) -> Any:
+    """The object that `meta` describes, if its class is one of this process's own; see the module's docstring.
+
+    Pickle calls this function by its name, which is part of the file format. Raises ConfigError, and runs nothing,
+    where the embedded source is not that of a decorated class of this process.
+    """
+    if meta.get("type") != "class" or meta.get("version") != VERSION:
+        raise ConfigError(f"a stored object has type {meta.get('type')!r}, version {meta.get('version')!r};"
+                          f" this version reads type 'class', version {VERSION}")
+    name, source = meta["class_name"], meta["module_src"]
+    # The latest definition wins: a reloaded module defines its classes again.
+    found = [cls for cls, text in _sources.items() if cls.__name__ == name and text == source]
+    if not found:
+        raise ConfigError(f"a stored object of class {name!r} brings its own source code, which is not run; read"
+                          " network files with training.snapshot.load_snapshot, and in a worker process import the"
+                          " module that defines the class first")
+    obj = found[-1].__new__(found[-1])
+    setstate = getattr(obj, "__setstate__", None)
+    if callable(setstate):
+        setstate(meta["state"])
+    else:
+        obj.__dict__.update(meta["state"])
+    return obj
+
+
+def _module_source(cls: type) -> str | None:
+    """The text of the module that defines `cls`; None where there is no file, as in an interactive session."""
+    try:
+        return inspect.getsource(sys.modules[cls.__module__])
+    except (OSError, TypeError, KeyError):
+        return None
+
+
+def _record_arguments(cls: Any) -> None:
+    """Make the constructor of `cls` keep its arguments in the instance."""
+    construct = cls.__init__
+
+    @functools.wraps(construct)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        kept = copy.deepcopy(args), copy.deepcopy(kwargs)
+        construct(self, *args, **kwargs)
+        # Written last and past __setattr__: the outermost constructor wins, and nn.Module or a frozen dataclass
+        # has no say in it.
+        self.__dict__["_init_args"], self.__dict__["_init_kwargs"] = kept
+
+    cls.__init__ = __init__
+
+
+def _describe(obj: Any) -> dict[str, Any]:
+    """The dictionary that stands for `obj` in a file."""
+    cls = type(obj)
+    source = _sources[cls]
+    if source is None:
+        raise pickle.PicklingError(f"class {cls.__name__} was defined where there is no source file; move it to a module")
+    if getattr(sys.modules.get(cls.__module__), cls.__name__, None) is not cls:
+        raise pickle.PicklingError(f"class {cls.__qualname__} is not found as {cls.__module__}.{cls.__name__}")
+    state = obj.__getstate__()
+    if not isinstance(state, dict):
+        raise pickle.PicklingError(f"class {cls.__name__} has a state that is no dictionary (does it use __slots__?)")
+    return {"type": "class", "version": VERSION, "module_src": source, "class_name": cls.__name__, "state": dict(state)}
+
+
+def _init_args(self: Any) -> tuple[Any, ...]:
+    """The positional arguments that this object was constructed with."""
+    return copy.deepcopy(self._init_args)
+
+
+def _init_kwargs(self: Any) -> dict[str, Any]:
+    """The keyword arguments that this object was constructed with."""
+    return EasyDict(copy.deepcopy(self._init_kwargs))

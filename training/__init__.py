@@ -1,0 +1,1 @@
+"""EDM2 and autoguidance: networks, loss, training, sampling, snapshots, metrics."""
