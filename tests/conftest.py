@@ -2,16 +2,16 @@
 
 import os
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 # Before torch is imported, here and in the processes that tests start: the suite runs one worker per core, and small
 # tensors gain nothing from threads. It also makes the order of float sums, and so the last digits, repeatable.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from safetensors import safe_open  # noqa: E402
+import pytest
+import torch
+from safetensors import safe_open
 
 GOLDEN_DIR = Path(__file__).parent / "golden"
 
@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _read_golden(name: str) -> Golden:
     with safe_open(GOLDEN_DIR / name, framework="pt") as file:
         return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118

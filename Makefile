@@ -1,0 +1,64 @@
+# make env     a virtual environment in .venv with what the tests ran with
+# make check   lint, format and types
+# make test    env, check, then the whole suite
+# make demo    pictures from the shipped network, then from one trained here in about two minutes, in out/demo
+# make clean   removes what the above made, .venv included
+#
+# PYTHON=python3.12      which Python makes the environment (3.11 or newer)
+# PIP_ARGS="..."         more options for pip, e.g. --extra-index-url https://download.pytorch.org/whl/cpu on a Linux
+#                        machine without a GPU, which saves a download of several gigabytes
+# PYTEST_ARGS="..."      more options for pytest, e.g. -k sampler
+
+PYTHON ?= python3
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+
+BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
+RUN := $(BIN)/python
+DEMO := out/demo
+
+.PHONY: help env check test demo clean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile
+
+env: .venv/.stamp
+
+# The stamp is written last, so that an interrupted installation is taken up again.
+.venv/.stamp: pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "make env: no $(PYTHON) here; install Python 3.11 or newer, or name one: make env PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else "make env: $(PYTHON) is Python %d.%d, and 3.11 or newer is needed; name one: make env PYTHON=python3.11" % v[:2])'
+	@$(RUN) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo "Making .venv"; $(PYTHON) -m venv --clear .venv; }
+	@echo "Installing what constraints.txt lists into .venv"
+	@$(RUN) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+check: env
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+# One worker per core; tests/conftest.py holds each to one thread.
+test: check
+	$(RUN) -m pytest --quiet --numprocesses=logical --maxprocesses=8 --dist=worksteal $(PYTEST_ARGS)
+
+demo: env
+	rm -rf $(DEMO)
+	@echo "1/4 Pictures from the shipped network, guided by a smaller and less trained one"
+	$(RUN) generate_images.py --preset=demo --outdir=$(DEMO)/shipped --grid=$(DEMO)/shipped.png --class=all --seeds=0-79
+	@echo "2/4 Training a small network for about two minutes"
+	$(RUN) train_edm2.py --preset=fashion --outdir=$(DEMO)/run --channels=16 --num-blocks=1 --batch=128 \
+		--duration=64Ki --snapshot=8Ki --status=4Ki --checkpoint=0 --rampup=0.01 --seed=0
+	@echo "3/4 Two EMA lengths from the snapshots just written"
+	$(RUN) reconstruct_phema.py --indir=$(DEMO)/run --outdir=$(DEMO)/phema --outstd=0.080,0.150
+	@echo "4/4 Pictures from both"
+	for std in 0.080 0.150; do \
+		$(RUN) generate_images.py --net="$$(ls $(DEMO)/phema/phema-*-$$std.pkl)" --outdir=$(DEMO)/trained-$$std \
+			--grid=$(DEMO)/trained-$$std.png --class=all --seeds=0-79 || exit 1; \
+	done
+	@echo "Done. The pictures: $(DEMO)/shipped.png (the shipped network),"
+	@echo "$(DEMO)/trained-0.080.png and $(DEMO)/trained-0.150.png (the network trained just now, two EMA lengths)."
+
+clean:
+	rm -rf .venv out build dist edm2.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
