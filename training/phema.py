@@ -1,0 +1,272 @@
+"""Power-function and post-hoc EMA of network parameters (arXiv 2312.02696, Section 3 and Appendix C).
+
+Independent of diffusion: this file needs PyTorch and NumPy only, so that it can be copied into other projects.
+
+An averaging profile says how much the parameters at training time t count in an average. The power-function profile
+of exponent gamma at time ofs is p(t) = (gamma + 1) / ofs * (t / ofs)**gamma for 0 <= t <= ofs; `std` is its width
+relative to ofs and `exp` is gamma. Times may be in any unit (images, steps) as long as it is the same everywhere.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+Array = npt.NDArray[np.float64]
+
+# The widest profile has std = 0.2887 (gamma = 0, a plain mean). The bound leaves room for that value rounded up.
+_MAX_STD = 0.289
+
+
+def exp_to_std(exp: npt.ArrayLike) -> Array:
+    """Width of the averaging kernel t**exp relative to the training time (Eq. 123). exp >= 0; result in (0, 0.289)."""
+    exp = np.asarray(exp, dtype=np.float64)
+    std: Array = np.sqrt((exp + 1) / ((exp + 2) ** 2 * (exp + 3)))
+    return std
+
+
+def std_to_exp(std: npt.ArrayLike) -> Array:
+    """Exponent of the averaging kernel of relative width `std` (Eq. 126, Algorithm 2), the inverse of `exp_to_std`.
+
+    Raises ValueError where a width is outside (0, 0.289].
+    """
+    std = np.asarray(std, dtype=np.float64)
+    if not np.all((std > 0) & (std <= _MAX_STD)):
+        raise ValueError(f"EMA lengths must lie above 0 and below {_MAX_STD}; got {std.tolist()}")
+    s = std**-2
+    # Newton from 1 / std, which lies above the largest root of a cubic that is convex from there down to it: the
+    # steps shrink towards the root from one side.
+    exp = 1 / std
+    for _ in range(64):
+        value = ((exp + 7) * exp + (16 - s)) * exp + (12 - s)
+        slope = (3 * exp + 14) * exp + (16 - s)
+        step = value / slope
+        exp = exp - step
+        if np.all(np.abs(step) <= 1e-15 * (1 + np.abs(exp))):
+            break
+    return exp
+
+
+def power_function_response(ofs: npt.ArrayLike, std: npt.ArrayLike, len: int, axis: int = 0) -> Array:
+    """Weights of training steps 0..len-1 in the average of width `std` taken at step `ofs` (Eq. 121 and 108).
+
+    `ofs` and `std` broadcast against each other; the steps become a new axis at `axis`, along which the result sums
+    to 1. Steps after `ofs` count nothing.
+    """
+    ofs, std = np.broadcast_arrays(np.asarray(ofs, dtype=np.float64), np.asarray(std, dtype=np.float64))
+    ofs, exp = np.expand_dims(ofs, axis), np.expand_dims(std_to_exp(std), axis)
+    shape = [1] * exp.ndim
+    shape[axis] = len
+    t = np.arange(len, dtype=np.float64).reshape(shape)
+    # A width just above 0.2887 has a slightly negative exponent, for which step 0 counts no more than step 1.
+    base = np.where(exp < 0, np.maximum(t, 1), t) / ofs
+    response: Array = np.where(t <= ofs, np.minimum(base, 1) ** exp, 0)
+    response = response / response.sum(axis=axis, keepdims=True)
+    return response
+
+
+def power_function_correlation(
+    a_ofs: npt.ArrayLike, a_std: npt.ArrayLike, b_ofs: npt.ArrayLike, b_std: npt.ArrayLike
+) -> Array:
+    """Inner product, over continuous time, of the profiles (a_ofs, a_std) and (b_ofs, b_std) (Eq. 151).
+
+    The arguments broadcast; the unit is 1 / (unit of the times).
+    """
+    a_exp, b_exp = std_to_exp(a_std), std_to_exp(b_std)
+    a_ofs, b_ofs = np.asarray(a_ofs, dtype=np.float64), np.asarray(b_ofs, dtype=np.float64)
+    # Only the shared stretch of time counts, so the later profile is the one that has decayed there.
+    decay = (np.minimum(a_ofs, b_ofs) / np.maximum(a_ofs, b_ofs)) ** np.where(a_ofs < b_ofs, b_exp, a_exp)
+    return (a_exp + 1) * (b_exp + 1) * decay / ((a_exp + b_exp + 1) * np.maximum(a_ofs, b_ofs))
+
+
+def power_function_beta(std: npt.ArrayLike, t_next: npt.ArrayLike, t_delta: npt.ArrayLike) -> Array:
+    """Decay that tracks the profile of width `std` over a step of `t_delta` that ends at time `t_next` (Eq. 127)."""
+    t_next, t_delta = np.asarray(t_next, dtype=np.float64), np.asarray(t_delta, dtype=np.float64)
+    return (1 - t_delta / t_next) ** (std_to_exp(std) + 1)
+
+
+def solve_posthoc_coefficients(
+    in_ofs: npt.ArrayLike, in_std: npt.ArrayLike, out_ofs: npt.ArrayLike, out_std: npt.ArrayLike
+) -> Array:
+    """Weights [inputs, outputs] that combine stored averages into the wanted ones (Algorithm 3); columns sum to 1.
+
+    `in_ofs` and `in_std`, also `out_ofs` and `out_std`, broadcast to one axis each. The solution is the combination
+    whose response has the least squared distance to the wanted response.
+    """
+    in_ofs, in_std = _profiles(in_ofs, in_std)
+    out_ofs, out_std = _profiles(out_ofs, out_std)
+    gram = power_function_correlation(in_ofs[:, None], in_std[:, None], in_ofs, in_std)
+    rhs = power_function_correlation(in_ofs[:, None], in_std[:, None], out_ofs, out_std)
+    # Profiles of unit norm: late and narrow ones would otherwise outweigh the others in the pivoting and the cut.
+    scale = 1 / np.sqrt(np.diagonal(gram))[:, None]
+    gram, rhs = gram * scale * scale.T, rhs * scale
+    # Many close profiles make the matrix singular to working precision. The directions that rounding has destroyed
+    # are left out: they'd add nothing to the fit and large coefficients of both signs, which amplify storage noise.
+    values, vectors = np.linalg.eigh(gram)
+    kept = values > values[-1] * len(values) * np.finfo(np.float64).eps
+    vectors = vectors[:, kept]
+    coefficients = vectors @ ((vectors.T @ rhs) / values[kept, None]) * scale
+    return coefficients / coefficients.sum(axis=0)
+
+
+def posthoc_fit(
+    in_ofs: npt.ArrayLike,
+    in_std: npt.ArrayLike,
+    out_ofs: npt.ArrayLike,
+    out_std: npt.ArrayLike,
+    coefficients: npt.ArrayLike,
+) -> Array:
+    """Relative L2 error [outputs] between the achieved and the wanted response, over continuous time.
+
+    0 is a perfect reconstruction, 1 is as bad as no reconstruction. Closed form from the inner products, hence exact
+    to about 1e-8 times the largest coefficient.
+    """
+    in_ofs, in_std = _profiles(in_ofs, in_std)
+    out_ofs, out_std = _profiles(out_ofs, out_std)
+    x = np.asarray(coefficients, dtype=np.float64)
+    gram = power_function_correlation(in_ofs[:, None], in_std[:, None], in_ofs, in_std)
+    cross = power_function_correlation(in_ofs[:, None], in_std[:, None], out_ofs, out_std)
+    norm = power_function_correlation(out_ofs, out_std, out_ofs, out_std)
+    square = norm - 2 * (x * cross).sum(axis=0) + (x * (gram @ x)).sum(axis=0)
+    # A perfect fit cancels to a rounding error of either sign.
+    return np.sqrt(np.maximum(square, 0) / norm)
+
+
+def _profiles(ofs: npt.ArrayLike, std: npt.ArrayLike) -> tuple[Array, Array]:
+    both = np.broadcast_arrays(np.asarray(ofs, dtype=np.float64), np.asarray(std, dtype=np.float64))
+    return both[0].reshape(-1), both[1].reshape(-1)
+
+
+class PowerFunctionEMA:
+    """Power-function averages of a network's parameters, one per relative width in `stds`, kept up during training.
+
+    Call `update` after every optimizer step. `net` is the bare module, not its DistributedDataParallel or compiled
+    wrapper. The averages live where the network lives and take as much memory each.
+    """
+
+    def __init__(self, net: torch.nn.Module, stds: Sequence[float] = (0.050, 0.100)) -> None:
+        self.net = net
+        self.stds = [float(std) for std in stds]
+        std_to_exp(self.stds)
+        self.emas = [_frozen_copy(net) for _ in self.stds]
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Forget the past: every average becomes the network's current parameters."""
+        for ema in self.emas:
+            _copy_tensors(_pairs(ema.named_parameters(), self.net.named_parameters()))
+
+    @torch.no_grad()
+    def update(self, cur_nimg: int, batch_size: int) -> None:
+        """Take in the parameters after a step of `batch_size` images that ended at `cur_nimg` images."""
+        for std, ema in zip(self.stds, self.emas, strict=True):
+            beta = float(power_function_beta(std=std, t_next=cur_nimg, t_delta=batch_size))
+            _lerp_parameters(ema, self.net, 1 - beta)
+
+    @torch.no_grad()
+    def get(self) -> list[tuple[torch.nn.Module, str]]:
+        """The averaged networks, each with a suffix for its file name ('-0.050').
+
+        These are the averages themselves, in eval mode, with the network's current buffers: copy before changing.
+        """
+        for ema in self.emas:
+            _copy_tensors(_pairs(ema.named_buffers(), self.net.named_buffers()))
+        return [(ema, f"-{std:.3f}") for std, ema in zip(self.stds, self.emas, strict=True)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that `load_state_dict` needs, in plain containers; the tensors are not copied."""
+        return {"stds": list(self.stds), "emas": [dict(ema.state_dict()) for ema in self.emas]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict()`'s result. Raises ValueError where the widths or the tensors are others."""
+        if list(state["stds"]) != self.stds or len(state["emas"]) != len(self.stds):
+            raise ValueError(f"the stored averages have widths {list(state['stds'])}, this run has {self.stds}")
+        for ema, tensors in zip(self.emas, state["emas"], strict=True):
+            _load(ema, tensors)
+
+
+class TraditionalEMA:
+    """An exponential average of a network's parameters with a half-life of `halflife_Mimg` million images.
+
+    The half-life is at most `rampup_ratio` times the training so far, so that the random start is soon forgotten;
+    None leaves that out. `net` as for `PowerFunctionEMA`.
+    """
+
+    def __init__(
+        self, net: torch.nn.Module, halflife_Mimg: float = float("inf"), rampup_ratio: float | None = 0.09
+    ) -> None:
+        self.net = net
+        self.halflife_Mimg = float(halflife_Mimg)
+        self.rampup_ratio = rampup_ratio
+        self.ema = _frozen_copy(net)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Forget the past: the average becomes the network's current parameters."""
+        _copy_tensors(_pairs(self.ema.named_parameters(), self.net.named_parameters()))
+
+    @torch.no_grad()
+    def update(self, cur_nimg: int, batch_size: int) -> None:
+        """Take in the parameters after a step of `batch_size` images that ended at `cur_nimg` images."""
+        halflife_Mimg = self.halflife_Mimg
+        if self.rampup_ratio is not None:
+            halflife_Mimg = min(halflife_Mimg, cur_nimg / 1e6 * self.rampup_ratio)
+        beta = 0.5 ** (batch_size / max(halflife_Mimg * 1e6, 1e-8))
+        _lerp_parameters(self.ema, self.net, 1 - beta)
+
+    @torch.no_grad()
+    def get(self) -> torch.nn.Module:
+        """The averaged network itself, in eval mode, with the network's current buffers: copy before changing."""
+        _copy_tensors(_pairs(self.ema.named_buffers(), self.net.named_buffers()))
+        return self.ema
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that `load_state_dict` needs, in plain containers; the tensors are not copied."""
+        settings = {"halflife_Mimg": self.halflife_Mimg, "rampup_ratio": self.rampup_ratio}
+        return {**settings, "ema": dict(self.ema.state_dict())}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict()`'s result. Raises ValueError where the settings or the tensors are others."""
+        ours, theirs = (self.halflife_Mimg, self.rampup_ratio), (state["halflife_Mimg"], state["rampup_ratio"])
+        if ours != theirs:
+            raise ValueError(f"the stored average has (halflife_Mimg, rampup_ratio) = {theirs}, this run has {ours}")
+        _load(self.ema, state["ema"])
+
+
+Named = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+def _frozen_copy(net: torch.nn.Module) -> torch.nn.Module:
+    return copy.deepcopy(net).eval().requires_grad_(False)
+
+
+def _pairs(ours: Any, theirs: Any) -> Named:
+    """Tensors of two modules side by side, in order. Raises ValueError where names or shapes differ."""
+    first, second = dict(ours), dict(theirs)
+    shapes = [{name: tuple(tensor.shape) for name, tensor in named.items()} for named in (first, second)]
+    if list(shapes[0].items()) != list(shapes[1].items()):
+        odd = dict(set(shapes[0].items()) ^ set(shapes[1].items())) or list(shapes[1])
+        raise ValueError(f"the network's tensors no longer match its average's: {odd}")
+    return list(zip(first.values(), second.values(), strict=True))
+
+
+def _copy_tensors(pairs: Named) -> None:
+    for ours, theirs in pairs:
+        ours.copy_(theirs)
+
+
+def _lerp_parameters(ema: torch.nn.Module, net: torch.nn.Module, weight: float) -> None:
+    """Move the average's parameters towards the network's by `weight`, in a few kernels for all of them."""
+    pairs = _pairs(ema.named_parameters(), net.named_parameters())
+    if pairs:
+        torch._foreach_lerp_([ours for ours, _ in pairs], [theirs for _, theirs in pairs], weight)
+
+
+def _load(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    try:
+        module.load_state_dict(dict(tensors), strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"the stored average does not belong to this network: {error}") from error
