@@ -79,13 +79,15 @@ def power_function_correlation(
     a_ofs, b_ofs = np.asarray(a_ofs, dtype=np.float64), np.asarray(b_ofs, dtype=np.float64)
     # Only the shared stretch of time counts, so the later profile is the one that has decayed there.
     decay = (np.minimum(a_ofs, b_ofs) / np.maximum(a_ofs, b_ofs)) ** np.where(a_ofs < b_ofs, b_exp, a_exp)
-    return (a_exp + 1) * (b_exp + 1) * decay / ((a_exp + b_exp + 1) * np.maximum(a_ofs, b_ofs))
+    product: Array = (a_exp + 1) * (b_exp + 1) * decay / ((a_exp + b_exp + 1) * np.maximum(a_ofs, b_ofs))
+    return product
 
 
 def power_function_beta(std: npt.ArrayLike, t_next: npt.ArrayLike, t_delta: npt.ArrayLike) -> Array:
     """Decay that tracks the profile of width `std` over a step of `t_delta` that ends at time `t_next` (Eq. 127)."""
     t_next, t_delta = np.asarray(t_next, dtype=np.float64), np.asarray(t_delta, dtype=np.float64)
-    return (1 - t_delta / t_next) ** (std_to_exp(std) + 1)
+    beta: Array = (1 - t_delta / t_next) ** (std_to_exp(std) + 1)
+    return beta
 
 
 def solve_posthoc_coefficients(
@@ -104,12 +106,14 @@ def solve_posthoc_coefficients(
     scale = 1 / np.sqrt(np.diagonal(gram))[:, None]
     gram, rhs = gram * scale * scale.T, rhs * scale
     # Many close profiles make the matrix singular to working precision. The directions that rounding has destroyed
-    # are left out: they'd add nothing to the fit and large coefficients of both signs, which amplify storage noise.
+    # are left out: a plain solve turns them into huge coefficients of both signs, which fit little better, if at all,
+    # and amplify the rounding of stored parameters.
     values, vectors = np.linalg.eigh(gram)
-    kept = values > values[-1] * len(values) * np.finfo(np.float64).eps
+    kept = values > values[-1] * np.finfo(np.float64).eps
     vectors = vectors[:, kept]
-    coefficients = vectors @ ((vectors.T @ rhs) / values[kept, None]) * scale
-    return coefficients / coefficients.sum(axis=0)
+    coefficients: Array = vectors @ ((vectors.T @ rhs) / values[kept, None]) * scale
+    coefficients /= coefficients.sum(axis=0)
+    return coefficients
 
 
 def posthoc_fit(
@@ -132,7 +136,8 @@ def posthoc_fit(
     norm = power_function_correlation(out_ofs, out_std, out_ofs, out_std)
     square = norm - 2 * (x * cross).sum(axis=0) + (x * (gram @ x)).sum(axis=0)
     # A perfect fit cancels to a rounding error of either sign.
-    return np.sqrt(np.maximum(square, 0) / norm)
+    error: Array = np.sqrt(np.maximum(square, 0) / norm)
+    return error
 
 
 def _profiles(ofs: npt.ArrayLike, std: npt.ArrayLike) -> tuple[Array, Array]:
