@@ -36,7 +36,7 @@ def persistent_class(cls: C) -> C:
     """
     _sources[cls] = _module_source(cls)
     _record_arguments(cls)
-    base_reduce = cls.__reduce_ex__
+    base_reduce: Any = cls.__reduce_ex__
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         if type(self) is not cls:
@@ -71,7 +71,8 @@ def _reconstruct_persistent_obj(meta: dict[str, Any]) -> Any:
         raise ConfigError(f"a stored object of class {name!r} brings its own source code, which is not run; read"
                           " network files with training.snapshot.load_snapshot, and in a worker process import the"
                           " module that defines the class first")
-    obj = found[-1].__new__(found[-1])
+    cls: Any = found[-1]
+    obj = cls.__new__(cls)
     setstate = getattr(obj, "__setstate__", None)
     if callable(setstate):
         setstate(meta["state"])
@@ -108,7 +109,7 @@ def _describe(obj: Any) -> dict[str, Any]:
     cls = type(obj)
     source = _sources[cls]
     if source is None:
-        raise pickle.PicklingError(f"class {cls.__name__} was defined where there is no source file; move it to a module")
+        raise pickle.PicklingError(f"class {cls.__name__} has no source file; define it in a module")
     if getattr(sys.modules.get(cls.__module__), cls.__name__, None) is not cls:
         raise pickle.PicklingError(f"class {cls.__qualname__} is not found as {cls.__module__}.{cls.__name__}")
     state = obj.__getstate__()

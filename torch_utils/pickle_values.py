@@ -1,0 +1,245 @@
+"""The words that a pickle file may contain, and what stands in for each: the closed list of `torch_utils.safe_pickle`.
+
+Tensors, storages and NumPy arrays are made from their bytes after every number that describes them was checked;
+objects become `StoredObject`s. Nothing here calls anything that a file could choose.
+"""
+
+import io
+import math
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+import torch
+
+from dnnlib.easydict import EasyDict
+from torch_utils.safe_pickle import Machine, Refused, StoredObject, Vocabulary, Word, describe, plain_set
+
+_MAX_DIMS = 32
+
+# The head of a file in torch.save's older form, which storages inside a pickle have to this day.
+_TORCH_MAGIC = 0x1950A86A20F9469CFC6C
+_TORCH_PROTOCOL = 1001
+
+_STORAGE_DTYPES = {
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "FloatStorage": torch.float32,
+    "DoubleStorage": torch.float64,
+    "BoolStorage": torch.bool,
+    "ByteStorage": torch.uint8,
+    "CharStorage": torch.int8,
+    "ShortStorage": torch.int16,
+    "IntStorage": torch.int32,
+    "LongStorage": torch.int64,
+}
+
+
+class _Storage:
+    """The values of one storage as a flat tensor."""
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self.values = values
+
+
+class _Dtype:
+    """A NumPy dtype of plain numbers; `build` sets the byte order that follows it in the file."""
+
+    def __init__(self, code: str) -> None:
+        self.code = code
+        self.order = "|" if code in ("b1", "i1", "u1") else "="
+
+    def numpy(self) -> np.dtype[Any]:
+        return np.dtype(self.order.replace("|", "=") + self.code)
+
+
+def build(target: Any, state: Any) -> None:
+    """What stands in for giving `target` the attributes `state`; only for those that a file of ours completes so."""
+    if type(target) is StoredObject and target.source is None and not target.state:
+        if type(state) is not dict or not all(type(key) is str for key in state):
+            raise Refused(f"{target!r} has no attributes by name")
+        target.state = state
+    elif type(target) is _Dtype:
+        # (version, byte order, sub-array, names, fields, element size, alignment, flags): plain numbers have no more
+        # than the byte order.
+        if type(state) is not tuple or len(state) < 8 or state[1] not in ("<", ">", "|", "="):
+            raise Refused("it has a NumPy dtype of unknown form")
+        if any(part is not None for part in state[2:5]) or state[7] != 0:
+            raise Refused("it has a NumPy dtype with fields, sub-arrays or objects")
+        target.order = state[1]
+    elif type(target) is np.ndarray and target.shape == (0,) and target.dtype == np.int8:
+        _fill_array(target, state)
+    else:
+        raise Refused(f"it sets attributes of {describe(target)}")
+
+
+def _reconstruct(meta: dict[str, Any]) -> StoredObject:
+    """An object of a project class; its source text is kept as text."""
+    kind, version, name = meta.get("type"), meta.get("version"), meta.get("class_name")
+    source, state = meta.get("module_src"), meta.get("state")
+    if kind != "class" or version != 6:
+        raise Refused(f"an object of type {kind!r}, version {version!r}; 'class', 6 is known")
+    if type(name) is not str or type(source) is not str:
+        raise Refused("an object without the text of its class name and module source")
+    if not isinstance(state, dict) or not all(type(key) is str for key in state):
+        raise Refused(f"an object of class {name!r} without attributes by name")
+    return StoredObject(name, state, source)
+
+
+def _load_storage(payload: bytes) -> _Storage:
+    """The storage in `payload`, a file in the older form of torch.save, read by the same closed machine."""
+    if type(payload) is not bytes:
+        raise Refused("a storage that is not given as bytes")
+    file = io.BytesIO(payload)
+    machine = Machine(file, _STORAGE_WORDS, _describe_storage)
+    if machine.load() != _TORCH_MAGIC or machine.load() != _TORCH_PROTOCOL:
+        raise Refused("a storage in a form of torch.save that is not known")
+    system = machine.load()
+    if type(system) is not dict or system.get("little_endian") is not True:
+        raise Refused("a storage written on a big-endian machine")
+    described, keys = machine.load(), machine.load()
+    if type(described) is not tuple or keys != [described[0]]:
+        raise Refused("a payload that is not one storage")
+    _, dtype, count = described
+    head = file.read(8)
+    if len(head) != 8 or int.from_bytes(head, "little") != count or machine.remaining() != count * dtype.itemsize:
+        raise Refused(f"a storage of {count} values with {machine.remaining()} bytes")
+    if count == 0:
+        return _Storage(torch.empty(0, dtype=dtype))
+    return _Storage(torch.frombuffer(bytearray(memoryview(payload)[file.tell() :]), dtype=dtype))
+
+
+def _describe_storage(reference: Any) -> tuple[str, torch.dtype, int]:
+    """Key, dtype and number of values of the storage that torch.save refers to."""
+    tag, word, key, _location, count, view = reference
+    if tag != "storage" or type(word) is not Word or type(key) is not str or view is not None:
+        raise Refused("a payload that is not a plain storage")
+    if type(count) is not int or count < 0:
+        raise Refused(f"a storage of {count!r} values")
+    return key, _STORAGE_DTYPES[word.name.rsplit(".", 1)[-1]], count
+
+
+def _tensor(
+    storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any, hooks: Any, metadata: Any = None
+) -> torch.Tensor:
+    """A view of `storage`. It may not be larger than the storage, so that a few bytes cannot stand for gigabytes."""
+    if type(storage) is not _Storage:
+        raise Refused(f"a tensor over {describe(storage)}")
+    numbers = (offset, *size, *stride)
+    if len(size) != len(stride) or len(size) > _MAX_DIMS or any(type(n) is not int or n < 0 for n in numbers):
+        raise Refused("a tensor of unknown form")
+    if hooks or metadata:
+        raise Refused("a tensor with hooks or metadata")
+    count = math.prod(size)
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if count else 0
+    if count > storage.values.numel() or last >= max(storage.values.numel(), 1):
+        raise Refused(f"a tensor of shape {list(size)} over a storage of {storage.values.numel()} values")
+    return storage.values.as_strided(size, stride, offset) if count else storage.values.new_empty(size)
+
+
+def _parameter(data: Any, requires_grad: Any, hooks: Any) -> torch.Tensor:
+    if type(data) is not torch.Tensor or hooks:
+        raise Refused("a parameter that is not a plain tensor")
+    return data
+
+
+def _dtype(code: Any, align: Any = False, copy: Any = True) -> _Dtype:
+    if code not in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"):
+        raise Refused(f"a NumPy dtype {str(code)[:20]!r}; plain numbers are known")
+    return _Dtype(code)
+
+
+def _empty_array(word: Any, shape: Any, code: Any) -> np.ndarray[Any, Any]:
+    if word != Word("numpy.ndarray") or shape != (0,):
+        raise Refused("an array of unknown form")
+    return np.empty(0, dtype=np.int8)
+
+
+def _fill_array(target: np.ndarray[Any, Any], state: Any) -> None:
+    """Give the empty array `target` the shape, dtype and bytes that follow it in the file."""
+    _version, shape, dtype, fortran, data = state
+    values = _array(data, dtype, shape, "F" if fortran else "C")
+    # NumPy's own way of completing an unpickled array; with a dtype of plain numbers and bytes of the right length.
+    complete: Any = target.__setstate__
+    complete((1, values.shape, values.dtype, bool(fortran), values.tobytes("A")))
+
+
+def _array(data: Any, dtype: Any, shape: Any, order: Any = "C") -> np.ndarray[Any, Any]:
+    """An array over a copy of `data`, in the machine's byte order."""
+    if type(data) is not bytes or type(dtype) is not _Dtype or type(shape) is not tuple or order not in ("C", "F"):
+        raise Refused("an array of unknown form")
+    if len(shape) > _MAX_DIMS or any(type(n) is not int or n < 0 for n in shape):
+        raise Refused("an array of unknown shape")
+    kind = dtype.numpy()
+    if math.prod(shape) * kind.itemsize != len(data):
+        raise Refused(f"an array of shape {list(shape)} with {len(data)} bytes")
+    return np.frombuffer(data, dtype=kind).reshape(shape, order=order).astype(kind.newbyteorder("="))
+
+
+def _scalar(dtype: Any, data: Any) -> Any:
+    return _array(data, dtype, ())[()]
+
+
+def _container(name: str, *args: Any) -> StoredObject:
+    if args:
+        raise Refused("constructor arguments")
+    return StoredObject(name, {})
+
+
+def _mapping(cls: type[dict[str, Any]], *args: Any) -> dict[str, Any]:
+    if args:
+        raise Refused("constructor arguments")
+    return cls()
+
+
+def _encode(text: Any, encoding: Any) -> bytes:
+    if type(text) is not str or encoding not in ("latin1", "latin-1"):
+        raise Refused("text in an encoding other than latin1")
+    return text.encode("latin-1")
+
+
+def _no_bytes() -> bytes:
+    """Protocol 2 writes empty bytes as a call of their type."""
+    return b""
+
+
+def _size(sizes: Any) -> tuple[int, ...]:
+    if type(sizes) is not tuple or any(type(n) is not int for n in sizes):
+        raise Refused("a size that is not a tuple of integers")
+    return sizes
+
+
+def _device(kind: Any, index: Any = None) -> str:
+    if type(kind) is not str or not (index is None or type(index) is int):
+        raise Refused("a device of unknown form")
+    return kind if index is None else f"{kind}:{index}"
+
+
+_STORAGE_WORDS: Vocabulary = dict.fromkeys(
+    [f"{module}.{name}" for module in ("torch", "torch.cuda") for name in _STORAGE_DTYPES]
+)
+
+VOCABULARY: Vocabulary = {
+    "dnnlib.util.EasyDict": lambda *args: _mapping(EasyDict, *args),
+    "collections.OrderedDict": lambda *args: _mapping(OrderedDict, *args),
+    "torch_utils.persistence._reconstruct_persistent_obj": _reconstruct,
+    **{
+        f"torch.nn.modules.container.{name}": lambda *args, name=name: _container(name, *args)
+        for name in ("ModuleDict", "ModuleList", "Sequential")
+    },
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_parameter": _parameter,
+    "torch.storage._load_from_bytes": _load_storage,
+    "torch.Size": _size,
+    "torch.device": _device,
+    **{f"torch.{str(dtype).removeprefix('torch.')}": None for dtype in _STORAGE_DTYPES.values()},
+    "numpy.ndarray": None,
+    "numpy.dtype": _dtype,
+    # NumPy 2 moved its core; 1 and 2 write these by different names. _frombuffer is pickle protocol 5.
+    **{f"numpy.{core}.multiarray._reconstruct": _empty_array for core in ("core", "_core")},
+    **{f"numpy.{core}.multiarray.scalar": _scalar for core in ("core", "_core")},
+    **{f"numpy.{core}.numeric._frombuffer": _array for core in ("core", "_core")},
+    "_codecs.encode": _encode,
+    **{f"{module}.set": plain_set for module in ("builtins", "__builtin__")},
+    **{f"{module}.bytes": _no_bytes for module in ("builtins", "__builtin__")},
+}
