@@ -1,0 +1,54 @@
+"""What the scripts' command lines share: option types and the way errors end a program."""
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from dnnlib.errors import ConfigError
+from dnnlib.parse import parse_int_list, parse_nimg, parse_std_list
+
+
+class _Parsed(click.ParamType):
+    """An option type around a parser that raises ConfigError."""
+
+    def __init__(self, name: str, parser: Callable[[Any], Any]) -> None:
+        self.name = name
+        self._parser = parser
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return self._parser(value)
+        except ConfigError as error:
+            self.fail(str(error), param, ctx)
+
+
+NIMG = _Parsed("nimg", parse_nimg)
+INT_LIST = _Parsed("list", parse_int_list)
+STD_LIST = _Parsed("list", parse_std_list)
+
+
+def main(command: click.Command, args: list[str] | None = None) -> None:
+    """Run a click command and exit: 0 when it ends well, 2 with one line on stderr for a user's mistake, 130 for ^C.
+
+    Our own bugs keep their traceback. Under torchrun the line names the process, except for the first one.
+    """
+    try:
+        command.main(args=args, standalone_mode=False)
+    except click.exceptions.Abort:
+        sys.exit(130)
+    except click.exceptions.Exit as request:
+        sys.exit(request.exit_code)
+    except click.ClickException as error:
+        _fail(error.format_message())
+    except ConfigError as error:
+        _fail(str(error))
+
+
+def _fail(message: str) -> None:
+    rank = os.environ.get("RANK", "0")
+    where = "" if rank == "0" else f" (process {rank})"
+    print(f"Error{where}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    sys.exit(2)

@@ -1,0 +1,118 @@
+"""What a training run is: its options as one value that can be checked, stored and compared."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from dnnlib.errors import ConfigError
+
+
+def _neutral(**kwargs: Any) -> Any:
+    """A field that cannot change what is learned, so that a run may continue with another value."""
+    return field(metadata={"neutral": True}, **kwargs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkConfig:
+    """The shape of the network; what the data decides (resolution, channels, classes) is not in here."""
+
+    channels: int = 192  # width of the first level
+    channel_mult: tuple[int, ...] = (1, 2, 3, 4)  # width of each level, in units of `channels`
+    num_blocks: int = 3  # residual blocks a level in the encoder; the decoder has one more
+    attn_resolutions: tuple[int, ...] = (16, 8)  # sides, in pixels, of the levels with self-attention
+    channels_per_head: int = 64
+    dropout: float = 0.0  # probability
+    fp16: bool = True  # float16 in the U-Net on CUDA devices
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments for Precond."""
+        return {
+            "model_channels": self.channels,
+            "channel_mult": list(self.channel_mult),
+            "num_blocks": self.num_blocks,
+            "attn_resolutions": list(self.attn_resolutions),
+            "channels_per_head": self.channels_per_head,
+            "dropout": self.dropout,
+            "use_fp16": self.fp16,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """All options of a training run. Image counts are numbers of images, over all processes."""
+
+    data: str  # path of the data set
+    cond: bool = True
+    xflip: bool = False
+    network: NetworkConfig = NetworkConfig()
+    P_mean: float = -0.4  # mean and standard deviation of ln(sigma)
+    P_std: float = 1.0
+    lr: float = 0.01  # reference learning rate
+    decay: float = 70e3  # batches before the learning rate decays
+    rampup: float = 10.0  # ramp-up of the learning rate, millions of images
+    ema_stds: tuple[float, ...] = (0.050, 0.100)  # tracked EMA lengths relative to training time
+    batch: int = 2048
+    seed: int = 0
+    ls: float = 1.0  # loss scale
+    init: str | None = None  # snapshot whose weights the run starts from
+    init_partial: bool = False  # leave tensors of `init` that do not fit as they were initialized
+    duration: int = _neutral(default=1 << 31)
+    batch_gpu: int | None = _neutral(default=None)  # images a process and round; None = no accumulation
+    status: int = _neutral(default=128 << 10)  # 0 = never, also below
+    snapshot: int = _neutral(default=8 << 20)
+    checkpoint: int = _neutral(default=128 << 20)
+    snapshot_format: str = _neutral(default="pkl")  # pkl, safetensors or both
+    bench: bool = _neutral(default=True)  # let cuDNN time its algorithms
+    workers: int = _neutral(default=0)  # processes that read data, a rank
+
+    def __post_init__(self) -> None:
+        positive = {"batch": self.batch, "duration": self.duration, "channels": self.network.channels}
+        positive |= {"batch-gpu": self.batch_gpu if self.batch_gpu is not None else 1, "lr": self.lr, "ls": self.ls}
+        positive |= {"P_std": self.P_std, "num-blocks": self.network.num_blocks}
+        for name, value in positive.items():
+            if not value > 0:
+                raise ConfigError(f"--{name}={value} must be above 0")
+        not_negative = {"status": self.status, "snapshot": self.snapshot, "checkpoint": self.checkpoint}
+        not_negative |= {"workers": self.workers, "decay": self.decay, "rampup": self.rampup, "seed": self.seed}
+        for name, value in not_negative.items():
+            if value < 0:
+                raise ConfigError(f"--{name}={value} must not be negative")
+        if not 0 <= self.network.dropout < 1:
+            raise ConfigError(f"--dropout={self.network.dropout} is no probability below 1")
+        if not self.network.channel_mult or min(self.network.channel_mult) < 1:
+            raise ConfigError("--channel-mult needs one whole number above 0 for each level, e.g. 1,2,3,4")
+        if len({f"{std:.3f}" for std in self.ema_stds}) != len(self.ema_stds) or not self.ema_stds:
+            raise ConfigError("--ema-stds needs at least one length, and no two that are equal to three decimals")
+
+    def share_of(self, num_ranks: int) -> tuple[int, int]:
+        """Images a process and iteration, and rounds of accumulation that they are split into."""
+        if self.batch % num_ranks:
+            fit = max(self.batch // num_ranks, 1) * num_ranks
+            raise ConfigError(f"--batch={self.batch} does not divide over {num_ranks} processes; try --batch={fit}")
+        share = self.batch // num_ranks
+        per_round = min(self.batch_gpu, share) if self.batch_gpu is not None else share
+        if share % per_round:
+            fit = max(n for n in range(1, per_round + 1) if share % n == 0)
+            raise ConfigError(
+                f"--batch={self.batch} over {num_ranks} processes leaves {share} images each, which do not divide into"
+                f" rounds of --batch-gpu={per_round}; try --batch-gpu={fit}"
+            )
+        return share, share // per_round
+
+    def to_json(self) -> str:
+        """The text of training_options.json."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    def differences(self, stored: str) -> list[str]:
+        """What in this configuration would change the result of the run whose training_options.json says `stored`."""
+        try:
+            old = json.loads(stored)
+            old_network = old["network"]
+        except (ValueError, KeyError, TypeError):
+            raise ConfigError("training_options.json cannot be read; give another --outdir") from None
+        new = json.loads(self.to_json())
+        neutral = {f.name for f in dataclasses.fields(self) if f.metadata.get("neutral")}
+        pairs = [(key, old.get(key), value) for key, value in new.items() if key not in neutral | {"network"}]
+        pairs += [(key, old_network.get(key), value) for key, value in new["network"].items()]
+        return [f"{key}: {was} in the run, {now} asked for" for key, was, now in pairs if was != now]

@@ -1,0 +1,66 @@
+"""The files of a training run: their names, and what they say about how far the run has come."""
+
+import json
+import os
+from pathlib import Path
+
+from dnnlib.atomic import write_text
+from dnnlib.errors import ConfigError
+from torch_utils.checkpoint import newest
+from training.config import TrainingConfig
+
+
+class RunFolder:
+    """The folder of one run (--outdir). Making this object touches nothing."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.options_file = self.path / "training_options.json"
+        self.stats_file = self.path / "stats.jsonl"
+        self.log_file = self.path / "log.txt"
+
+    def snapshot_path(self, nimg: int, suffix: str, extension: str) -> Path:
+        """Where the network with EMA `suffix` (e.g. '-0.050') at `nimg` images belongs."""
+        return self.path / f"network-snapshot-{nimg // 1000:07d}{suffix}.{extension}"
+
+    def checkpoint_path(self, nimg: int) -> Path:
+        """Where the checkpoint at `nimg` images belongs."""
+        return self.path / f"training-state-{nimg // 1000:07d}.pt"
+
+    def newest_checkpoint(self) -> Path | None:
+        """The checkpoint with the most images, or None."""
+        return newest(self.path, "training-state-", ".pt")
+
+    def check(self, config: TrainingConfig, *, allow_changes: bool) -> None:
+        """Raise ConfigError where a run with other options is in the folder, or the folder cannot be made."""
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"--outdir={self.path} is a file")
+        if self.options_file.exists() and not allow_changes:
+            changes = config.differences(self.options_file.read_text(encoding="utf-8"))
+            if changes:
+                raise ConfigError(
+                    f"--outdir={self.path} holds a run with other options ({'; '.join(changes)}); repeat its options,"
+                    " choose another folder, or continue with --allow-changes"
+                )
+
+    def start(self, config: TrainingConfig) -> None:
+        """Make the folder, record the options, and drop statistics that lie beyond the newest checkpoint."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_text(self.options_file, config.to_json())
+        except OSError as error:
+            raise ConfigError(f"--outdir={self.path} cannot be written: {error.strerror}") from None
+        if self.stats_file.exists():
+            checkpoint = self.newest_checkpoint()
+            kimg = int(checkpoint.stem.rpartition("-")[2]) if checkpoint is not None else 0
+            lines = self.stats_file.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if _kimg(line) // 1 <= kimg]
+            write_text(self.stats_file, "".join(line + "\n" for line in kept))
+
+
+def _kimg(line: str) -> float:
+    """The progress that a line of stats.jsonl speaks of; beyond everything where the line is damaged."""
+    try:
+        return float(json.loads(line)["Progress/kimg"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

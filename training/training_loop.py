@@ -1,0 +1,196 @@
+"""The training run as a sequence of events; the caller prints, and owns the progress bar.
+
+Source: Karras et al., arXiv 2312.02696, Section 2 and Appendix B.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from dnnlib.errors import ConfigError
+from torch_utils.checkpoint import load_checkpoint, save_checkpoint
+from torch_utils.distributed import World
+from torch_utils.precision import numerics
+from torch_utils.training_stats import RunningMeans
+from training.config import TrainingConfig
+from training.dataset import ImageFolderDataset
+from training.loss import EDM2Loss
+from training.run_folder import RunFolder
+from training.schedule import learning_rate_schedule
+from training.snapshot import Snapshot, save_snapshot
+from training.streams import BatchPositions, DataOrder
+from training.training_state import TrainingState
+
+__all__ = ["EDM2Loss", "Iteration", "Saved", "Status", "TrainingRun", "learning_rate_schedule", "open_dataset"]
+
+# Data sets whose decoded items take no more than this are kept in memory where this process reads them itself.
+_CACHE_BYTES = 512 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Iteration:
+    """One optimizer step was taken; `nimg` images have been seen."""
+
+    nimg: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """A status interval has passed. `stats` has the keys of stats.jsonl."""
+
+    nimg: int
+    stats: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """Files were written; every process sees the event, the main one wrote them."""
+
+    nimg: int
+    paths: list[Path]
+
+
+def open_dataset(config: TrainingConfig) -> ImageFolderDataset:
+    """The run's data set. Raises ConfigError where it cannot be trained on as `config` says."""
+    dataset = ImageFolderDataset(config.data, use_labels=config.cond, xflip=config.xflip)
+    if config.cond and not dataset.has_labels:
+        raise ConfigError(f"{config.data} has no labels, which a conditional network needs; add them, or use --cond=False")
+    item_bytes = dataset.num_channels * dataset.resolution**2
+    if config.workers == 0 and len(dataset) * item_bytes <= _CACHE_BYTES:
+        dataset = ImageFolderDataset(config.data, use_labels=config.cond, xflip=config.xflip, cache=True)
+    return dataset
+
+
+class TrainingRun:
+    """A run in a folder, from its newest checkpoint on: iterate over it to train. Its length is the iterations left."""
+
+    def __init__(self, config: TrainingConfig, folder: RunFolder, *, world: World) -> None:
+        self.config = config
+        self.folder = folder
+        self.world = world
+        self.dataset = open_dataset(config)
+        config.share_of(world.size)
+        self.state = TrainingState(config, self.dataset, world)
+        self._means = RunningMeans(world)
+        self.resumed_from = folder.newest_checkpoint()
+        if self.resumed_from is not None:
+            data = load_checkpoint(self.resumed_from)
+            self.state.load_state_dict(data, source=str(self.resumed_from))
+            self._means.load_state_dict(data.get("stats", {}) if world.size == 1 else {})
+
+    def __len__(self) -> int:
+        return max(-(-(self.config.duration - self.state.nimg) // self.config.batch), 0)
+
+    def __iter__(self) -> Iterator[Iteration | Status | Saved]:
+        with numerics(cudnn_benchmark=self.config.bench):
+            yield from self._events()
+
+    def _events(self) -> Iterator[Iteration | Status | Saved]:
+        config, state = self.config, self.state
+        batches = self._batches()
+        session_start = tick_start = time.monotonic()
+        elapsed_before, tick_nimg, maintenance_sec = state.elapsed_sec, state.nimg, 0.0
+        while state.nimg < config.duration:
+            images, labels = next(batches)
+            learning_rate = state.learning_rate
+            self._means.add("Loss/loss", state.step(images, labels))
+            self._means.add("Loss/learning_rate", torch.tensor(learning_rate))
+            yield Iteration(nimg=state.nimg)
+
+            if self._due(config.status):
+                stats = self._means.collect()  # waits for the device, so that the time below is that of finished work
+                now = time.monotonic()
+                state.elapsed_sec = elapsed_before + now - session_start
+                stats |= self._timing(now - tick_start, state.nimg - tick_nimg, maintenance_sec)
+                yield Status(nimg=state.nimg, stats=stats)
+            maintenance_start = time.monotonic()
+            state.elapsed_sec = elapsed_before + maintenance_start - session_start
+            if self._due(config.snapshot):
+                yield Saved(nimg=state.nimg, paths=self._save_snapshots())
+            if self._due(config.checkpoint):
+                yield Saved(nimg=state.nimg, paths=self._save_checkpoint())
+            if self._due(config.status):
+                tick_start, tick_nimg = time.monotonic(), state.nimg
+                maintenance_sec = tick_start - maintenance_start
+
+    def _due(self, interval: int) -> bool:
+        """Whether the iteration just taken crossed a multiple of `interval` images, or was the last one."""
+        if interval == 0:
+            return False
+        nimg = self.state.nimg
+        return nimg // interval > (nimg - self.config.batch) // interval or nimg >= self.config.duration
+
+    def _batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """This process's share of each batch, on the device, from the run's position on."""
+        world, device = self.world, self.world.device
+        positions = BatchPositions(
+            DataOrder(len(self.dataset), self.config.seed),
+            start=self.state.nimg,
+            batch_size=self.config.batch,
+            rank=world.rank,
+            num_ranks=world.size,
+        )
+        workers = self.config.workers
+        loader = torch.utils.data.DataLoader(
+            self.dataset,
+            batch_sampler=positions,
+            num_workers=workers,
+            pin_memory=device.type == "cuda",
+            multiprocessing_context="spawn" if workers else None,
+            prefetch_factor=2 if workers else None,
+        )
+        for images, labels in loader:
+            yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+    def _timing(self, tick_sec: float, tick_nimg: int, maintenance_sec: float) -> dict[str, float]:
+        """The keys of stats.jsonl about progress, time and memory."""
+        on_cuda = self.world.device.type == "cuda"
+        stats = {
+            "Progress/kimg": self.state.nimg / 1e3,
+            "Timing/total_sec": self.state.elapsed_sec,
+            "Timing/sec_per_tick": tick_sec,
+            "Timing/sec_per_kimg": tick_sec / tick_nimg * 1e3,
+            "Timing/maintenance_sec": maintenance_sec,
+            "Resources/cpu_mem_gb": psutil.Process().memory_info().rss / 2**30,
+            "Resources/peak_gpu_mem_gb": torch.cuda.max_memory_allocated() / 2**30 if on_cuda else 0.0,
+            "Resources/peak_gpu_mem_reserved_gb": torch.cuda.max_memory_reserved() / 2**30 if on_cuda else 0.0,
+            "timestamp": time.time(),
+        }
+        if on_cuda:
+            torch.cuda.reset_peak_memory_stats()
+        return stats
+
+    def _save_snapshots(self) -> list[Path]:
+        """Write one network file for each tracked EMA length and format."""
+        paths = []
+        for (net, suffix), std in zip(self.state.ema.get(), self.config.ema_stds, strict=True):
+            for extension in ("pkl", "safetensors"):
+                if self.config.snapshot_format not in (extension, "both"):
+                    continue
+                path = self.folder.snapshot_path(self.state.nimg, suffix, extension)
+                paths.append(path)
+                if self.world.is_main:
+                    save_snapshot(self._snapshot(net, std), path)
+        return paths
+
+    def _snapshot(self, net: Any, std: float) -> Snapshot:
+        return Snapshot(
+            net=net,
+            encoder=self.state.encoder,
+            dataset_kwargs={"path": self.config.data, "use_labels": self.config.cond, "xflip": self.config.xflip},
+            loss_fn=self.state.loss_fn,
+            nimg=self.state.nimg,
+            ema_std=std,
+            info={"batch": self.config.batch, "seed": self.config.seed},
+        )
+
+    def _save_checkpoint(self) -> list[Path]:
+        path = self.folder.checkpoint_path(self.state.nimg)
+        if self.world.is_main:
+            save_checkpoint(path, self.state.state_dict() | {"stats": self._means.state_dict()})
+        return [path]

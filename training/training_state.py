@@ -1,0 +1,163 @@
+"""Everything about a training run that changes as it trains: how it starts, takes a step, is saved and is restored."""
+
+import contextlib
+from typing import Any
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from dnnlib.errors import ConfigError
+from torch_utils.distributed import World
+from training.config import TrainingConfig
+from training.dataset import ImageFolderDataset
+from training.encoders import Encoder, StabilityVAEEncoder, StandardRGBEncoder
+from training.loss import EDM2Loss
+from training.networks_edm2 import Precond
+from training.phema import PowerFunctionEMA
+from training.schedule import learning_rate_schedule
+from training.snapshot import load_snapshot
+from training.streams import NoiseStream, derive_seed
+
+# Purposes of the run's streams of random numbers.
+_SIGMA, _NOISE, _ENCODER, _DROPOUT = range(4)
+
+_LATENT_CHANNELS = 8  # of a data set of raw VAE latents: mean and standard deviation of 4 channels each
+
+
+class TrainingState:
+    """The network, its optimizer and averages, and the number of images they have seen.
+
+    `nimg` counts images over all processes; `elapsed_sec` is the time spent in all sessions of the run so far.
+    """
+
+    def __init__(self, config: TrainingConfig, dataset: ImageFolderDataset, world: World) -> None:
+        self.config = config
+        self.world = world
+        self.nimg = 0
+        self.elapsed_sec = 0.0
+        self.encoder = make_encoder(dataset)
+        self.encoder.init(world.device)
+        self.net = make_network(config, dataset).train().requires_grad_(True).to(world.device)
+        if config.init is not None:
+            copy_weights(config.init, self.net, partial=config.init_partial)
+        self.loss_fn = EDM2Loss(P_mean=config.P_mean, P_std=config.P_std, sigma_data=self.net.sigma_data)
+        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=config.lr, betas=(0.9, 0.99))
+        self.ema = PowerFunctionEMA(self.net, stds=list(config.ema_stds))
+        self._noise = NoiseStream(config.seed, world.device)
+        self._replica: torch.nn.Module = self.net
+        if world.size > 1:
+            device_ids = [world.device.index] if world.device.type == "cuda" else None
+            self._replica = DistributedDataParallel(self.net, device_ids=device_ids, broadcast_buffers=False)
+
+    @property
+    def learning_rate(self) -> float:
+        """The optimizer's learning rate for the next iteration."""
+        c = self.config
+        return learning_rate_schedule(self.nimg, c.batch, ref_lr=c.lr, ref_batches=c.decay, rampup_Mimg=c.rampup)
+
+    def step(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """One iteration on this process's share of a batch; the loss per element [N, C, H, W], detached.
+
+        `images` [N, C, H, W] as the data set holds them, `labels` [N, L] float32, both on the run's device.
+        """
+        loss = self.accumulate_gradients(images, labels)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate
+        for param in self.net.parameters():
+            if param.grad is not None:
+                torch.nan_to_num(param.grad, nan=0, posinf=0, neginf=0, out=param.grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.nimg += self.config.batch
+        self.ema.update(cur_nimg=self.nimg, batch_size=self.config.batch)
+        return loss
+
+    def accumulate_gradients(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Forward and backward for one iteration, in as many rounds as --batch-gpu asks for; returns as `step`.
+
+        The noise of the whole share is drawn before it is split, so that the rounds do not change it.
+        """
+        share, num_rounds = self.config.share_of(self.world.size)
+        assert len(images) == share
+        start = self.nimg + self.world.rank * share
+        eps = None
+        if isinstance(self.encoder, StabilityVAEEncoder):
+            eps = self._noise.normal(start, share, (images.shape[1] // 2, *images.shape[2:]), _ENCODER)
+        latents = self.encoder.encode_latents(images, eps=eps)
+        rnd_normal = self._noise.normal(start, share, (1, 1, 1), _SIGMA)
+        unit_noise = self._noise.normal(start, share, tuple(latents.shape[1:]), _NOISE)
+        if self.config.network.dropout:
+            torch.manual_seed(derive_seed(self.config.seed, _DROPOUT, self.nimg, self.world.rank))
+
+        losses = []
+        rounds = (t.chunk(num_rounds) for t in (latents, labels, rnd_normal, unit_noise))
+        for index, (x, y, n, e) in enumerate(zip(*rounds, strict=True)):
+            with self._gradients_later(index < num_rounds - 1):
+                loss = self.loss_fn(self._replica, x, y, rnd_normal=n, unit_noise=e)
+                (loss.sum() * (self.config.ls / share)).backward()
+            losses.append(loss.detach())
+        return torch.cat(losses)
+
+    def _gradients_later(self, later: bool) -> contextlib.AbstractContextManager[Any]:
+        """Where `later`, leave the exchange of gradients between processes to a following round."""
+        if later and isinstance(self._replica, DistributedDataParallel):
+            return self._replica.no_sync()
+        return contextlib.nullcontext()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds. There is no random state in it: see training/streams.py."""
+        return {
+            "state": {"cur_nimg": self.nimg, "total_elapsed_time": self.elapsed_sec},
+            "net": self.net.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "ema": self.ema.state_dict(),
+        }
+
+    def load_state_dict(self, data: dict[str, Any], source: str) -> None:
+        """Continue from what `state_dict` gave. Raises ConfigError, naming `source`, where it does not fit."""
+        try:
+            self.net.load_state_dict(data["net"])
+            self.optimizer.load_state_dict(data["optimizer"])
+            self.ema.load_state_dict(data["ema"])
+            self.nimg = int(data["state"]["cur_nimg"])
+            self.elapsed_sec = float(data["state"]["total_elapsed_time"])
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise ConfigError(f"{source} does not belong to this run's network: {error}") from None
+
+
+def make_encoder(dataset: ImageFolderDataset) -> Encoder:
+    """The encoder that the data set calls for: pixels of any channel count, or 8 channels of raw VAE latents."""
+    return StabilityVAEEncoder() if dataset.num_channels == _LATENT_CHANNELS else StandardRGBEncoder()
+
+
+def make_network(config: TrainingConfig, dataset: ImageFolderDataset) -> Precond:
+    """A network for the data set, initialized from the run's seed, on the CPU."""
+    channels = dataset.num_channels // 2 if dataset.num_channels == _LATENT_CHANNELS else dataset.num_channels
+    label_dim = dataset.label_dim if config.cond else 0
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        try:
+            return Precond(dataset.resolution, channels, label_dim, **config.network.arguments())
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+
+
+def copy_weights(source: str, net: Precond, *, partial: bool) -> list[str]:
+    """Start `net` from the weights of the snapshot `source`; the names of the tensors that were left as they are.
+
+    Tensors that are missing there or differ in shape raise ConfigError, unless `partial` allows them to stay fresh.
+    """
+    theirs = load_snapshot(source).net.state_dict()
+    ours = net.state_dict()
+    misfits = [name for name, value in ours.items() if name not in theirs or theirs[name].shape != value.shape]
+    if misfits and not partial:
+        listed = ", ".join(f"{n} {_shape(ours[n])} here, {_shape(theirs.get(n))} there" for n in misfits)
+        raise ConfigError(f"--init={source} does not fit this network: {listed}; --init-partial leaves these fresh")
+    if len(misfits) == len(ours):
+        raise ConfigError(f"--init={source} has no tensor that fits this network")
+    net.load_state_dict({name: theirs[name].to(value) for name, value in ours.items() if name not in misfits}, strict=False)
+    return misfits
+
+
+def _shape(tensor: torch.Tensor | None) -> str:
+    return "none" if tensor is None else "x".join(map(str, tensor.shape)) or "scalar"
