@@ -1,0 +1,104 @@
+"""The preset tables against the figures of the papers."""
+
+import math
+
+import pytest
+
+from dnnlib.errors import ConfigError
+from training.presets import (
+    GENERATION,
+    MODEL_ROOT,
+    REPOSITORY_DIR,
+    TRAINING,
+    generation_preset,
+    locate,
+    training_preset,
+)
+
+PUBLISHED = {name: row for name, row in GENERATION.items() if name.startswith("edm2-")}
+
+
+def test_the_names_are_those_of_the_published_readme():
+    families = [
+        (["xs", "s", "m", "l", "xl", "xxl"], "edm2-img512-{}-{}", ["fid", "dino"]),
+        (["s", "m", "l", "xl"], "edm2-img64-{}-{}", ["fid"]),
+        (["xs", "s", "m", "l", "xl", "xxl"], "edm2-img512-{}-guid-{}", ["fid", "dino"]),
+        (["s", "xxl"], "edm2-img512-{}-autog-{}", ["fid", "dino"]),
+        (["s-uncond"], "edm2-img512-{}-autog-{}", ["fid", "dino"]),
+        (["s"], "edm2-img64-{}-autog-{}", ["fid", "dino"]),
+    ]
+    names = {form.format(size, goal) for sizes, form, goals in families for size in sizes for goal in goals}
+    assert set(PUBLISHED) == names
+
+
+def test_a_guided_row_is_what_the_published_readme_spells_out():
+    row = generation_preset("edm2-img512-xxl-guid-dino")
+    assert row.net == MODEL_ROOT + "edm2-img512-xxl-0939524-0.015.pkl"
+    assert row.gnet == MODEL_ROOT + "edm2-img512-xs-uncond-2147483-0.015.pkl"
+    assert (row.guidance, row.metric, row.score) == (1.7, "fd_dinov2", 33.09)
+
+
+def test_the_rows_are_the_papers_figures():
+    # Sums over the columns, so that a slip of a digit anywhere shows.
+    fid = [row for row in PUBLISHED.values() if row.metric == "fid"]
+    dino = [row for row in PUBLISHED.values() if row.metric == "fd_dinov2"]
+    assert (len(fid), len(dino)) == (20, 16)
+    assert math.fsum(row.score or 0 for row in fid) == pytest.approx(40.09)
+    assert math.fsum(row.score or 0 for row in dino) == pytest.approx(835.81)
+    assert math.fsum(row.guidance for row in PUBLISHED.values() if row.gnet) == pytest.approx(36.85)
+    stds = [float(url[-9:-4]) for row in PUBLISHED.values() for url in (row.net, row.gnet) if url]
+    kimgs = [int(url[-17:-10]) for row in PUBLISHED.values() for url in (row.net, row.gnet) if url]
+    assert len(stds) == len(kimgs) == 56
+    assert math.fsum(stds) == pytest.approx(4.66)
+    assert sum(kimgs) == 87107275
+
+
+def test_a_row_has_a_guide_exactly_where_it_has_guidance():
+    for row in GENERATION.values():
+        assert (row.gnet is None) == (row.guidance == 1)
+
+
+def test_shipped_files_lie_in_the_repository_and_urls_stay():
+    assert locate("models/net.safetensors") == str(REPOSITORY_DIR / "models" / "net.safetensors")
+    assert (REPOSITORY_DIR / "training" / "presets.py").is_file()
+    assert locate("https://example.com/net.pkl") == "https://example.com/net.pkl"
+    for row in GENERATION.values():
+        for place in (row.net, row.gnet):
+            assert place is None or place.startswith("https://") or (REPOSITORY_DIR / place).is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("edm2-img512-xxs", (2048 * 2**20, 64, 0.0170, 70000, 0, -0.4, 1.0)),
+        ("edm2-img512-xs", (2048 * 2**20, 128, 0.0120, 70000, 0, -0.4, 1.0)),
+        ("edm2-img512-s", (2048 * 2**20, 192, 0.0100, 70000, 0, -0.4, 1.0)),
+        ("edm2-img512-m", (2048 * 2**20, 256, 0.0090, 70000, 0.10, -0.4, 1.0)),
+        ("edm2-img512-l", (1792 * 2**20, 320, 0.0080, 70000, 0.10, -0.4, 1.0)),
+        ("edm2-img512-xl", (1280 * 2**20, 384, 0.0070, 70000, 0.10, -0.4, 1.0)),
+        ("edm2-img512-xxl", (896 * 2**20, 448, 0.0065, 70000, 0.10, -0.4, 1.0)),
+        ("edm2-img64-xs", (1024 * 2**20, 128, 0.0120, 35000, 0, -0.8, 1.6)),
+        ("edm2-img64-s", (1024 * 2**20, 192, 0.0100, 35000, 0, -0.8, 1.6)),
+        ("edm2-img64-m", (2048 * 2**20, 256, 0.0090, 35000, 0.10, -0.8, 1.6)),
+        ("edm2-img64-l", (1024 * 2**20, 320, 0.0080, 35000, 0.10, -0.8, 1.6)),
+        ("edm2-img64-xl", (640 * 2**20, 384, 0.0070, 35000, 0.10, -0.8, 1.6)),
+    ],
+)
+def test_training_rows_are_the_papers(name: str, expected: tuple[float, ...]):
+    row = training_preset(name)
+    net = row.network
+    assert (row.duration, net.channels, row.lr, row.decay, net.dropout, row.P_mean, row.P_std) == expected
+    assert (row.batch, row.rampup, row.ema_stds) == (2048, 10, (0.050, 0.100))
+    assert (net.channel_mult, net.num_blocks, net.attn_resolutions) == ((1, 2, 3, 4), 3, (16, 8))
+
+
+def test_there_are_no_other_training_rows_of_that_name():
+    assert sum(name.startswith("edm2-") for name in TRAINING) == 12
+
+
+@pytest.mark.parametrize("look_up", [generation_preset, training_preset])
+def test_a_name_that_is_no_preset_brings_those_that_resemble_it(look_up):
+    with pytest.raises(ConfigError, match=r"'edm2-img512-sx.*' is no .* preset; .*edm2-img512-xs"):
+        look_up("edm2-img512-sx" + ("-fid" if look_up is generation_preset else ""))
+    with pytest.raises(ConfigError, match="such as"):
+        look_up("?")

@@ -1,0 +1,145 @@
+"""Named settings: what the published networks were trained with, and which of them to sample from and how.
+
+Sources: Tables 2, 3 and 5 of arXiv 2312.02696 and Table 1 of arXiv 2406.02507. The published network files are
+licensed for non-commercial use (CC BY-NC-SA 4.0), whatever the licence of this code.
+"""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from dnnlib.download import is_url
+from dnnlib.errors import ConfigError
+from training.config import NetworkConfig, TrainingConfig
+
+MODEL_ROOT = "https://nvlabs-fi-cdn.nvidia.com/edm2/posthoc-reconstructions/"
+
+# Relative network paths of presets start here.
+REPOSITORY_DIR = Path(__file__).parents[1]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationPreset:
+    """Which networks to sample from, and the score that this gives."""
+
+    net: str  # http(s) URL, or path of a shipped file relative to the repository
+    gnet: str | None = None  # the guide, likewise
+    guidance: float = 1.0  # 1 = no guide
+    metric: str | None = None  # fid or fd_dinov2, of 50,000 images
+    score: float | None = None  # published value of that metric
+
+
+# Preset, network, guide, guidance, published score; networks are named {model}-{kimg}-{std}.
+_PUBLISHED: tuple[tuple[str, str, str | None, float, float], ...] = (
+    ("edm2-img512-xs-fid", "img512-xs-2147483-0.135", None, 1, 3.53),
+    ("edm2-img512-xs-dino", "img512-xs-2147483-0.200", None, 1, 103.39),
+    ("edm2-img512-s-fid", "img512-s-2147483-0.130", None, 1, 2.56),
+    ("edm2-img512-s-dino", "img512-s-2147483-0.190", None, 1, 68.64),
+    ("edm2-img512-m-fid", "img512-m-2147483-0.100", None, 1, 2.25),
+    ("edm2-img512-m-dino", "img512-m-2147483-0.155", None, 1, 58.44),
+    ("edm2-img512-l-fid", "img512-l-1879048-0.085", None, 1, 2.06),
+    ("edm2-img512-l-dino", "img512-l-1879048-0.155", None, 1, 52.25),
+    ("edm2-img512-xl-fid", "img512-xl-1342177-0.085", None, 1, 1.96),
+    ("edm2-img512-xl-dino", "img512-xl-1342177-0.155", None, 1, 45.96),
+    ("edm2-img512-xxl-fid", "img512-xxl-0939524-0.070", None, 1, 1.91),
+    ("edm2-img512-xxl-dino", "img512-xxl-0939524-0.150", None, 1, 42.84),
+    ("edm2-img64-s-fid", "img64-s-1073741-0.075", None, 1, 1.58),
+    ("edm2-img64-m-fid", "img64-m-2147483-0.060", None, 1, 1.43),
+    ("edm2-img64-l-fid", "img64-l-1073741-0.040", None, 1, 1.33),
+    ("edm2-img64-xl-fid", "img64-xl-0671088-0.040", None, 1, 1.33),
+    ("edm2-img512-xs-guid-fid", "img512-xs-2147483-0.045", "img512-xs-uncond-2147483-0.045", 1.40, 2.91),
+    ("edm2-img512-xs-guid-dino", "img512-xs-2147483-0.150", "img512-xs-uncond-2147483-0.150", 1.70, 79.94),
+    ("edm2-img512-s-guid-fid", "img512-s-2147483-0.025", "img512-xs-uncond-2147483-0.025", 1.40, 2.23),
+    ("edm2-img512-s-guid-dino", "img512-s-2147483-0.085", "img512-xs-uncond-2147483-0.085", 1.90, 52.32),
+    ("edm2-img512-m-guid-fid", "img512-m-2147483-0.030", "img512-xs-uncond-2147483-0.030", 1.20, 2.01),
+    ("edm2-img512-m-guid-dino", "img512-m-2147483-0.015", "img512-xs-uncond-2147483-0.015", 2.00, 41.98),
+    ("edm2-img512-l-guid-fid", "img512-l-1879048-0.015", "img512-xs-uncond-2147483-0.015", 1.20, 1.88),
+    ("edm2-img512-l-guid-dino", "img512-l-1879048-0.035", "img512-xs-uncond-2147483-0.035", 1.70, 38.20),
+    ("edm2-img512-xl-guid-fid", "img512-xl-1342177-0.020", "img512-xs-uncond-2147483-0.020", 1.20, 1.85),
+    ("edm2-img512-xl-guid-dino", "img512-xl-1342177-0.030", "img512-xs-uncond-2147483-0.030", 1.70, 35.67),
+    ("edm2-img512-xxl-guid-fid", "img512-xxl-0939524-0.015", "img512-xs-uncond-2147483-0.015", 1.20, 1.81),
+    ("edm2-img512-xxl-guid-dino", "img512-xxl-0939524-0.015", "img512-xs-uncond-2147483-0.015", 1.70, 33.09),
+    ("edm2-img512-s-autog-fid", "img512-s-2147483-0.070", "img512-xs-0134217-0.125", 2.10, 1.34),
+    ("edm2-img512-s-autog-dino", "img512-s-2147483-0.120", "img512-xs-0134217-0.165", 2.45, 36.67),
+    ("edm2-img512-xxl-autog-fid", "img512-xxl-0939524-0.075", "img512-m-0268435-0.155", 2.05, 1.25),
+    ("edm2-img512-xxl-autog-dino", "img512-xxl-0939524-0.130", "img512-m-0268435-0.205", 2.30, 24.18),
+    ("edm2-img512-s-uncond-autog-fid", "img512-s-uncond-2147483-0.070", "img512-xs-uncond-0134217-0.110", 2.85, 3.86),
+    ("edm2-img512-s-uncond-autog-dino", "img512-s-uncond-2147483-0.090", "img512-xs-uncond-0134217-0.125", 2.90, 90.39),
+    ("edm2-img64-s-autog-fid", "img64-s-1073741-0.045", "img64-xs-0134217-0.110", 1.70, 1.01),
+    ("edm2-img64-s-autog-dino", "img64-s-1073741-0.105", "img64-xs-0134217-0.175", 2.20, 31.85),
+)
+
+
+def _hosted(name: str) -> str:
+    return f"{MODEL_ROOT}edm2-{name}.pkl"
+
+
+def _published(preset: str, net: str, gnet: str | None, guidance: float, score: float) -> GenerationPreset:
+    # What a published preset was tuned for is the last part of its name.
+    return GenerationPreset(
+        net=_hosted(net),
+        gnet=None if gnet is None else _hosted(gnet),
+        guidance=guidance,
+        metric={"fid": "fid", "dino": "fd_dinov2"}[preset.rpartition("-")[2]],
+        score=score,
+    )
+
+
+GENERATION: Mapping[str, GenerationPreset] = {
+    **{row[0]: _published(*row) for row in _PUBLISHED},
+}
+
+
+def _img512(*, duration_Mi: int, channels: int, lr: float, dropout: float = 0.0) -> TrainingConfig:
+    network = NetworkConfig(channels=channels, dropout=dropout)
+    return TrainingConfig(data="", network=network, duration=duration_Mi << 20, lr=lr)
+
+
+def _img64(*, duration_Mi: int, channels: int, lr: float, dropout: float = 0.0) -> TrainingConfig:
+    network = NetworkConfig(channels=channels, dropout=dropout)
+    return TrainingConfig(
+        data="", network=network, duration=duration_Mi << 20, lr=lr, decay=35e3, P_mean=-0.8, P_std=1.6
+    )
+
+
+# The data set (`data`) is the caller's to fill in where a row leaves it empty.
+TRAINING: Mapping[str, TrainingConfig] = {
+    "edm2-img512-xxs": _img512(duration_Mi=2048, channels=64, lr=0.0170),
+    "edm2-img512-xs": _img512(duration_Mi=2048, channels=128, lr=0.0120),
+    "edm2-img512-s": _img512(duration_Mi=2048, channels=192, lr=0.0100),
+    "edm2-img512-m": _img512(duration_Mi=2048, channels=256, lr=0.0090, dropout=0.10),
+    "edm2-img512-l": _img512(duration_Mi=1792, channels=320, lr=0.0080, dropout=0.10),
+    "edm2-img512-xl": _img512(duration_Mi=1280, channels=384, lr=0.0070, dropout=0.10),
+    "edm2-img512-xxl": _img512(duration_Mi=896, channels=448, lr=0.0065, dropout=0.10),
+    "edm2-img64-xs": _img64(duration_Mi=1024, channels=128, lr=0.0120),
+    "edm2-img64-s": _img64(duration_Mi=1024, channels=192, lr=0.0100),
+    "edm2-img64-m": _img64(duration_Mi=2048, channels=256, lr=0.0090, dropout=0.10),
+    "edm2-img64-l": _img64(duration_Mi=1024, channels=320, lr=0.0080, dropout=0.10),
+    "edm2-img64-xl": _img64(duration_Mi=640, channels=384, lr=0.0070, dropout=0.10),
+}
+
+
+def generation_preset(name: str) -> GenerationPreset:
+    """The row called `name`. Raises ConfigError for another name, with those that resemble it."""
+    return _look_up(GENERATION, name, "generation")
+
+
+def training_preset(name: str) -> TrainingConfig:
+    """The row called `name`. Raises ConfigError for another name, with those that resemble it."""
+    return _look_up(TRAINING, name, "training")
+
+
+def locate(network: str) -> str:
+    """Where the network file of a row is: URLs and absolute paths as they are, others in the repository."""
+    return network if is_url(network) else str(REPOSITORY_DIR / network)
+
+
+def _look_up(table: Mapping[str, T], name: str, kind: str) -> T:
+    if name in table:
+        return table[name]
+    similar = difflib.get_close_matches(name, table, n=3, cutoff=0.5) or list(table)[:3]
+    raise ConfigError(f"'{name}' is no {kind} preset; there are {len(table)}, such as {', '.join(similar)}")
