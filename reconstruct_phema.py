@@ -1,0 +1,136 @@
+"""Reconstruct networks with any EMA length from the snapshots of a training run (post-hoc EMA).
+
+Equal to the published script in options and results; `--help` lists them.
+"""
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import click
+import tqdm
+
+from dnnlib.cli import STD_LIST, main
+from dnnlib.errors import ConfigError
+from dnnlib.parse import parse_std_list
+from training import posthoc
+from training.posthoc import Reconstruction, list_input_pickles
+from training.snapshot import nimg_from_kimg
+
+__all__ = ["list_input_pickles", "parse_std_list", "reconstruct_phema"]
+
+# Parameters in float16 are rounded by up to 2**-11 of their size. Coefficients that multiply the rounding errors of
+# the inputs to more than a few percent leave a network that looks no better for a good fit.
+_MAX_GAIN = 100
+
+
+def reconstruct_phema(
+    in_pkls: Iterable[Any],
+    out_std: float | Iterable[float],
+    out_nimg: int | None = None,
+    out_dir: str | os.PathLike[str] | None = None,
+    out_prefix: str = "phema",
+    skip_existing: bool = False,
+    max_batch_size: int = 8,
+    verbose: bool = True,
+    out_format: str = "pkl",
+) -> Reconstruction:
+    """`training.posthoc.reconstruct_phema`; `verbose` prints what is going to be done."""
+    work = posthoc.reconstruct_phema(
+        in_pkls, out_std, out_nimg, out_dir, out_prefix, skip_existing, max_batch_size, out_format
+    )
+    if verbose:
+        for path in work.skipped:
+            print(f"{path} exists, skipped")
+        kimg = work.out_nimg // 1000
+        print(f"Reconstructing {len(work.out_stds)} EMA profiles at {kimg} kimg from {len(work.inputs)} snapshots")
+    return work
+
+
+@click.command()
+@click.option("--indir", metavar="DIR", required=True, help="Folder with the snapshots of a training run")
+@click.option("--inprefix", metavar="STR", help="Take only inputs named {this}-{kimg}-{std}")
+@click.option("--instd", metavar="LIST", type=STD_LIST, help="Take only inputs with these EMA lengths")
+@click.option("--outdir", metavar="DIR", required=True, help="Where to save the reconstructed networks")
+@click.option(
+    "--outkimg", metavar="KIMG", type=click.IntRange(min=1), help="Training time of the outputs [default: newest input]"
+)
+@click.option(
+    "--outstd",
+    metavar="LIST",
+    type=STD_LIST,
+    required=True,
+    help="EMA lengths of the outputs: 0.100 or 0.01,0.02,...,0.25",
+)
+@click.option("--outprefix", metavar="STR", default="phema", show_default=True, help="Start of the output file names")
+@click.option("--skip", is_flag=True, help="Leave outputs alone that exist already")
+@click.option(
+    "--batch",
+    metavar="INT",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    help="Outputs to build at a time; each batch reads all inputs once",
+)
+@click.option(
+    "--format",
+    "out_format",
+    type=click.Choice(["pkl", "safetensors", "both"]),
+    default="pkl",
+    show_default=True,
+    help="File format of the outputs",
+)
+def cmdline(
+    indir: str,
+    inprefix: str | None,
+    instd: list[float] | None,
+    outdir: str,
+    outkimg: int | None,
+    outstd: list[float],
+    outprefix: str,
+    skip: bool,
+    batch: int,
+    out_format: str,
+) -> None:
+    """Reconstruct networks with any EMA length from the snapshots of a training run.
+
+    The snapshots are files {prefix}-{kimg}-{std}.pkl or .safetensors, of at least one EMA length; two lengths and a
+    few times give good reconstructions. Each output is printed with its fit: the relative L2 error of the achieved
+    averaging profile, 0 being perfect.
+
+    Examples:
+
+    \b
+    # One new EMA profile, std = 0.150
+    python reconstruct_phema.py --indir=raw-snapshots/edm2-img512-xs \\
+        --outdir=out --outstd=0.150
+
+    \b
+    # A set of 31 profiles, streaming over the inputs 4 times
+    python reconstruct_phema.py --indir=raw-snapshots/edm2-img512-xs \\
+        --outdir=out --outstd=0.010,0.015,...,0.250 --batch=8
+
+    \b
+    # In the middle of training, from the snapshots of one tracked length
+    python reconstruct_phema.py --indir=raw-snapshots/edm2-img512-xs \\
+        --instd=0.050 --outkimg=1048576 --outdir=out --outstd=0.100
+    """
+    inputs = list_input_pickles(indir, in_prefix=inprefix, in_std=instd)
+    if not inputs:
+        wanted = f" with prefix '{inprefix}'" if inprefix is not None else ""
+        wanted += f" with EMA length {', '.join(f'{std:.3f}' for std in instd)}" if instd is not None else ""
+        raise ConfigError(f"no snapshots {{prefix}}-{{kimg}}-{{std}}.pkl or .safetensors{wanted} in {indir}")
+    nimg = nimg_from_kimg(outkimg) if outkimg is not None else None
+    work = reconstruct_phema(
+        inputs, outstd, nimg, outdir, outprefix, skip_existing=skip, max_batch_size=batch, out_format=out_format
+    )
+    with tqdm.tqdm(total=len(work), unit="file", desc="Reading", dynamic_ncols=True, disable=not len(work)) as progress:
+        for step in work:
+            progress.update()
+            for output in step.outputs:
+                note = f", amplifies rounding errors {output.gain:.0f} times" if output.gain > _MAX_GAIN else ""
+                progress.write(f"{', '.join(str(path) for path in output.paths)}: fit {output.fit:.2e}{note}")
+
+
+if __name__ == "__main__":
+    main(cmdline)
