@@ -1,0 +1,164 @@
+"""What lies between stored images and what the network sees.
+
+Raw pixels [N, C, H, W] --encode_pixels--> raw latents --encode_latents--> final latents --decode--> raw pixels
+
+A data set stores raw pixels or raw latents. Final latents have zero mean and a standard deviation of about sigma_data.
+
+Snapshots carry the text of this file, and the published code base executes it to read them. Therefore it imports
+nothing but the standard library, NumPy, torch and torch_utils.persistence at its top.
+"""
+
+from __future__ import annotations  # the published code base supports Python 3.9
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from torch_utils import persistence
+
+
+class Encoder:
+    """Between pixels and latents. This class is the interface, with raw pixels being the raw latents."""
+
+    def init(self, device: torch.device | str) -> None:
+        """Load now what `encode_pixels` and `decode` would load when first called."""
+
+    def encode(self, x: torch.Tensor, eps: torch.Tensor | None = None) -> torch.Tensor:
+        """Raw pixels to final latents."""
+        return self.encode_latents(self.encode_pixels(x), eps)
+
+    def encode_pixels(self, x: torch.Tensor) -> torch.Tensor:
+        """Raw pixels to raw latents."""
+        return x
+
+    def encode_latents(self, x: torch.Tensor, eps: torch.Tensor | None = None) -> torch.Tensor:
+        """Raw latents to final latents, float32.
+
+        Where that is random, `eps` is the standard normal draw, of the result's shape; None draws it here.
+        """
+        raise NotImplementedError
+
+    def decode(self, x: torch.Tensor) -> torch.Tensor:
+        """Final latents to raw pixels, uint8."""
+        raise NotImplementedError
+
+
+@persistence.persistent_class
+class StandardRGBEncoder(Encoder):
+    """Pixels 0..255 of any number of channels to and from -1..1."""
+
+    def encode_latents(self, x: torch.Tensor, eps: torch.Tensor | None = None) -> torch.Tensor:
+        """uint8 0..255 to float32 -1..1; `eps` plays no part."""
+        return x.to(torch.float32) / 127.5 - 1
+
+    def decode(self, x: torch.Tensor) -> torch.Tensor:
+        """-1..1 to uint8 0..255."""
+        # 128 and a cut, where 127.5 and rounding would differ only for ties.
+        return (x.to(torch.float32) * 127.5 + 128).clip(0, 255).to(torch.uint8)
+
+
+@persistence.persistent_class
+class StabilityVAEEncoder(Encoder):
+    """Latents of a pre-trained VAE of the diffusers library.
+
+    Raw latents [N, 2C, H/8, W/8] are the VAE's mean and standard deviation for each pixel, one after the other. Final
+    latents [N, C, H/8, W/8] are a sample from that distribution, scaled channel by channel. The VAE is loaded when
+    pixels are first involved, and never stored: only its name is.
+
+    vae_name:              name on the Hugging Face hub, or a local folder in the diffusers layout.
+    raw_mean, raw_std:     statistics of the raw latents' samples, per channel.
+    final_mean, final_std: what the final latents shall have, for all channels or per channel.
+    batch_size:            images that go through the VAE at once.
+    """
+
+    def __init__(
+        self,
+        vae_name: str = "stabilityai/sd-vae-ft-mse",
+        raw_mean: Sequence[float] = (5.81, 3.25, 0.12, -2.15),
+        raw_std: Sequence[float] = (4.17, 4.62, 3.71, 3.28),
+        final_mean: float | Sequence[float] = 0,
+        final_std: float | Sequence[float] = 0.5,
+        batch_size: int = 8,
+    ) -> None:
+        if len(raw_mean) != len(raw_std):
+            raise ValueError(f"raw_mean has {len(raw_mean)} channels and raw_std {len(raw_std)}; give one of each")
+        scale = np.asarray(final_std, dtype=np.float32) / np.asarray(raw_std, dtype=np.float32)
+        bias = np.asarray(final_mean, dtype=np.float32) - np.asarray(raw_mean, dtype=np.float32) * scale
+        self.vae_name = vae_name
+        # Plain numbers, since pickled arrays name modules that differ between NumPy 1 and 2.
+        self.scale: list[float] = scale.tolist()
+        self.bias: list[float] = bias.tolist()
+        self.batch_size = int(batch_size)
+        self._vae: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The state without the VAE's weights."""
+        return {**self.__dict__, "_vae": None}
+
+    def init(self, device: torch.device | str) -> None:
+        """Load the VAE, from the hub's cache if it is there. Raises ConfigError where that is impossible."""
+        if self._vae is None:
+            self._vae = _load_vae(self.vae_name).eval().requires_grad_(False)
+        self._vae.to(device)
+
+    def encode_pixels(self, x: torch.Tensor) -> torch.Tensor:
+        """uint8 [N, 3, H, W] to raw latents, float32."""
+
+        def run(part: torch.Tensor) -> torch.Tensor:
+            # 0..1, not the VAE's own -1..1: the published networks and their statistics depend on it.
+            distribution = self._vae.encode(part.to(torch.float32) / 255)["latent_dist"]
+            return torch.cat([distribution.mean, distribution.std], dim=1)
+
+        return self._in_batches(run, x)
+
+    def encode_latents(self, x: torch.Tensor, eps: torch.Tensor | None = None) -> torch.Tensor:
+        """A scaled sample from the distributions that the raw latents describe."""
+        if x.shape[1] != 2 * len(self.scale):
+            raise _user_error(
+                f"raw latents have {x.shape[1]} channels, but the encoder expects {2 * len(self.scale)}: mean and "
+                f"standard deviation of {len(self.scale)} channels"
+            )
+        mean, std = x.to(torch.float32).chunk(2, dim=1)
+        if eps is None:
+            eps = torch.randn_like(mean)
+        if eps.shape != mean.shape:
+            raise ValueError(f"eps has shape {list(eps.shape)}; it must be {list(mean.shape)}")
+        return (mean + eps * std) * self._per_channel(self.scale, x) + self._per_channel(self.bias, x)
+
+    def decode(self, x: torch.Tensor) -> torch.Tensor:
+        """Final latents to uint8 [N, 3, H, W]."""
+        x = (x.to(torch.float32) - self._per_channel(self.bias, x)) / self._per_channel(self.scale, x)
+        pixels = self._in_batches(lambda part: self._vae.decode(part)["sample"], x)
+        return (pixels.clamp(0, 1) * 255).to(torch.uint8)
+
+    def _in_batches(self, run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        self.init(x.device)
+        return torch.cat([run(part) for part in x.split(self.batch_size)])
+
+    @staticmethod
+    def _per_channel(values: list[float], x: torch.Tensor) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=x.device).reshape(1, -1, 1, 1)
+
+
+def _load_vae(name: str) -> Any:
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError:
+        raise _user_error(
+            f'VAE {name!r} needs the diffusers library, which is not installed; try: pip install "edm2[vae]"'
+        ) from None
+    try:
+        return AutoencoderKL.from_pretrained(name)
+    except (OSError, ValueError) as error:  # not found, no network, foreign or damaged files
+        reason = " ".join(str(error).split())
+        raise _user_error(f"VAE {name!r} cannot be loaded as a hub name or a local folder: {reason}") from None
+
+
+def _user_error(message: str) -> ValueError:
+    try:
+        from dnnlib.errors import ConfigError
+    except ImportError:  # in the published code base, where this text runs out of a snapshot
+        return ValueError(message)
+    return ConfigError(message)
