@@ -30,8 +30,14 @@ def is_url(source: str | os.PathLike[str]) -> bool:
     return re.match(r"https?://", str(source), re.IGNORECASE) is not None
 
 
-def open_url(url: str, cache_dir: str | None = None, num_attempts: int = 10, verbose: bool = True,
-             return_filename: bool = False, cache: bool = True) -> Any:
+def open_url(
+    url: str,
+    cache_dir: str | None = None,
+    num_attempts: int = 10,
+    verbose: bool = True,
+    return_filename: bool = False,
+    cache: bool = True,
+) -> Any:
     """Open an http(s) URL or a local path for reading bytes; downloads are kept in the cache and reused.
 
     `return_filename` gives the local file's path (a str) in place of an open file. `cache=False` reads the whole file
@@ -58,8 +64,10 @@ def open_url(url: str, cache_dir: str | None = None, num_attempts: int = 10, ver
             with atomic_path(path) as temp, open(temp, "wb") as file:
                 _download(url, file, num_attempts, advice)
         except OSError as error:
-            raise ConfigError(f"cannot write to the download cache {path.parent}: {error.strerror or error};"
-                              " set DNNLIB_CACHE_DIR to a folder that can be written") from None
+            raise ConfigError(
+                f"cannot write to the download cache {path.parent}: {error.strerror or error};"
+                " set DNNLIB_CACHE_DIR to a folder that can be written"
+            ) from None
     return str(path) if return_filename else open(path, "rb")
 
 
@@ -115,16 +123,23 @@ def _get(requests: Any, url: str) -> Any:
 def _copy_body(response: Any, file: IO[bytes]) -> str:
     """Copy the body; what is wrong with it, or an empty string."""
     announced = response.headers.get("Content-Length")
+    chunks = response.iter_content(_CHUNK_BYTES)
     num_bytes = 0
-    for chunk in response.iter_content(_CHUNK_BYTES):
+    complete = True
+    while True:
+        try:
+            chunk = next(chunks, b"")
+        except OSError:  # all of requests' errors; those of writing are not meant
+            complete = False
+            break
+        if not chunk:
+            break
         file.write(chunk)
         num_bytes += len(chunk)
     file.flush()
-    if announced is not None and announced.isdigit() and int(announced) != num_bytes:
-        return f"the download broke off after {num_bytes} of {announced} bytes"
-    if num_bytes == 0:
-        return "the file is empty"
-    return ""
+    if not complete or (announced is not None and announced.isdigit() and int(announced) != num_bytes):
+        return f"the download broke off after {num_bytes} of {announced or 'an unknown number of'} bytes"
+    return "" if num_bytes else "the file is empty"
 
 
 def _reason(error: Exception) -> str:
