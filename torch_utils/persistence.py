@@ -62,15 +62,19 @@ def _reconstruct_persistent_obj(meta: dict[str, Any]) -> Any:
     where the embedded source is not that of a decorated class of this process.
     """
     if meta.get("type") != "class" or meta.get("version") != VERSION:
-        raise ConfigError(f"a stored object has type {meta.get('type')!r}, version {meta.get('version')!r};"
-                          f" this version reads type 'class', version {VERSION}")
+        raise ConfigError(
+            f"a stored object has type {meta.get('type')!r}, version {meta.get('version')!r};"
+            f" this version reads type 'class', version {VERSION}"
+        )
     name, source = meta["class_name"], meta["module_src"]
     # The latest definition wins: a reloaded module defines its classes again.
     found = [cls for cls, text in _sources.items() if cls.__name__ == name and text == source]
     if not found:
-        raise ConfigError(f"a stored object of class {name!r} brings its own source code, which is not run; read"
-                          " network files with training.snapshot.load_snapshot, and in a worker process import the"
-                          " module that defines the class first")
+        raise ConfigError(
+            f"a stored object of class {name!r} brings its own source code, which is not run; read"
+            " network files with training.snapshot.load_snapshot, and in a worker process import the"
+            " module that defines the class first"
+        )
     cls: Any = found[-1]
     obj = cls.__new__(cls)
     setstate = getattr(obj, "__setstate__", None)

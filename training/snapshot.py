@@ -1,0 +1,129 @@
+"""Network files: one trained network with what is needed to use it, as published pickle or as .safetensors."""
+
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dnnlib.atomic import atomic_path
+from dnnlib.download import open_url
+from dnnlib.errors import ConfigError
+from torch_utils.safe_pickle import read_pickle
+from training import snapshot_pickle, snapshot_safetensors
+from training.encoders import Encoder
+from training.loss import EDM2Loss
+from training.networks_edm2 import Precond
+from training.snapshot_parts import build_encoder, build_loss, build_network, described, network_arguments, plain
+
+SUFFIXES = (".pkl", ".safetensors")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """The contents of a network file."""
+
+    net: Precond  # evaluation mode; parameters in the dtype that the file has, float16 in published files
+    encoder: Encoder | None = None
+    dataset_kwargs: dict[str, Any] | None = None
+    loss_fn: EDM2Loss | None = None
+    nimg: int | None = None  # images seen in training
+    ema_std: float | None = None  # relative length of the average, Eq. 123 of arXiv 2312.02696
+    info: dict[str, Any] = field(default_factory=dict)  # provenance, as JSON has it; not kept by pickles
+
+
+def load_snapshot(source: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> Snapshot:
+    """Read the network file `source`, a path or an http(s) URL, without running anything from it.
+
+    The file's content, not its name, tells which format it has. Where it does not record image count and EMA length,
+    they are taken from its name. Raises ConfigError, naming the file, where it is missing, foreign or damaged.
+    """
+    name = str(source)
+    path = Path(open_url(name, return_filename=True))
+    try:
+        format_name = _format_of(path)
+        tree = read_pickle(path, name) if format_name == "pickle" else None
+    except OSError as error:
+        raise ConfigError(f"cannot read {name}: {error.strerror or error}") from None
+    try:
+        if format_name == "pickle":
+            fields = snapshot_pickle.parts_of(tree, path.stat().st_size)
+        elif format_name == "safetensors":
+            fields = snapshot_safetensors.read(path)
+        else:
+            raise ConfigError("it is neither a pickle nor a safetensors file")
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from error
+    from_name = parse_name(name)
+    if from_name is not None:
+        for key, value in zip(("nimg", "ema_std"), from_name, strict=True):
+            if fields.get(key) is None:
+                fields[key] = value
+    fields["net"].to(device)
+    return Snapshot(**fields)
+
+
+def save_snapshot(snapshot: Snapshot, path: str | os.PathLike[str]) -> None:
+    """Write `snapshot` to `path`, in the format that its suffix names, .pkl or .safetensors; whole or not at all.
+
+    Parameters and buffers are stored as float16. The network, encoder and loss are written as if newly made from
+    their constructor arguments: no hooks, compiled code or loaded VAE come along. The published code can read the
+    pickle; image count, EMA length and `info` are only in the .safetensors header.
+    """
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise ConfigError(f"{path} has none of the suffixes {' and '.join(SUFFIXES)} of network files")
+    net: Any = snapshot.net  # Any: the decorator adds the attributes with the constructor arguments
+    options = snapshot.dataset_kwargs
+    tensors = {name: value.detach().to("cpu", torch.float16) for name, value in net.state_dict().items()}
+    parts: dict[str, Any] = {
+        "net": build_network(network_arguments(net._init_args, net._init_kwargs), tensors, float("inf")),
+        "encoder": None if snapshot.encoder is None else _fresh(snapshot.encoder, build_encoder),
+        "loss_fn": None if snapshot.loss_fn is None else _fresh(snapshot.loss_fn, build_loss),
+        "dataset_kwargs": None if options is None else plain(_with_text_paths(options), "dataset_kwargs"),
+    }
+    try:
+        with atomic_path(path) as temp:
+            if path.suffix == ".pkl":
+                snapshot_pickle.write(temp, **parts)
+            else:
+                info = plain(dict(snapshot.info), "info")
+                snapshot_safetensors.write(temp, **parts, nimg=snapshot.nimg, ema_std=snapshot.ema_std, info=info)
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def parse_name(name: str | os.PathLike[str]) -> tuple[int, float] | None:
+    """Image count and EMA length from a file name such as network-snapshot-0008388-0.050.pkl; None for other names."""
+    match = re.search(r"-(\d{7,12})-(\d\.\d{3})\.(?:pkl|safetensors)$", str(name))
+    return None if match is None else (nimg_from_kimg(int(match[1])), float(match[2]))
+
+
+def nimg_from_kimg(kimg: int) -> int:
+    """The image count of which a file name keeps the thousands: the smallest multiple of 1024 with these thousands.
+
+    A few numbers have none (no training in batches of 1024 or more gets there); their count is kimg thousands.
+    """
+    nimg = -(-kimg * 1000 // 1024) * 1024
+    return nimg if nimg // 1000 == kimg else kimg * 1000
+
+
+def _format_of(path: Path) -> str:
+    """'safetensors', 'pickle' or 'unknown', from the first bytes of the file."""
+    with open(path, "rb") as file:
+        head = file.read(9)
+    # A header length that fits the file, then JSON: in a pickle that byte is part of a frame's length, and zero.
+    if head[8:] == b"{" and int.from_bytes(head[:8], "little") <= path.stat().st_size - 8:
+        return "safetensors"
+    return "pickle" if head[:1] == b"\x80" else "unknown"
+
+
+def _fresh(obj: Any, build: Any) -> Any:
+    entry = described(obj)
+    return build(entry["class"], (), entry["arguments"])
+
+
+def _with_text_paths(options: dict[str, Any]) -> dict[str, Any]:
+    return {key: str(value) if isinstance(value, os.PathLike) else value for key, value in options.items()}

@@ -1,0 +1,100 @@
+"""Network files in the published pickle layout (docs/file-formats.md)."""
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dnnlib.easydict import EasyDict
+from dnnlib.errors import ConfigError
+from torch_utils.safe_pickle import StoredObject
+from training.snapshot_parts import build_encoder, build_loss, build_network, network_arguments, plain
+
+_PROTOCOL = 4  # what the published files have; readable from Python 3.4 on
+
+
+def parts_of(tree: Any, file_bytes: int) -> dict[str, Any]:
+    """Net, encoder, dataset_kwargs and loss_fn from the inert tree of a network pickle or of a bare network.
+
+    Raises ConfigError, without the file's name.
+    """
+    if isinstance(tree, StoredObject):
+        tree = {"ema": tree}
+    if not isinstance(tree, dict) or not isinstance(tree.get("ema"), StoredObject):
+        raise ConfigError("this is no network file: it has no network under the key 'ema'")
+    stored = tree["ema"]
+    if stored.class_name != "Precond":
+        raise ConfigError(f"its network has the class {stored.class_name!r}; known is Precond")
+    arguments = network_arguments(*_init_arguments(stored))
+    dataset_kwargs = tree.get("dataset_kwargs")
+    return {
+        "net": build_network(arguments, flatten(stored), file_bytes),
+        "encoder": _rebuild(tree, "encoder", build_encoder),
+        "loss_fn": _rebuild(tree, "loss_fn", build_loss),
+        "dataset_kwargs": None if dataset_kwargs is None else _dictionary(dataset_kwargs),
+    }
+
+
+def flatten(module: StoredObject) -> dict[str, torch.Tensor]:
+    """Parameters and buffers of a stored module and of all modules in it, by their names in a state dictionary.
+
+    A module that occurs twice is refused: no network has one, and a few bytes could make an endless or huge tree.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    seen = {id(module)}
+    waiting = [("", module)]
+    while waiting:
+        prefix, current = waiting.pop()
+        for kind in ("_parameters", "_buffers"):
+            for name, value in _attributes(current, kind).items():
+                if isinstance(value, torch.Tensor):
+                    tensors[prefix + name] = value
+                elif value is not None:
+                    raise ConfigError(f"{prefix}{name} is no tensor")
+        for name, child in _attributes(current, "_modules").items():
+            if child is None:
+                continue
+            if not isinstance(child, StoredObject) or id(child) in seen or len(prefix) > 200:
+                raise ConfigError(f"{prefix[:200]}{name} is no module, or one that occurs twice")
+            seen.add(id(child))
+            waiting.append((f"{prefix}{name}.", child))
+    return tensors
+
+
+def write(path: Path, *, net: Any, encoder: Any, dataset_kwargs: Mapping[str, Any] | None, loss_fn: Any) -> None:
+    """Write the parts to `path`."""
+    options = None if dataset_kwargs is None else EasyDict(dataset_kwargs)
+    content = EasyDict(encoder=encoder, dataset_kwargs=options, loss_fn=loss_fn, ema=net)
+    with open(path, "wb") as file:
+        pickle.dump(content, file, protocol=_PROTOCOL)
+
+
+def _attributes(module: StoredObject, kind: str) -> dict[str, Any]:
+    values = module.state.get(kind)
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise ConfigError(f"{module.class_name} is stored without its {kind}")
+    return values
+
+
+def _init_arguments(stored: StoredObject) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    args, kwargs = stored.state.get("_init_args"), stored.state.get("_init_kwargs")
+    if not isinstance(args, tuple) or not isinstance(kwargs, dict) or not all(isinstance(name, str) for name in kwargs):
+        raise ConfigError(f"{stored.class_name} is stored without its constructor arguments")
+    return args, kwargs
+
+
+def _rebuild(tree: dict[str, Any], key: str, build: Any) -> Any:
+    stored = tree.get(key)
+    if stored is None:
+        return None
+    if not isinstance(stored, StoredObject):
+        raise ConfigError(f"its {key} is a value of type {type(stored).__name__}, not a stored object")
+    return build(stored.class_name, *_init_arguments(stored))
+
+
+def _dictionary(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ConfigError(f"its dataset_kwargs is a value of type {type(value).__name__}, not a dictionary")
+    return plain(value, "its dataset_kwargs")
