@@ -1,0 +1,309 @@
+"""From seeds to images: batches dealt to processes, noise and labels by seed, sampling, decoding, files.
+
+Shape legend: N images, C channels, H x W pixels, L labels; latents and images may differ in C, H and W.
+"""
+
+import inspect
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed
+
+from dnnlib.errors import ConfigError
+from torch_utils.distributed import World, resolve_device
+from training.encoders import Encoder, StandardRGBEncoder
+from training.guidance import require_guide
+from training.image_files import ImageWriter, make_folder, require_folder, require_png_channels
+from training.sampler import HeunOptions, StackedRandomGenerator, edm_sampler
+from training.snapshot import load_snapshot
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ImageBatch:
+    """One batch of this process. The tensors are None in the batches left empty where seeds are few."""
+
+    images: torch.Tensor | None  # uint8 [N, C, H, W] on the compute device
+    labels: torch.Tensor | None  # float32 one-hot [N, L]; None for an unconditional network
+    noise: torch.Tensor | None  # float32 [N, C, H, W], the latents' shape
+    batch_idx: int  # among the batches of this process
+    num_batches: int  # of this process; the same in all
+    indices: np.ndarray  # int [N], positions in the list of seeds
+    seeds: list[int]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GeneratedImages:
+    """The batches of this process, computed while they are iterated over; a new loop computes them anew."""
+
+    net: Any
+    gnet: Any
+    encoder: Encoder
+    outdir: Path | None
+    subdirs: bool
+    seeds: list[int]
+    classes: list[int] | None  # per seed; None = drawn from the seed
+    one_row_per_class: bool  # whether the seeds were dealt over all classes, the images of one class in succession
+    batches: list[np.ndarray]  # positions in `seeds`, of this process
+    encoder_batch_size: int
+    device: torch.device
+    sampler_fn: Callable[..., torch.Tensor]
+    sampler_kwargs: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[ImageBatch]:
+        with ExitStack() as stack:
+            writer = None if self.outdir is None else stack.enter_context(ImageWriter())
+            for batch_idx, indices in enumerate(self.batches):
+                batch = self._generate(batch_idx, indices)
+                if writer is not None and batch.images is not None:
+                    self._write(writer, batch.images, batch.seeds)
+                yield batch
+
+    @torch.no_grad()
+    def _generate(self, batch_idx: int, indices: np.ndarray) -> ImageBatch:
+        seeds = [self.seeds[i] for i in indices]
+        images = labels = noise = None
+        if seeds:
+            random = StackedRandomGenerator(self.device, seeds)
+            noise = random.randn([len(seeds), self.net.img_channels, *image_size(self.net)])
+            labels = self._labels(random, indices)
+            latents = self.sampler_fn(
+                net=self.net,
+                noise=noise,
+                labels=labels,
+                gnet=self.gnet,
+                randn_like=random.randn_like,
+                **self.sampler_kwargs,
+            )
+            images = torch.cat([self.encoder.decode(part) for part in latents.split(self.encoder_batch_size)])
+        return ImageBatch(
+            images=images,
+            labels=labels,
+            noise=noise,
+            batch_idx=batch_idx,
+            num_batches=len(self.batches),
+            indices=indices,
+            seeds=seeds,
+        )
+
+    def _labels(self, random: StackedRandomGenerator, indices: np.ndarray) -> torch.Tensor | None:
+        label_dim = self.net.label_dim
+        if label_dim == 0:
+            return None
+        # Drawn also where it is then overridden, so that the churn noise after it stays the same.
+        chosen = random.randint(label_dim, size=[len(indices)])
+        if self.classes is not None:
+            chosen = torch.tensor([self.classes[i] for i in indices], device=self.device)
+        return torch.nn.functional.one_hot(chosen, label_dim).to(torch.float32)  # [N] -> [N, L]
+
+    def _write(self, writer: ImageWriter, images: torch.Tensor, seeds: list[int]) -> None:
+        assert self.outdir is not None
+        copied = None
+        host = images.to("cpu", non_blocking=images.is_cuda)
+        if images.is_cuda:
+            copied = torch.cuda.Event()
+            copied.record()
+
+        def pixels_of(index: int) -> Callable[[], np.ndarray]:
+            def pixels() -> np.ndarray:
+                if copied is not None:
+                    copied.synchronize()
+                return host[index].numpy()
+
+            return pixels
+
+        for index, seed in enumerate(seeds):
+            folder = self.outdir / f"{seed // 1000 * 1000:06d}" if self.subdirs else self.outdir
+            writer.write(folder / f"{seed:06d}.png", pixels_of(index))
+
+
+def generate_images(
+    net: Any,
+    gnet: Any = None,
+    encoder: Encoder | None = None,
+    outdir: str | os.PathLike[str] | None = None,
+    subdirs: bool = False,
+    seeds: Sequence[int] = range(16, 24),
+    class_idx: int | Sequence[int] | Literal["all"] | None = None,
+    max_batch_size: int = 32,
+    encoder_batch_size: int = 4,
+    verbose: bool = True,
+    device: torch.device | str | None = None,
+    sampler_fn: Callable[..., torch.Tensor] = edm_sampler,
+    *,
+    world: World | None = None,
+    **sampler_kwargs: Any,
+) -> GeneratedImages:
+    """Check the request, load the networks, and return an iterable over this process's batches (`ImageBatch`).
+
+    `net` and `gnet`: networks, or paths or URLs of snapshots. A snapshot of `net` brings its encoder, unless one is
+    given; without either, images are grey or RGB. `class_idx`: one class for all, one per seed, or 'all' (see
+    `deal_classes`), instead of those that the seeds draw. `outdir` gets {seed:06d}.png, with `subdirs` in folders of
+    a thousand. `max_batch_size`: images at once per process; `encoder_batch_size`: decoded at once. `device`: default
+    the world's, else the best of this machine. `world`: which share of the batches is this process's; default
+    torch.distributed's, if it is initialized. `verbose` is accepted and prints nothing: progress is the caller's.
+    Other keywords go to `sampler_fn`, which is called like `edm_sampler`.
+
+    Image i depends on seed i alone: a generator on the compute device, seeded with the seed modulo 2**32, draws the
+    noise [C, H, W], then the class (whether used or not), then churn. Raises ConfigError before anything runs or is
+    written. Nothing is computed before the iteration starts.
+    """
+    seeds = [int(seed) for seed in seeds]
+    _check_request(seeds, max_batch_size, encoder_batch_size, sampler_fn, sampler_kwargs)
+    require_guide(sampler_kwargs.get("guidance", 1), has_guide=gnet is not None)
+    if outdir is not None:
+        require_folder(Path(outdir))
+    world = world if world is not None else _current_world(device)
+    device = world.device if device is None else torch.device(device)
+    net, own_encoder = load_network(net, device)
+    gnet = None if gnet is None else load_network(gnet, device)[0]
+    encoder = encoder or own_encoder or StandardRGBEncoder()
+    require_matching_guide(net, gnet)
+    if outdir is not None:
+        require_writable_images(net, encoder)
+    classes = _classes_per_seed(net, seeds, class_idx)
+    encoder.init(device)
+    if outdir is not None:
+        _require_one_image_per_file(seeds, classes)
+        make_folder(Path(outdir))
+    return GeneratedImages(
+        net=net,
+        gnet=gnet,
+        encoder=encoder,
+        outdir=None if outdir is None else Path(outdir),
+        subdirs=subdirs,
+        seeds=seeds,
+        classes=classes,
+        one_row_per_class=class_idx == "all",
+        batches=split_batches(len(seeds), max_batch_size, world),
+        encoder_batch_size=encoder_batch_size,
+        device=device,
+        sampler_fn=sampler_fn,
+        sampler_kwargs=sampler_kwargs,
+    )
+
+
+def split_batches(num_images: int, max_batch_size: int, world: World) -> list[np.ndarray]:
+    """This process's batches, as positions 0 .. num_images-1: contiguous, near equal, dealt to the processes in turn.
+
+    All processes get equally many; with few images some batches are empty.
+    """
+    num_batches = -(-num_images // (max_batch_size * world.size)) * world.size
+    return np.array_split(np.arange(num_images), num_batches)[world.rank :: world.size]
+
+
+def load_network(source: Any, device: torch.device) -> tuple[Any, Encoder | None]:
+    """A network on `device`, ready to sample from, and its encoder: from a snapshot's path or URL, or as given."""
+    if isinstance(source, str | os.PathLike):
+        snapshot = load_snapshot(os.fspath(source), device=device)
+        return snapshot.net, snapshot.encoder
+    return (source.to(device) if isinstance(source, torch.nn.Module) else source), None
+
+
+def image_size(net: Any) -> tuple[int, int]:
+    """Height and width in pixels of what `net` denoises; its img_resolution may be one number or both."""
+    size = net.img_resolution
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def deal_classes(num_seeds: int, num_classes: int) -> list[int]:
+    """A class per seed, all classes equally often and each for a contiguous part of the seeds.
+
+    Raises ConfigError where the seeds do not divide over the classes.
+    """
+    if num_seeds % num_classes:
+        fit = -(-num_seeds // num_classes) * num_classes
+        raise ConfigError(
+            f"{num_seeds} seeds do not deal evenly over all {num_classes} classes; "
+            f"give a multiple of {num_classes}, e.g. --seeds=0-{fit - 1}"
+        )
+    return [i // (num_seeds // num_classes) for i in range(num_seeds)]
+
+
+def require_matching_guide(net: Any, gnet: Any) -> None:
+    """Raise ConfigError if the guide takes other images or labels than the main network."""
+    if gnet is None:
+        return
+    shapes = [(n.img_channels, *image_size(n)) for n in (net, gnet)]
+    if shapes[0] != shapes[1]:
+        main, guide = ("x".join(map(str, shape)) for shape in shapes)
+        raise ConfigError(f"the guide is for images of {guide} (channels, height, width), the main network for {main}")
+    if gnet.label_dim not in (0, net.label_dim):
+        raise ConfigError(
+            f"the guide knows {gnet.label_dim} classes and the main network {net.label_dim}; "
+            "a guide is unconditional or has the same classes"
+        )
+
+
+def require_writable_images(net: Any, encoder: Encoder | None) -> None:
+    """Raise ConfigError if the images of `net` cannot be written as PNG. Decoders of latents give RGB."""
+    if encoder is None or isinstance(encoder, StandardRGBEncoder):
+        require_png_channels(net.img_channels)
+
+
+def gather_objects(world: World, value: T) -> list[T]:
+    """Every process's `value`, in the order of ranks, in every process."""
+    if world.size == 1:
+        return [value]
+    gathered: list[Any] = [None] * world.size
+    torch.distributed.all_gather_object(gathered, value)
+    return gathered
+
+
+def _check_request(
+    seeds: list[int],
+    max_batch_size: int,
+    encoder_batch_size: int,
+    sampler_fn: Callable[..., torch.Tensor],
+    sampler_kwargs: dict[str, Any],
+) -> None:
+    if not seeds:
+        raise ConfigError("there are no seeds; give at least one")
+    for name, count in (("max_batch_size", max_batch_size), ("encoder_batch_size", encoder_batch_size)):
+        if count < 1:
+            raise ConfigError(f"{name}={count} images at once cannot be computed; ask for 1 or more")
+    if sampler_fn is edm_sampler:
+        known = inspect.signature(HeunOptions).parameters
+        HeunOptions(**{key: value for key, value in sampler_kwargs.items() if key in known})
+
+
+def _current_world(device: torch.device | str | None) -> World:
+    resolved = resolve_device() if device is None else torch.device(device)
+    if not torch.distributed.is_initialized():
+        return World(device=resolved)
+    return World(rank=torch.distributed.get_rank(), size=torch.distributed.get_world_size(), device=resolved)
+
+
+def _classes_per_seed(net: Any, seeds: list[int], class_idx: int | Sequence[int] | str | None) -> list[int] | None:
+    if class_idx is None:
+        return None
+    if net.label_dim == 0:
+        raise ConfigError("the network is unconditional and takes no class; leave the class out")
+    if class_idx == "all":
+        return deal_classes(len(seeds), net.label_dim)
+    classes = [class_idx] * len(seeds) if isinstance(class_idx, int | np.integer) else [int(c) for c in class_idx]
+    if len(classes) != len(seeds):
+        raise ConfigError(f"{len(classes)} classes were given for {len(seeds)} seeds; give one each, or one for all")
+    for chosen in classes:
+        if not 0 <= chosen < net.label_dim:
+            raise ConfigError(f"class {chosen} is out of range; the network knows classes 0 to {net.label_dim - 1}")
+    return classes
+
+
+def _require_one_image_per_file(seeds: list[int], classes: list[int] | None) -> None:
+    if classes is None:
+        return
+    class_of: dict[int, int] = {}
+    for seed, chosen in zip(seeds, classes, strict=True):
+        if class_of.setdefault(seed, chosen) != chosen:
+            raise ConfigError(f"seed {seed} is asked for with two classes, but has one file; list each seed once")

@@ -1,0 +1,125 @@
+"""Images as PNG files: written beside the sampling by a few threads, and put together as contact sheets.
+
+Shape legend: N images, C channels (1 grey, 3 RGB), H x W pixels.
+"""
+
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import PIL.Image
+
+from dnnlib.errors import ConfigError
+
+
+def require_png_channels(num_channels: int) -> None:
+    """Raise ConfigError unless images of `num_channels` can be written as PNG."""
+    if num_channels not in (1, 3):
+        raise ConfigError(
+            f"images of {num_channels} channels cannot be written as PNG files, only grey (1) and RGB (3) ones can; "
+            "latents need the decoder of their data set"
+        )
+
+
+def require_folder(path: Path) -> None:
+    """Raise ConfigError if `path` is no folder and cannot become one; makes nothing."""
+    try:
+        nearest = next(place for place in (path, *path.parents) if place.exists())
+        for name in path.parts[len(nearest.parts) :]:
+            (nearest / name).exists()  # raises where a folder here cannot have such a name
+    except OSError as error:
+        raise ConfigError(f"the output folder {path} cannot be made: {error.strerror}") from None
+    if not nearest.is_dir():
+        raise ConfigError(f"the output folder {path} cannot be made: {nearest} is a file")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(f"the output folder {path} cannot be written to: no permission for {nearest}")
+
+
+def make_folder(path: Path) -> None:
+    """Make the folder `path` and those above it where missing. Raises ConfigError where that fails."""
+    require_folder(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"the output folder {path} cannot be made: {error.strerror}") from None
+
+
+def write_png(path: Path, image: np.ndarray) -> None:
+    """Write `image` (uint8 [C, H, W]) to `path`, whole or not at all; the folder must exist.
+
+    Not flushed to disk file by file, which would cost more than the encoding: an image lost to a power cut is made
+    again from its seed.
+    """
+    require_png_channels(image.shape[0])
+    pixels = image[0] if image.shape[0] == 1 else image.transpose(1, 2, 0)  # [H, W] or [H, W, C]
+    temp = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    try:
+        PIL.Image.fromarray(np.ascontiguousarray(pixels)).save(temp, format="PNG")
+        os.replace(temp, path)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror or error}") from None
+    finally:
+        temp.unlink(missing_ok=True)
+
+
+class ImageWriter:
+    """Writes PNG files in a few threads, so that the caller goes on sampling; a context manager.
+
+    At most `max_pending` images wait in memory: a slower disk holds the caller back rather than filling it. The
+    first failure is raised by the next `write` or on leaving the context, which waits for every file.
+    """
+
+    def __init__(self, *, num_threads: int | None = None, max_pending: int = 256) -> None:
+        self._pool = ThreadPoolExecutor(num_threads or min(4, os.cpu_count() or 1), thread_name_prefix="png")
+        self._slots = threading.BoundedSemaphore(max_pending)
+        self._failure: BaseException | None = None
+
+    def write(self, path: Path, image: Callable[[], np.ndarray]) -> None:
+        """Write what `image` returns (uint8 [C, H, W]) to `path`, whose folder is made. `image` runs in a thread."""
+        if self._failure is not None:
+            raise self._failure
+        self._slots.acquire()
+        self._pool.submit(_write_into_folder, path, image).add_done_callback(self._finished)
+
+    def _finished(self, future: Future[None]) -> None:
+        self._slots.release()
+        if not future.cancelled() and self._failure is None:
+            self._failure = future.exception()
+
+    def __enter__(self) -> "ImageWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(wait=True)
+        if error is None and self._failure is not None:
+            raise self._failure
+
+
+def _write_into_folder(path: Path, image: Callable[[], np.ndarray]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}") from None
+    write_png(path, image())
+
+
+def contact_sheet(images: np.ndarray, *, num_columns: int, gap: int = 2) -> np.ndarray:
+    """Lay `images` (uint8 [N, C, H, W]) out row by row with `gap` white pixels between and around them.
+
+    Returns uint8 [C, rows * (H + gap) + gap, num_columns * (W + gap) + gap]; places left over stay white.
+    """
+    num_images, num_channels, height, width = images.shape
+    num_rows = -(-num_images // num_columns)
+    size = (num_channels, num_rows * (height + gap) + gap, num_columns * (width + gap) + gap)
+    sheet = np.full(size, 255, dtype=np.uint8)
+    for index, image in enumerate(images):
+        row, column = divmod(index, num_columns)
+        top, left = gap + row * (height + gap), gap + column * (width + gap)
+        sheet[:, top : top + height, left : left + width] = image
+    return sheet
