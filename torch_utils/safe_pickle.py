@@ -77,7 +77,8 @@ def _read(file: BinaryIO, name: str, vocabulary: Vocabulary) -> Any:
             raise Refused(f"{machine.remaining()} bytes follow its end")
         return result
     except Refused as error:
-        raise ConfigError(f"{name}: not read, and nothing in it was run: {error}") from None
+        # Names in the file may be of any length.
+        raise ConfigError(f"{name}: not read, and nothing in it was run: {str(error)[:400]}") from None
     except OSError:
         raise
     except Exception as error:  # a damaged file can fail anywhere: in the parser, the stack, torch, NumPy

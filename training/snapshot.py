@@ -55,7 +55,7 @@ def load_snapshot(source: str | os.PathLike[str], *, device: torch.device | str 
         else:
             raise ConfigError("it is neither a pickle nor a safetensors file")
     except ConfigError as error:
-        raise ConfigError(f"{name}: {error}") from error
+        raise ConfigError(f"{name}: {str(error)[:400]}") from error  # names in the file may be of any length
     from_name = parse_name(name)
     if from_name is not None:
         for key, value in zip(("nimg", "ema_std"), from_name, strict=True):
