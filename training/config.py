@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,16 @@ class NetworkConfig:
     channels_per_head: int = 64
     dropout: float = 0.0  # probability
     fp16: bool = True  # float16 in the U-Net on CUDA devices
+
+    def fitted_to(self, resolution: int) -> "NetworkConfig":
+        """The same, with narrower attention heads where a level with attention is too narrow for the usual ones.
+
+        A level of fewer channels than one head would have no attention at all (training/networks_edm2.py, Block).
+        """
+        levels = list(enumerate(self.channel_mult))
+        attending = [mult for i, mult in levels if resolution >> i in self.attn_resolutions or i == len(levels) - 1]
+        narrowest = self.channels * min(attending)
+        return dataclasses.replace(self, channels_per_head=min(self.channels_per_head, narrowest))
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments for Precond."""
@@ -67,17 +78,25 @@ class TrainingConfig:
     workers: int = _neutral(default=0)  # processes that read data, a rank
 
     def __post_init__(self) -> None:
-        positive = {"batch": self.batch, "duration": self.duration, "channels": self.network.channels}
+        positive: dict[str, float] = {"batch": self.batch, "duration": self.duration, "channels": self.network.channels}
         positive |= {"batch-gpu": self.batch_gpu if self.batch_gpu is not None else 1, "lr": self.lr, "ls": self.ls}
         positive |= {"P_std": self.P_std, "num-blocks": self.network.num_blocks}
         for name, value in positive.items():
-            if not value > 0:
-                raise ConfigError(f"--{name}={value} must be above 0")
-        not_negative = {"status": self.status, "snapshot": self.snapshot, "checkpoint": self.checkpoint}
+            if not 0 < value < math.inf:
+                raise ConfigError(f"--{name}={value} must be a number above 0")
+        not_negative: dict[str, float] = {
+            "status": self.status,
+            "snapshot": self.snapshot,
+            "checkpoint": self.checkpoint,
+        }
         not_negative |= {"workers": self.workers, "decay": self.decay, "rampup": self.rampup, "seed": self.seed}
         for name, value in not_negative.items():
-            if value < 0:
-                raise ConfigError(f"--{name}={value} must not be negative")
+            if not 0 <= value < math.inf:
+                raise ConfigError(f"--{name}={value} must be a number, and not negative")
+        if not math.isfinite(self.P_mean):
+            raise ConfigError(f"--P_mean={self.P_mean} must be a number")
+        if self.seed >= 1 << 63:
+            raise ConfigError(f"--seed={self.seed} must be below 2^63")
         if not 0 <= self.network.dropout < 1:
             raise ConfigError(f"--dropout={self.network.dropout} is no probability below 1")
         if not self.network.channel_mult or min(self.network.channel_mult) < 1:

@@ -24,18 +24,17 @@ from torch_utils import persistence
 
 def normalize(x: torch.Tensor, dim: int | Sequence[int] | None = None, eps: float = 1e-4) -> torch.Tensor:
     """Scale `x` to unit magnitude along `dim` (default: all but the first), in x's dtype (Eq. 47)."""
-    if dim is None:
-        dim = list(range(1, x.ndim))
+    dims = list(range(1, x.ndim)) if dim is None else [dim] if isinstance(dim, int) else list(dim)
     # The square root of a float32 sum: over a dimension that is not innermost, torch.linalg.vector_norm is many times
     # slower on a CPU. Its gradient at zero would be 0 * inf, so there the root is taken of 1 and dropped.
-    square_sum = x.to(torch.float32).square().sum(dim=dim, keepdim=True)
+    square_sum = x.to(torch.float32).square().sum(dim=dims, keepdim=True)
     norm = torch.where(square_sum > 0, square_sum, 1).sqrt() * (square_sum > 0)
     magnitude = norm * math.sqrt(norm.numel() / max(x.numel(), 1))
     return x / (magnitude + eps).to(x.dtype)
 
 
 def resample(x: torch.Tensor, f: Sequence[float] = (1, 1), mode: str = "keep") -> torch.Tensor:
-    """Double ('up') or halve ('down') height and width of `x` [N, C, H, W] with the separable filter `f` of even length.
+    """Double ('up') or halve ('down') the sides of `x` [N, C, H, W] with the separable filter `f` of even length.
 
     'keep' returns `x` as it is.
     """
@@ -88,6 +87,7 @@ class MPFourier(nn.Module):
         self.register_buffer("phases", 2 * math.pi * torch.rand(num_channels))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`x` [N] to features [N, num_channels], in x's dtype; computed in float32."""
         angles = x.to(torch.float32).outer(self.freqs.to(torch.float32)) + self.phases.to(torch.float32)
         return (angles.cos() * math.sqrt(2)).to(x.dtype)
 
@@ -107,6 +107,7 @@ class MPConv(nn.Module):
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, *kernel))
 
     def forward(self, x: torch.Tensor, gain: float | torch.Tensor = 1) -> torch.Tensor:
+        """`x` [N, C, H, W], or [N, C] for a fully connected layer, to the same with `out_channels`, times `gain`."""
         if self.training:
             # Through `.data`: the same copy under no_grad is silently lost when torch.compile's default backend
             # compiles the forward pass, and the gradients come out wrong (tests/test_compile.py).
@@ -188,7 +189,7 @@ class Block(nn.Module):
         return x
 
     def _attend(self, qkv: torch.Tensor) -> torch.Tensor:
-        """Self-attention over all pixels with unit-magnitude queries, keys and values: [N, 3C, H, W] to [N, C, H, W]."""
+        """Self-attention over all pixels, with unit-magnitude vectors: [N, 3C, H, W] to [N, C, H, W]."""
         n, _, height, width = qkv.shape
         qkv = qkv.reshape(n, self.num_heads, -1, 3, height * width)  # [N, h, C/h, 3, HW]
         q, k, v = (t.transpose(2, 3) for t in normalize(qkv, dim=2).unbind(3))  # [N, h, HW, C/h]
@@ -277,9 +278,7 @@ class UNet(nn.Module):
         emb = self.emb_noise(self.emb_fourier(noise_labels))
         if self.emb_label is not None:
             assert class_labels is not None
-            emb = mp_sum(
-                emb, self.emb_label(class_labels * math.sqrt(class_labels.shape[1])), t=self.label_balance
-            )
+            emb = mp_sum(emb, self.emb_label(class_labels * math.sqrt(class_labels.shape[1])), t=self.label_balance)
         emb = mp_silu(emb)
 
         x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)

@@ -8,6 +8,7 @@ from dnnlib.atomic import write_text
 from dnnlib.errors import ConfigError
 from torch_utils.checkpoint import newest
 from training.config import TrainingConfig
+from training.image_files import make_folder, require_folder
 
 
 class RunFolder:
@@ -33,34 +34,31 @@ class RunFolder:
 
     def check(self, config: TrainingConfig, *, allow_changes: bool) -> None:
         """Raise ConfigError where a run with other options is in the folder, or the folder cannot be made."""
-        if self.path.exists() and not self.path.is_dir():
-            raise ConfigError(f"--outdir={self.path} is a file")
+        require_folder(self.path)
         if self.options_file.exists() and not allow_changes:
-            changes = config.differences(self.options_file.read_text(encoding="utf-8"))
+            changes = config.differences(self.options_file.read_text(encoding="utf-8", errors="replace"))
             if changes:
                 raise ConfigError(
                     f"--outdir={self.path} holds a run with other options ({'; '.join(changes)}); repeat its options,"
                     " choose another folder, or continue with --allow-changes"
                 )
 
-    def start(self, config: TrainingConfig) -> None:
-        """Make the folder, record the options, and drop statistics that lie beyond the newest checkpoint."""
+    def start(self, config: TrainingConfig, *, nimg: int) -> None:
+        """Make the folder, record the options, and drop statistics from beyond `nimg`, where the run goes on."""
+        make_folder(self.path)
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
             write_text(self.options_file, config.to_json())
+            if self.stats_file.exists():
+                lines = self.stats_file.read_text(encoding="utf-8", errors="replace").splitlines()
+                kept = [line for line in lines if _nimg(line) <= nimg]
+                write_text(self.stats_file, "".join(line + "\n" for line in kept))
         except OSError as error:
-            raise ConfigError(f"--outdir={self.path} cannot be written: {error.strerror}") from None
-        if self.stats_file.exists():
-            checkpoint = self.newest_checkpoint()
-            kimg = int(checkpoint.stem.rpartition("-")[2]) if checkpoint is not None else 0
-            lines = self.stats_file.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if _kimg(line) // 1 <= kimg]
-            write_text(self.stats_file, "".join(line + "\n" for line in kept))
+            raise ConfigError(f"--outdir={self.path} cannot be written: {error.strerror or error}") from None
 
 
-def _kimg(line: str) -> float:
-    """The progress that a line of stats.jsonl speaks of; beyond everything where the line is damaged."""
+def _nimg(line: str) -> float:
+    """The images that a line of stats.jsonl was written after; beyond everything where the line is damaged."""
     try:
-        return float(json.loads(line)["Progress/kimg"])
-    except (ValueError, KeyError, TypeError):
+        return round(float(json.loads(line)["Progress/kimg"]) * 1e3)
+    except (ValueError, OverflowError, KeyError, TypeError):
         return float("inf")

@@ -39,7 +39,7 @@ class DataOrder:
 
 
 class BatchPositions:
-    """A batch sampler for torch's DataLoader: this process's share of each batch, from position `start` on, for ever."""
+    """Batch sampler for torch's DataLoader: this process's share of each batch, from position `start` on, endlessly."""
 
     def __init__(self, order: DataOrder, *, start: int, batch_size: int, rank: int = 0, num_ranks: int = 1) -> None:
         assert batch_size % num_ranks == 0

@@ -59,7 +59,9 @@ def open_dataset(config: TrainingConfig) -> ImageFolderDataset:
     """The run's data set. Raises ConfigError where it cannot be trained on as `config` says."""
     dataset = ImageFolderDataset(config.data, use_labels=config.cond, xflip=config.xflip)
     if config.cond and not dataset.has_labels:
-        raise ConfigError(f"{config.data} has no labels, which a conditional network needs; add them, or use --cond=False")
+        raise ConfigError(
+            f"{config.data} has no labels, which a conditional network needs; add them, or use --cond=False"
+        )
     item_bytes = dataset.num_channels * dataset.resolution**2
     if config.workers == 0 and len(dataset) * item_bytes <= _CACHE_BYTES:
         dataset = ImageFolderDataset(config.data, use_labels=config.cond, xflip=config.xflip, cache=True)
@@ -75,9 +77,9 @@ class TrainingRun:
         self.world = world
         self.dataset = open_dataset(config)
         config.share_of(world.size)
-        self.state = TrainingState(config, self.dataset, world)
-        self._means = RunningMeans(world)
         self.resumed_from = folder.newest_checkpoint()
+        self.state = TrainingState(config, self.dataset, world, resumed=self.resumed_from is not None)
+        self._means = RunningMeans(world)
         if self.resumed_from is not None:
             data = load_checkpoint(self.resumed_from)
             self.state.load_state_dict(data, source=str(self.resumed_from))
@@ -144,8 +146,12 @@ class TrainingRun:
             multiprocessing_context="spawn" if workers else None,
             prefetch_factor=2 if workers else None,
         )
-        for images, labels in loader:
-            yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        try:
+            for images, labels in loader:
+                yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        except ConfigError as error:
+            # A worker's exception arrives with the worker's traceback as its message, ending in the original.
+            raise ConfigError(str(error).rpartition(f"{ConfigError.__name__}: ")[2].strip()) from None
 
     def _timing(self, tick_sec: float, tick_nimg: int, maintenance_sec: float) -> dict[str, float]:
         """The keys of stats.jsonl about progress, time and memory."""

@@ -27,19 +27,20 @@ _LATENT_CHANNELS = 8  # of a data set of raw VAE latents: mean and standard devi
 class TrainingState:
     """The network, its optimizer and averages, and the number of images they have seen.
 
-    `nimg` counts images over all processes; `elapsed_sec` is the time spent in all sessions of the run so far.
+    `nimg` counts images over all processes; `elapsed_sec` is the time spent in all sessions of the run so far. With
+    `resumed` a checkpoint is about to be loaded, so that the starting weights do not matter.
     """
 
-    def __init__(self, config: TrainingConfig, dataset: ImageFolderDataset, world: World) -> None:
+    def __init__(self, config: TrainingConfig, dataset: ImageFolderDataset, world: World, *, resumed: bool) -> None:
         self.config = config
         self.world = world
         self.nimg = 0
         self.elapsed_sec = 0.0
-        self.encoder = make_encoder(dataset)
-        self.encoder.init(world.device)
+        self.encoder = make_encoder(dataset)  # not loaded: the data set has been through the VAE already
         self.net = make_network(config, dataset).train().requires_grad_(True).to(world.device)
-        if config.init is not None:
-            copy_weights(config.init, self.net, partial=config.init_partial)
+        self.left_fresh: list[str] = []  # tensors that --init had nothing fitting for
+        if config.init is not None and not resumed:
+            self.left_fresh = copy_weights(config.init, self.net, partial=config.init_partial)
         self.loss_fn = EDM2Loss(P_mean=config.P_mean, P_std=config.P_std, sigma_data=self.net.sigma_data)
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=config.lr, betas=(0.9, 0.99))
         self.ema = PowerFunctionEMA(self.net, stds=list(config.ema_stds))
@@ -121,8 +122,9 @@ class TrainingState:
             self.ema.load_state_dict(data["ema"])
             self.nimg = int(data["state"]["cur_nimg"])
             self.elapsed_sec = float(data["state"]["total_elapsed_time"])
-        except (KeyError, ValueError, TypeError, RuntimeError) as error:
-            raise ConfigError(f"{source} does not belong to this run's network: {error}") from None
+        except (AttributeError, IndexError, KeyError, ValueError, TypeError, RuntimeError) as error:
+            # PyTorch lists every tensor that does not fit.
+            raise ConfigError(f"{source} does not belong to this run: {str(error)[:400]}") from None
 
 
 def make_encoder(dataset: ImageFolderDataset) -> Encoder:
@@ -142,6 +144,12 @@ def make_network(config: TrainingConfig, dataset: ImageFolderDataset) -> Precond
             raise ConfigError(str(error)) from None
 
 
+def check_network(config: TrainingConfig, dataset: ImageFolderDataset) -> None:
+    """Raise ConfigError where no network of this shape can be made for the data set. Takes no memory to speak of."""
+    with torch.device("meta"):
+        make_network(config, dataset)
+
+
 def copy_weights(source: str, net: Precond, *, partial: bool) -> list[str]:
     """Start `net` from the weights of the snapshot `source`; the names of the tensors that were left as they are.
 
@@ -155,7 +163,9 @@ def copy_weights(source: str, net: Precond, *, partial: bool) -> list[str]:
         raise ConfigError(f"--init={source} does not fit this network: {listed}; --init-partial leaves these fresh")
     if len(misfits) == len(ours):
         raise ConfigError(f"--init={source} has no tensor that fits this network")
-    net.load_state_dict({name: theirs[name].to(value) for name, value in ours.items() if name not in misfits}, strict=False)
+    net.load_state_dict(
+        {name: theirs[name].to(value) for name, value in ours.items() if name not in misfits}, strict=False
+    )
     return misfits
 
 

@@ -1,0 +1,233 @@
+"""Train a class-conditional or unconditional diffusion model with the EDM2 recipe (arXiv 2312.02696)."""
+
+import dataclasses
+import json
+import os
+from typing import Any
+
+import click
+import tqdm
+
+from dnnlib.cli import INT_LIST, NIMG, STD_LIST, main
+from dnnlib.errors import ConfigError
+from dnnlib.parse import format_nimg
+from torch_utils import distributed
+from training.config import TrainingConfig
+from training.presets import locate, training_preset
+from training.run_folder import RunFolder
+from training.training_loop import Iteration, Saved, Status, TrainingRun, open_dataset
+from training.training_state import check_network
+
+# Options that are fields of TrainingConfig.network under another name or their own.
+_NETWORK_FIELDS = {
+    "channels": "channels",
+    "dropout": "dropout",
+    "fp16": "fp16",
+    "channel_mult": "channel_mult",
+    "num_blocks": "num_blocks",
+    "attn_resolutions": "attn_resolutions",
+}
+
+
+class Log:
+    """What the main process tells: on the screen, past the progress bar, and in the run's log.txt."""
+
+    def __init__(self, folder: RunFolder, *, is_main: bool) -> None:
+        self._folder = folder
+        self.is_main = is_main
+
+    def say(self, text: str) -> None:
+        """Print a line and append it to log.txt."""
+        if self.is_main:
+            tqdm.tqdm.write(text)
+            with open(self._folder.log_file, "a", encoding="utf-8") as file:
+                file.write(text + "\n")
+
+    def record(self, stats: dict[str, float]) -> None:
+        """Append a line to stats.jsonl and say the same in short."""
+        if self.is_main:
+            with open(self._folder.stats_file, "a", encoding="utf-8") as file:
+                file.write(json.dumps(stats) + "\n")
+            self.say(_status_line(stats))
+
+
+@click.command(context_settings={"max_content_width": 120})
+@click.option(
+    "--outdir", metavar="DIR", required=True, help="Where to save the results; a run found there is continued"
+)
+@click.option("--data", metavar="ZIP|DIR", help="Path to the data set  [required, unless the preset brings one]")
+@click.option("--cond", metavar="BOOL", type=bool, help="Train a class-conditional model  [default: True]")
+@click.option("--preset", metavar="STR", default="edm2-img512-s", show_default=True, help="Configuration to start from")
+@click.option("--duration", metavar="NIMG", type=NIMG, help="Training duration")
+@click.option("--batch", metavar="NIMG", type=NIMG, help="Total batch size, over all processes")
+@click.option("--channels", metavar="INT", type=int, help="Width of the network's first level")
+@click.option("--channel-mult", metavar="LIST", type=INT_LIST, help="Width of each level, in units of --channels")
+@click.option("--num-blocks", metavar="INT", type=int, help="Residual blocks in each level")
+@click.option("--attn-resolutions", metavar="LIST", type=INT_LIST, help="Resolutions of the levels with self-attention")
+@click.option("--dropout", metavar="FLOAT", type=float, help="Dropout probability")
+@click.option("--P_mean", "P_mean", metavar="FLOAT", type=float, help="Mean of ln(sigma)")
+@click.option("--P_std", "P_std", metavar="FLOAT", type=float, help="Standard deviation of ln(sigma)")
+@click.option("--lr", metavar="FLOAT", type=float, help="Reference learning rate")
+@click.option("--decay", metavar="BATCHES", type=float, help="Batches before the learning rate decays; 0 = never")
+@click.option("--rampup", metavar="MIMG", type=float, help="Learning rate ramp-up, millions of images; 0 = none")
+@click.option("--ema-stds", metavar="LIST", type=STD_LIST, help="EMA lengths to track, relative to training time")
+@click.option("--xflip", metavar="BOOL", type=bool, help="Also train on mirrored images  [default: False]")
+@click.option("--init", metavar="PKL|URL", help="Start from this snapshot's weights")
+@click.option("--init-partial", is_flag=True, default=None, help="Leave tensors fresh that --init has in another shape")
+@click.option(
+    "--batch-gpu", metavar="NIMG", type=NIMG, help="Limit of the batch size on one GPU (gradient accumulation)"
+)
+@click.option("--fp16", metavar="BOOL", type=bool, help="Compute the U-Net in float16 on GPUs  [default: True]")
+@click.option("--ls", metavar="FLOAT", type=float, help="Loss scaling  [default: 1]")
+@click.option("--bench", metavar="BOOL", type=bool, help="Let cuDNN time its algorithms  [default: True]")
+@click.option("--device", metavar="STR", help="cpu, cuda, cuda:N or mps  [default: the best there is]")
+@click.option("--workers", metavar="INT", type=int, help="Data-loading processes  [default: 2 with a GPU, else 0]")
+@click.option("--status", metavar="NIMG", type=NIMG, help="Interval of status lines; 0 = none  [default: 128Ki]")
+@click.option("--snapshot", metavar="NIMG", type=NIMG, help="Interval of network snapshots; 0 = none  [default: 8Mi]")
+@click.option("--checkpoint", metavar="NIMG", type=NIMG, help="Interval of checkpoints; 0 = none  [default: 128Mi]")
+@click.option("--format", "snapshot_format", type=click.Choice(["pkl", "safetensors", "both"]), help="Of snapshots")
+@click.option("--seed", metavar="INT", type=int, help="Random seed  [default: 0]")
+@click.option("--allow-changes", is_flag=True, help="Continue a run even where options differ that change its result")
+@click.option("-n", "--dry-run", is_flag=True, help="Print the training options and exit")
+def train_edm2(
+    outdir: str, preset: str, device: str | None, allow_changes: bool, dry_run: bool, **options: Any
+) -> None:
+    """Train a diffusion model with the recipe of the paper "Analyzing and Improving the Training Dynamics of
+    Diffusion Models".
+
+    Options left out come from the preset. NIMG values are image counts, optionally with Ki, Mi or Gi.
+
+    \b
+    # The XS-sized model for ImageNet-512, on 8 GPUs
+    torchrun --standalone --nproc_per_node=8 train_edm2.py --outdir=training-runs/00000-edm2-img512-xs \\
+        --data=datasets/img512-sd.zip --preset=edm2-img512-xs --batch-gpu=32
+
+    \b
+    # A small network on the shipped data, on whatever this machine has
+    python train_edm2.py --outdir=training-runs/fashion --preset=fashion
+    """
+    config = configure(preset, options)
+    dataset = open_dataset(config)
+    config = dataclasses.replace(config, network=config.network.fitted_to(dataset.resolution))
+    config.share_of(int(os.environ.get("WORLD_SIZE", "1")))
+    check_network(config, dataset)
+    folder = RunFolder(outdir)
+    folder.check(config, allow_changes=allow_changes)
+    if dry_run:
+        click.echo(_describe(config, folder, dataset))
+        click.echo("Dry run; exiting.")
+        return
+
+    world = distributed.init(device)
+    try:
+        if options["workers"] is None and world.device.type == "cuda":
+            config = dataclasses.replace(config, workers=2)
+        run = TrainingRun(config, folder, world=world)
+        log = Log(folder, is_main=world.is_main)
+        if world.is_main:
+            folder.start(config, nimg=run.state.nimg)
+        world.barrier()
+        log.say(_describe(config, folder, dataset))
+        if config.network.fp16 and world.device.type != "cuda":
+            log.say(f"float16 needs a CUDA GPU: the network computes in float32 on this machine's {world.device.type}.")
+        _train(run, log)
+    finally:
+        world.close()
+
+
+def configure(preset: str, options: dict[str, Any]) -> TrainingConfig:
+    """The preset with every option that was given put in its place. Raises ConfigError for values that cannot work."""
+    base = training_preset(preset)
+    given: dict[str, Any] = {
+        name: tuple(v) if isinstance(v, list) else v for name, v in options.items() if v is not None
+    }
+    network: dict[str, Any] = {
+        _NETWORK_FIELDS[name]: given.pop(name) for name in list(given) if name in _NETWORK_FIELDS
+    }
+    config = dataclasses.replace(base, network=dataclasses.replace(base.network, **network), **given)
+    if not config.data:
+        raise ConfigError(f"--data is missing; --preset={preset} brings no data set of its own")
+    data = options["data"] or locate(config.data)  # a preset's own data set is in the repository
+    return dataclasses.replace(config, data=data)
+
+
+def _train(run: TrainingRun, log: Log) -> None:
+    """Carry the run to its end, telling how it goes."""
+    if run.resumed_from is not None:
+        log.say(f"Continuing from {run.resumed_from} at {run.state.nimg / 1e3:.1f} kimg.")
+    if run.state.left_fresh:
+        log.say(f"Left as initialized, since --init has no fitting tensor: {', '.join(run.state.left_fresh)}.")
+    if len(run) == 0:
+        log.say(f"The run is finished: {run.state.nimg / 1e3:.1f} kimg. A larger --duration continues it.")
+        return
+    log.say(f"Training for {len(run)} iterations on {run.world.size} process(es), {run.world.device.type}.")
+    batch = run.config.batch
+    with tqdm.tqdm(
+        total=run.state.nimg + len(run) * batch,
+        initial=run.state.nimg,
+        unit="img",
+        unit_scale=True,
+        dynamic_ncols=True,
+        disable=None if log.is_main else True,
+    ) as bar:
+        for event in run:
+            match event:
+                case Iteration():
+                    bar.update(batch)
+                case Status():
+                    log.record(event.stats)
+                    bar.set_postfix(loss=f"{event.stats['Loss/loss']:.4f}")
+                case Saved():
+                    log.say(f"Saved {', '.join(path.name for path in event.paths)}")
+    log.say(f"Done: {run.state.nimg / 1e3:.1f} kimg in {_duration(run.state.elapsed_sec)}.")
+
+
+def _describe(config: TrainingConfig, folder: RunFolder, dataset: Any) -> str:
+    """The options and the data in a form to read before a long run."""
+    share, rounds = config.share_of(int(os.environ.get("WORLD_SIZE", "1")))
+    res = dataset.resolution
+    return "\n".join(
+        [
+            "Training options:",
+            config.to_json().rstrip(),
+            "",
+            f"Output directory:      {folder.path}",
+            f"Data set:              {config.data}",
+            f"Images:                {len(dataset)} of {res}x{res}, {dataset.num_channels} channels",
+            f"Classes:               {dataset.label_dim if config.cond else 'not used'}",
+            f"Duration:              {format_nimg(config.duration)} images",
+            f"Batch:                 {config.batch} images, {share} a process in {rounds} round(s)",
+            "",
+        ]
+    )
+
+
+def _status_line(stats: dict[str, float]) -> str:
+    return "  ".join(
+        [
+            f"kimg {stats['Progress/kimg']:<9.1f}",
+            f"time {_duration(stats['Timing/total_sec']):<12s}",
+            f"sec/tick {stats['Timing/sec_per_tick']:<8.2f}",
+            f"sec/kimg {stats['Timing/sec_per_kimg']:<7.3f}",
+            f"maintenance {stats['Timing/maintenance_sec']:<7.2f}",
+            f"cpumem {stats['Resources/cpu_mem_gb']:<6.2f}",
+            f"gpumem {stats['Resources/peak_gpu_mem_gb']:<6.2f}",
+            f"reserved {stats['Resources/peak_gpu_mem_reserved_gb']:<6.2f}",
+            f"loss {stats['Loss/loss']:.4f}",
+        ]
+    )
+
+
+def _duration(seconds: float) -> str:
+    """Seconds as days, hours, minutes and seconds: 3d 04h 05m 06s."""
+    minutes, sec = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    parts = [(days, "d"), (hours, "h"), (minutes, "m"), (sec, "s")]
+    while len(parts) > 1 and parts[0][0] == 0:
+        parts.pop(0)
+    return " ".join(f"{value:02d}{unit}" if index else f"{value}{unit}" for index, (value, unit) in enumerate(parts))
+
+
+if __name__ == "__main__":
+    main(train_edm2)
