@@ -11,13 +11,14 @@ from tqdm import tqdm
 
 import dnnlib.cli
 from dnnlib.errors import ConfigError
+from dnnlib.folders import make_folder, require_folder
 from dnnlib.parse import parse_int_list
 from torch_utils import distributed
 from torch_utils.distributed import World
 from torch_utils.precision import numerics
-from training.generation import GeneratedImages, gather_objects, generate_images, require_writable_images
+from training.generation import GeneratedImages, generate_images, require_writable_images
 from training.guidance import require_guide
-from training.image_files import contact_sheet, make_folder, require_folder, write_png
+from training.image_files import contact_sheet, write_png
 from training.presets import GENERATION, generation_preset, locate
 from training.sampler import HeunOptions, StackedRandomGenerator, edm_sampler
 
@@ -141,11 +142,9 @@ def resolve(
         raise ConfigError("no network to sample from; give --net=FILE or --preset=NAME (--list-presets shows them)")
     if guidance is not None and guidance != 1 and gnet is None:
         raise ConfigError(f"--guidance={guidance:g} needs a guiding network; add --gnet=FILE or leave --guidance out")
-    if guidance is None and gnet is not None:
-        raise ConfigError(f"--gnet={gnet} has no effect without a strength; add e.g. --guidance=1.4, or leave it out")
     return Request(
         net=net,
-        gnet=None if guidance == 1 else gnet,
+        gnet=None if guidance in (None, 1) else gnet,
         guidance=1 if guidance is None else guidance,
         seeds=seeds,
         class_idx=class_idx,
@@ -191,7 +190,7 @@ def run(request: Request, world: World) -> None:
 
 def write_grid(path: Path, images: GeneratedImages, tiles: dict[int, np.ndarray], world: World) -> None:
     """Put all processes' `tiles` (by position in the list of seeds) together; the main process writes the file."""
-    merged = {index: tile for share in gather_objects(world, tiles) for index, tile in share.items()}
+    merged = {index: tile for share in world.all_gather_objects(tiles) for index, tile in share.items()}
     if world.is_main:
         num_images = len(images.seeds)
         num_columns = num_images // images.net.label_dim if images.one_row_per_class else math.isqrt(num_images - 1) + 1

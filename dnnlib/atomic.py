@@ -1,28 +1,29 @@
 """Files that appear whole or not at all."""
 
 import os
-import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 
 @contextmanager
-def atomic_path(dest: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a temporary path beside `dest` to write to; rename it to `dest` when the block ends well.
+def atomic_path(dest: str | os.PathLike[str], *, sync: bool = True) -> Iterator[Path]:
+    """Give the path of a new empty file beside `dest` to write to; rename it to `dest` when the block ends well.
 
-    The data is flushed to disk before the rename, so that a crash, a kill or a full disk leaves the old file or no
-    file. When the block raises, the temporary file is removed and `dest` is untouched. The folder must exist.
+    With `sync` the data is flushed to disk before the rename, so that a crash, a kill or a full disk leaves the old
+    file or no file. When the block raises, the temporary file is removed and `dest` is untouched. The folder must
+    exist. Threads may do this at the same time.
     """
     dest = Path(dest)
-    handle, name = tempfile.mkstemp(prefix=f".{dest.name}.", suffix=".tmp", dir=dest.parent)
-    os.close(handle)
-    temp = Path(name)
+    temp = dest.with_name(f".{dest.name}.{uuid.uuid4().hex[:12]}.tmp")
+    # Made here and not by tempfile, whose files no one else may read, whatever the umask says.
+    temp.touch(exist_ok=False)
     try:
         yield temp
-        with open(temp, "rb+") as file:
-            os.fsync(file.fileno())
-        os.chmod(temp, 0o666 & ~_umask())
+        if sync:
+            with open(temp, "rb+") as file:
+                os.fsync(file.fileno())
         os.replace(temp, dest)
     finally:
         temp.unlink(missing_ok=True)
@@ -32,9 +33,3 @@ def write_text(dest: str | os.PathLike[str], text: str) -> None:
     """Write `text` to `dest` as UTF-8 with Unix line ends, whole or not at all."""
     with atomic_path(dest) as temp:
         temp.write_text(text, encoding="utf-8", newline="\n")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -13,7 +13,9 @@ def parse_nimg(text: str | int) -> int:
         return text
     match = re.fullmatch(r"(\d+)(Ki|Mi|Gi)?", text.strip())
     if match is None:
-        raise ConfigError(f"'{text}' is no image count; write a whole number with an optional Ki, Mi or Gi, as in 128Ki")
+        raise ConfigError(
+            f"'{text}' is no image count; write a whole number with an optional Ki, Mi or Gi, as in 128Ki"
+        )
     return int(match[1]) * _SUFFIXES[match[2] or ""]
 
 
@@ -53,7 +55,9 @@ def parse_std_list(text: str | list[float]) -> list[float]:
     for index, part in enumerate(parts):
         if part == "...":
             if index < 2 or index + 1 == len(parts):
-                raise ConfigError(f"'...' in '{text}' needs two lengths before it and one after it: 0.010,0.015,...,0.250")
+                raise ConfigError(
+                    f"'...' in '{text}' needs two lengths before it and one after it: 0.010,0.015,...,0.250"
+                )
             first, second, last = (_parse_std(parts[i], text) for i in (index - 2, index - 1, index + 1))
             step = second - first
             if step <= 0 or last < second:

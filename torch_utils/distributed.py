@@ -5,8 +5,8 @@ same code runs over NCCL on GPUs and over gloo elsewhere.
 """
 
 import os
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed
@@ -22,7 +22,7 @@ class World:
 
     rank: int = 0
     size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
     def is_main(self) -> bool:
@@ -41,6 +41,14 @@ class World:
         box = [value]
         torch.distributed.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
+
+    def all_gather_objects(self, value: T) -> list[T]:
+        """Every process's `value`, in the order of ranks, in every process."""
+        if self.size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.size
+        torch.distributed.all_gather_object(gathered, value)
+        return gathered
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of `tensor` over all processes, in place."""

@@ -127,7 +127,7 @@ class TrainingConfig:
         """What in this configuration would change the result of the run whose training_options.json says `stored`."""
         try:
             old = json.loads(stored)
-            old_network = old["network"]
+            old_network = dict(old["network"])
         except (ValueError, KeyError, TypeError):
             raise ConfigError("training_options.json cannot be read; give another --outdir") from None
         new = json.loads(self.to_json())

@@ -9,21 +9,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.distributed
 
 from dnnlib.errors import ConfigError
+from dnnlib.folders import make_folder, require_folder
 from torch_utils.distributed import World, resolve_device
 from training.encoders import Encoder, StandardRGBEncoder
 from training.guidance import require_guide
-from training.image_files import ImageWriter, make_folder, require_folder, require_png_channels
+from training.image_files import ImageWriter, require_png_channels
 from training.sampler import HeunOptions, StackedRandomGenerator, edm_sampler
 from training.snapshot import load_snapshot
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -249,15 +248,6 @@ def require_writable_images(net: Any, encoder: Encoder | None) -> None:
     """Raise ConfigError if the images of `net` cannot be written as PNG. Decoders of latents give RGB."""
     if encoder is None or isinstance(encoder, StandardRGBEncoder):
         require_png_channels(net.img_channels)
-
-
-def gather_objects(world: World, value: T) -> list[T]:
-    """Every process's `value`, in the order of ranks, in every process."""
-    if world.size == 1:
-        return [value]
-    gathered: list[Any] = [None] * world.size
-    torch.distributed.all_gather_object(gathered, value)
-    return gathered
 
 
 def _check_request(

@@ -13,6 +13,7 @@ from types import TracebackType
 import numpy as np
 import PIL.Image
 
+from dnnlib.atomic import atomic_path
 from dnnlib.errors import ConfigError
 
 
@@ -25,29 +26,6 @@ def require_png_channels(num_channels: int) -> None:
         )
 
 
-def require_folder(path: Path) -> None:
-    """Raise ConfigError if `path` is no folder and cannot become one; makes nothing."""
-    try:
-        nearest = next(place for place in (path, *path.parents) if place.exists())
-        for name in path.parts[len(nearest.parts) :]:
-            (nearest / name).exists()  # raises where a folder here cannot have such a name
-    except OSError as error:
-        raise ConfigError(f"the output folder {path} cannot be made: {error.strerror}") from None
-    if not nearest.is_dir():
-        raise ConfigError(f"the output folder {path} cannot be made: {nearest} is a file")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise ConfigError(f"the output folder {path} cannot be written to: no permission for {nearest}")
-
-
-def make_folder(path: Path) -> None:
-    """Make the folder `path` and those above it where missing. Raises ConfigError where that fails."""
-    require_folder(path)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"the output folder {path} cannot be made: {error.strerror}") from None
-
-
 def write_png(path: Path, image: np.ndarray) -> None:
     """Write `image` (uint8 [C, H, W]) to `path`, whole or not at all; the folder must exist.
 
@@ -56,14 +34,11 @@ def write_png(path: Path, image: np.ndarray) -> None:
     """
     require_png_channels(image.shape[0])
     pixels = image[0] if image.shape[0] == 1 else image.transpose(1, 2, 0)  # [H, W] or [H, W, C]
-    temp = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
-        PIL.Image.fromarray(np.ascontiguousarray(pixels)).save(temp, format="PNG")
-        os.replace(temp, path)
+        with atomic_path(path, sync=False) as temp:
+            PIL.Image.fromarray(np.ascontiguousarray(pixels)).save(temp, format="PNG")
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror or error}") from None
-    finally:
-        temp.unlink(missing_ok=True)
 
 
 class ImageWriter:
