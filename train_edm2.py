@@ -51,7 +51,7 @@ class Log:
             self.say(_status_line(stats))
 
 
-@click.command(context_settings={"max_content_width": 120})
+@click.command()
 @click.option(
     "--outdir", metavar="DIR", required=True, help="Where to save the results; a run found there is continued"
 )

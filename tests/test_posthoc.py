@@ -215,12 +215,6 @@ def test_bad_input_is_one_line_and_code_2_and_writes_nothing(run_dir, monkeypatc
     assert sorted(run_dir.parent.rglob("*")) == before
 
 
-def test_the_documented_help_is_what_the_script_prints():
-    result = click.testing.CliRunner().invoke(script.cmdline, ["--help"], prog_name="reconstruct_phema.py")
-    documented = Path(__file__).parent.parent / "docs" / "phema-help.txt"
-    assert result.output == documented.read_text(encoding="utf-8")
-
-
 def test_published_names_import_from_the_script():
     assert script.parse_std_list("0.01,0.02,...,0.05") == pytest.approx([0.01, 0.02, 0.03, 0.04, 0.05])
     assert script.list_input_pickles is posthoc.list_input_pickles

@@ -1,0 +1,34 @@
+"""docs/*-help.txt show what the scripts print for --help. `python -m tests.test_help` writes them anew."""
+
+from pathlib import Path
+
+import click.testing
+import pytest
+
+import generate_images
+import reconstruct_phema
+import train_edm2
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = {
+    "train-help.txt": ("train_edm2.py", train_edm2.train_edm2),
+    "generate-help.txt": ("generate_images.py", generate_images.cmdline),
+    "phema-help.txt": ("reconstruct_phema.py", reconstruct_phema.cmdline),
+}
+
+
+def printed_help(page: str) -> str:
+    script, command = PAGES[page]
+    result = click.testing.CliRunner().invoke(command, ["--help"], prog_name=script)
+    assert result.exit_code == 0
+    return result.output
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_documented_help_is_what_the_script_prints(page: str) -> None:
+    assert printed_help(page) == (DOCS / page).read_text(encoding="utf-8")
+
+
+if __name__ == "__main__":
+    for name in PAGES:
+        (DOCS / name).write_text(printed_help(name), encoding="utf-8", newline="\n")
