@@ -1,5 +1,6 @@
 """Train a class-conditional or unconditional diffusion model with the EDM2 recipe (arXiv 2312.02696)."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -122,15 +123,15 @@ def train_edm2(
     try:
         if options["workers"] is None and world.device.type == "cuda":
             config = dataclasses.replace(config, workers=2)
-        run = TrainingRun(config, folder, world=world)
-        log = Log(folder, is_main=world.is_main)
-        if world.is_main:
-            folder.start(config, nimg=run.state.nimg)
-        world.barrier()
-        log.say(_describe(config, folder, dataset))
-        if config.network.fp16 and world.device.type != "cuda":
-            log.say(f"float16 needs a CUDA GPU: the network computes in float32 on this machine's {world.device.type}.")
-        _train(run, log)
+        with contextlib.closing(TrainingRun(config, folder, world=world)) as run:
+            log = Log(folder, is_main=world.is_main)
+            if world.is_main:
+                folder.start(config, nimg=run.state.nimg)
+            world.barrier()
+            log.say(_describe(config, folder, dataset))
+            if config.network.fp16 and world.device.type != "cuda":
+                log.say(f"float16 needs a CUDA GPU: the network computes in float32 on the {world.device.type} here.")
+            _train(run, log)
     finally:
         world.close()
 

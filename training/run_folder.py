@@ -6,9 +6,9 @@ from pathlib import Path
 
 from dnnlib.atomic import write_text
 from dnnlib.errors import ConfigError
+from dnnlib.folders import make_folder, require_folder
 from torch_utils.checkpoint import newest
 from training.config import TrainingConfig
-from training.image_files import make_folder, require_folder
 
 
 class RunFolder:

@@ -85,6 +85,10 @@ class TrainingRun:
             self.state.load_state_dict(data, source=str(self.resumed_from))
             self._means.load_state_dict(data.get("stats", {}) if world.size == 1 else {})
 
+    def close(self) -> None:
+        """Let go of the other processes. To be called before the World's own `close`."""
+        self.state.close()
+
     def __len__(self) -> int:
         return max(-(-(self.config.duration - self.state.nimg) // self.config.batch), 0)
 

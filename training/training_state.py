@@ -1,6 +1,7 @@
 """Everything about a training run that changes as it trains: how it starts, takes a step, is saved and is restored."""
 
 import contextlib
+import warnings
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from training.config import TrainingConfig
 from training.dataset import ImageFolderDataset
 from training.encoders import Encoder, StabilityVAEEncoder, StandardRGBEncoder
 from training.loss import EDM2Loss
-from training.networks_edm2 import Precond
+from training.networks_edm2 import MPConv, Precond, normalize
 from training.phema import PowerFunctionEMA
 from training.schedule import learning_rate_schedule
 from training.snapshot import load_snapshot
@@ -48,7 +49,18 @@ class TrainingState:
         self._replica: torch.nn.Module = self.net
         if world.size > 1:
             device_ids = [world.device.index] if world.device.type == "cuda" else None
-            self._replica = DistributedDataParallel(self.net, device_ids=device_ids, broadcast_buffers=False)
+            with warnings.catch_warnings():
+                # Its successor does not exist before PyTorch 2.13.
+                warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+                self._replica = DistributedDataParallel(self.net, device_ids=device_ids, broadcast_buffers=False)
+
+    def close(self) -> None:
+        """Let go of the process group; there are no steps after this.
+
+        Without it the group may live on in DistributedDataParallel after it was closed, and then its end is a deadlock
+        now and again: that waits, with Python's global lock held, for a thread that wants the lock to drop a tensor.
+        """
+        self._replica = self.net
 
     @property
     def learning_rate(self) -> float:
@@ -80,6 +92,8 @@ class TrainingState:
         """
         share, num_rounds = self.config.share_of(self.world.size)
         assert len(images) == share
+        if self.nimg == 0:
+            normalize_weights(self.net)
         start = self.nimg + self.world.rank * share
         eps = None
         if isinstance(self.encoder, StabilityVAEEncoder):
@@ -142,6 +156,19 @@ def make_network(config: TrainingConfig, dataset: ImageFolderDataset) -> Precond
             return Precond(dataset.resolution, channels, label_dim, **config.network.arguments())
         except ValueError as error:
             raise ConfigError(str(error)) from None
+
+
+@torch.no_grad()
+def normalize_weights(net: torch.nn.Module) -> None:
+    """Bring weights of any magnitude to the one where forced weight normalization (Eq. 66) leaves them.
+
+    Every forward pass in training gets 1e-4 times closer to it. From random weights, the first round of accumulation
+    would see gradients that differ from the other rounds' in the fourth digit, and the result would depend on the
+    number of rounds. After a step of the optimizer the weights are so close already that rounding hides it.
+    """
+    for module in net.modules():
+        if isinstance(module, MPConv):
+            module.weight.copy_(normalize(module.weight))
 
 
 def check_network(config: TrainingConfig, dataset: ImageFolderDataset) -> None:
