@@ -162,7 +162,7 @@ def make_network(config: TrainingConfig, dataset: ImageFolderDataset) -> Precond
 def normalize_weights(net: torch.nn.Module) -> None:
     """Bring weights of any magnitude to the one where forced weight normalization (Eq. 66) leaves them.
 
-    Each forward pass in training leaves 1e-4 of the distance to it. From random weights, the first round of accumulation
+    A forward pass in training leaves 1e-4 of the distance to it. From random weights, the first round of accumulation
     would see gradients that differ from the other rounds' in the fourth digit, and the result would depend on the
     number of rounds. After a step of the optimizer the weights are so close already that rounding hides it.
     """
