@@ -5,8 +5,8 @@
 # make clean   removes what the above made, .venv included
 #
 # PYTHON=python3.12      which Python makes the environment (3.11 or newer)
-# PIP_ARGS="..."         more options for pip, e.g. --extra-index-url https://download.pytorch.org/whl/cpu on a Linux
-#                        machine without a GPU, which saves a download of several gigabytes
+# PIP_ARGS="..."         more options for pip, e.g. the --extra-index-url of PyTorch's CPU builds (see pytorch.org),
+#                        which saves a download of several gigabytes on a Linux machine without a GPU
 # PYTEST_ARGS="..."      more options for pytest, e.g. -k sampler
 
 PYTHON ?= python3

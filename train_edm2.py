@@ -119,6 +119,9 @@ def train_edm2(
         click.echo("Dry run; exiting.")
         return
 
+    if folder.is_complete(config):
+        click.echo(f"The run in {folder.path} is finished, and has no checkpoint to continue from.")
+        return
     world = distributed.init(device)
     try:
         if options["workers"] is None and world.device.type == "cuda":

@@ -53,7 +53,7 @@ def train(net: Precond, forward: torch.nn.Module, num_steps: int = 3) -> list[di
 def test_compiled_training_has_the_gradients_and_stored_weights_of_eager_training() -> None:
     eager, compiled = make_network((1,)).train(), make_network((1,)).train()
     expected = train(eager, eager)
-    actual = train(compiled, torch.compile(compiled, fullgraph=True))  # type: ignore[arg-type]
+    actual = train(compiled, torch.compile(compiled, fullgraph=True))
     for ours, theirs in zip(actual, expected, strict=True):
         assert set(ours) == set(theirs)
         for name, value in theirs.items():
@@ -80,7 +80,7 @@ def test_the_traced_graph_is_whole_and_trains_as_eager_mode_does() -> None:
     """Without the default backend, whose compilation takes long: one graph, its gradients and stored weights."""
     eager, traced = make_network((1, 2), num_blocks=1).train(), make_network((1, 2), num_blocks=1).train()
     (expected,) = train(eager, eager, num_steps=1)
-    (actual,) = train(traced, torch.compile(traced, fullgraph=True, backend="aot_eager"), num_steps=1)  # type: ignore[arg-type]
+    (actual,) = train(traced, torch.compile(traced, fullgraph=True, backend="aot_eager"), num_steps=1)
     for name, value in expected.items():
         torch.testing.assert_close(actual[name], value, rtol=1e-5, atol=1e-5 * float(value.abs().max()))
 

@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -109,7 +110,13 @@ def test_outputs_are_the_published_ones(golden: Load, name: str) -> None:
     ],
 )
 def test_every_option_does_what_the_plain_oracle_does(options: dict) -> None:
-    config = {"img_resolution": 16, "label_dim": 5, "model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1}
+    config: dict[str, Any] = {
+        "img_resolution": 16,
+        "label_dim": 5,
+        "model_channels": 8,
+        "channel_mult": [1, 2],
+        "num_blocks": 1,
+    }
     config |= {"channels_per_head": 8, "attn_resolutions": [8]} | options
     torch.manual_seed(3)
     plain = oracle.PlainPrecond(**config).eval()

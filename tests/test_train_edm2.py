@@ -74,6 +74,18 @@ def test_float32_instead_of_float16_is_said_once(data, tmp_path, capsys):
     assert "computes in float32" not in capsys.readouterr().out
 
 
+def test_a_finished_run_without_checkpoints_is_not_trained_and_overwritten_again(data, tmp_path, capsys):
+    args = [*TINY, "--batch=256", "--duration=1Ki", "--checkpoint=0", f"--outdir={tmp_path}", f"--data={data}"]
+    assert run(*args, "--snapshot=512") == 0
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.pkl")}
+    assert files
+    capsys.readouterr()
+    assert run(*args, "--snapshot=512") == 0
+    assert "is finished" in capsys.readouterr().out
+    assert files == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.pkl")}
+    assert run(*args, "--snapshot=512", "--duration=2Ki", "-n") == 0
+
+
 def test_a_finished_run_says_so_and_a_longer_duration_continues_it(data, tmp_path, capsys):
     args = [*TINY, "--batch=8", f"--outdir={tmp_path / 'run'}", f"--data={data}", "--status=8"]
     assert run(*args, "--duration=16") == 0

@@ -5,6 +5,7 @@ import itertools
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -135,7 +136,12 @@ def test_snapshots_hold_the_averages_and_what_is_needed_to_use_them(data: Path, 
     for (ema, suffix), extension in itertools.product(run.state.ema.get(), ("pkl", "safetensors")):
         snapshot = load_snapshot(tmp_path / f"network-snapshot-0000001{suffix}.{extension}")
         assert (snapshot.nimg, snapshot.ema_std) == (1024, float(suffix[1:]))
-        assert snapshot.dataset_kwargs == {"path": str(data), "use_labels": True, "xflip": False}
+        assert snapshot.dataset_kwargs == {
+            "class_name": "training.dataset.ImageFolderDataset",
+            "path": str(data),
+            "use_labels": True,
+            "xflip": False,
+        }
         assert not snapshot.net.training
         assert type(snapshot.encoder) is type(run.state.encoder)
         assert (snapshot.loss_fn.P_mean, snapshot.loss_fn.P_std) == (config.P_mean, config.P_std)
@@ -243,3 +249,11 @@ def test_init_counts_at_the_start_only(data: Path, tmp_path: Path):
     snapshot.unlink()
     resumed = make_run(tuned, tmp_path / "tuned")
     assert_same_state(resumed.state.state_dict(), run.state.state_dict())
+
+
+def test_latents_of_another_channel_count_are_refused_and_not_taken_for_pixels(tmp_path: Path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    np.save(folder / "0.npy", np.zeros([6, 8, 8], dtype=np.float32))
+    with pytest.raises(ConfigError, match="latents of 6 channels, not 8"):
+        open_dataset(tiny_config(folder, cond=False))

@@ -20,9 +20,9 @@ from training.snapshot import Snapshot, save_snapshot
 from training.training_state import TrainingState, check_network, make_network
 
 # What TrainingState wants to know about a data set.
-RGB = SimpleNamespace(resolution=8, num_channels=3, label_dim=3)
-GREY = SimpleNamespace(resolution=8, num_channels=1, label_dim=3)
-LATENTS = SimpleNamespace(resolution=8, num_channels=8, label_dim=3)
+RGB = SimpleNamespace(resolution=8, num_channels=3, label_dim=3, holds_latents=False)
+GREY = SimpleNamespace(resolution=8, num_channels=1, label_dim=3, holds_latents=False)
+LATENTS = SimpleNamespace(resolution=8, num_channels=8, label_dim=3, holds_latents=True)
 
 
 def make_state(config: TrainingConfig | None = None, dataset: SimpleNamespace = RGB) -> TrainingState:
@@ -75,7 +75,9 @@ def test_six_steps_end_at_the_published_weights_and_averages(golden):
         attn_resolutions=tuple(arguments["attn_resolutions"]),
         channels_per_head=arguments["channels_per_head"],
     )
-    data = SimpleNamespace(resolution=arguments["img_resolution"], num_channels=4, label_dim=arguments["label_dim"])
+    data = SimpleNamespace(
+        resolution=arguments["img_resolution"], num_channels=4, label_dim=arguments["label_dim"], holds_latents=False
+    )
     state = make_state(config, data)
     state.net.load_state_dict({k.removeprefix("init."): v for k, v in tensors.items() if k.startswith("init.")})
     recorded = Recorded()
@@ -269,8 +271,8 @@ def test_init_starts_from_the_weights_of_a_snapshot(snapshot: Path):
 def test_init_lists_what_does_not_fit_and_leaves_it_fresh_where_allowed(snapshot: Path):
     config = tiny_config(Path("none"), init=str(snapshot))
     with pytest.raises(ConfigError, match=r"unet\.emb_label\.weight 8x5 here, 8x3 there.*--init-partial"):
-        make_state(config, SimpleNamespace(resolution=8, num_channels=3, label_dim=5))
-    data = SimpleNamespace(resolution=8, num_channels=1, label_dim=3)
+        make_state(config, SimpleNamespace(resolution=8, num_channels=3, label_dim=5, holds_latents=False))
+    data = SimpleNamespace(resolution=8, num_channels=1, label_dim=3, holds_latents=False)
     allowed = dataclasses.replace(config, init_partial=True)
     state = make_state(allowed, data)
     fresh = make_network(config, data).state_dict()

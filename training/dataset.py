@@ -119,6 +119,11 @@ class ImageFolderDataset(torch.utils.data.Dataset[tuple[np.ndarray, np.ndarray]]
         return self.image_shape[0]
 
     @property
+    def holds_latents(self) -> bool:
+        """Whether the items are raw latents (.npy files) and not pictures."""
+        return is_latents(self._names[0])
+
+    @property
     def resolution(self) -> int:
         """Height and width of the stored arrays."""
         return self.image_shape[1]

@@ -32,6 +32,12 @@ class RunFolder:
         """The checkpoint with the most images, or None."""
         return newest(self.path, "training-state-", ".pt")
 
+    def is_complete(self, config: TrainingConfig) -> bool:
+        """Whether a run without checkpoints has written its last snapshots; all that is left is to train anew."""
+        kimg = [path.name.split("-")[2] for path in self.path.glob("network-snapshot-*-*.*")]
+        newest_kimg = max((int(digits) for digits in kimg if digits.isdecimal()), default=0)
+        return self.newest_checkpoint() is None and newest_kimg >= max(config.duration // 1000, 1)
+
     def check(self, config: TrainingConfig, *, allow_changes: bool) -> None:
         """Raise ConfigError where a run with other options is in the folder, or the folder cannot be made."""
         require_folder(self.path)

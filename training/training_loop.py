@@ -24,7 +24,7 @@ from training.run_folder import RunFolder
 from training.schedule import learning_rate_schedule
 from training.snapshot import Snapshot, save_snapshot
 from training.streams import BatchPositions, DataOrder
-from training.training_state import TrainingState
+from training.training_state import RAW_LATENT_CHANNELS, TrainingState
 
 __all__ = ["EDM2Loss", "Iteration", "Saved", "Status", "TrainingRun", "learning_rate_schedule", "open_dataset"]
 
@@ -62,7 +62,12 @@ def open_dataset(config: TrainingConfig) -> ImageFolderDataset:
         raise ConfigError(
             f"{config.data} has no labels, which a conditional network needs; add them, or use --cond=False"
         )
-    item_bytes = dataset.num_channels * dataset.resolution**2
+    if dataset.holds_latents and dataset.num_channels != RAW_LATENT_CHANNELS:
+        raise ConfigError(
+            f"{config.data} holds latents of {dataset.num_channels} channels, not {RAW_LATENT_CHANNELS}: mean and"
+            f" standard deviation of {RAW_LATENT_CHANNELS // 2} each are needed"
+        )
+    item_bytes = dataset.num_channels * dataset.resolution**2 * (4 if dataset.holds_latents else 1)
     if config.workers == 0 and len(dataset) * item_bytes <= _CACHE_BYTES:
         dataset = ImageFolderDataset(config.data, use_labels=config.cond, xflip=config.xflip, cache=True)
     return dataset
@@ -192,7 +197,12 @@ class TrainingRun:
         return Snapshot(
             net=net,
             encoder=self.state.encoder,
-            dataset_kwargs={"path": self.config.data, "use_labels": self.config.cond, "xflip": self.config.xflip},
+            dataset_kwargs={
+                "class_name": "training.dataset.ImageFolderDataset",
+                "path": self.config.data,
+                "use_labels": self.config.cond,
+                "xflip": self.config.xflip,
+            },
             loss_fn=self.state.loss_fn,
             nimg=self.state.nimg,
             ema_std=std,

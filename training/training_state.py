@@ -22,7 +22,7 @@ from training.streams import NoiseStream, derive_seed
 # Purposes of the run's streams of random numbers.
 _SIGMA, _NOISE, _ENCODER, _DROPOUT = range(4)
 
-_LATENT_CHANNELS = 8  # of a data set of raw VAE latents: mean and standard deviation of 4 channels each
+RAW_LATENT_CHANNELS = 8  # of a data set of raw VAE latents: mean and standard deviation of 4 channels each
 
 
 class TrainingState:
@@ -142,13 +142,13 @@ class TrainingState:
 
 
 def make_encoder(dataset: ImageFolderDataset) -> Encoder:
-    """The encoder that the data set calls for: pixels of any channel count, or 8 channels of raw VAE latents."""
-    return StabilityVAEEncoder() if dataset.num_channels == _LATENT_CHANNELS else StandardRGBEncoder()
+    """The encoder that the data set calls for: pixels of any channel count, or raw VAE latents."""
+    return StabilityVAEEncoder() if dataset.holds_latents else StandardRGBEncoder()
 
 
 def make_network(config: TrainingConfig, dataset: ImageFolderDataset) -> Precond:
     """A network for the data set, initialized from the run's seed, on the CPU."""
-    channels = dataset.num_channels // 2 if dataset.num_channels == _LATENT_CHANNELS else dataset.num_channels
+    channels = dataset.num_channels // 2 if dataset.holds_latents else dataset.num_channels
     label_dim = dataset.label_dim if config.cond else 0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
