@@ -19,8 +19,10 @@ def atomic_path(dest: str | os.PathLike[str], *, sync: bool = True) -> Iterator[
     temp = dest.with_name(f".{dest.name}.{uuid.uuid4().hex[:12]}.tmp")
     # Made here and not by tempfile, whose files no one else may read, whatever the umask says.
     temp.touch(exist_ok=False)
+    mode = temp.stat().st_mode
     try:
         yield temp
+        temp.chmod(mode)  # a library may have put a file of its own in the place
         if sync:
             with open(temp, "rb+") as file:
                 os.fsync(file.fileno())

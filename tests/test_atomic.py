@@ -36,7 +36,9 @@ def test_text_is_utf8_with_unix_line_ends(tmp_path: Path):
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such permissions")
 def test_the_permissions_are_those_of_any_new_file(tmp_path: Path):
-    write_text(tmp_path / "ours", "")
+    with atomic_path(tmp_path / "ours") as temp:
+        temp.unlink()  # as safetensors does: it writes a private file of its own and renames it
+        os.close(os.open(temp, os.O_CREAT | os.O_WRONLY, 0o600))
     (tmp_path / "plain").touch()
     assert stat.S_IMODE((tmp_path / "ours").stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
 

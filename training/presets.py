@@ -91,6 +91,8 @@ def _published(preset: str, net: str, gnet: str | None, guidance: float, score: 
 
 GENERATION: Mapping[str, GenerationPreset] = {
     **{row[0]: _published(*row) for row in _PUBLISHED},
+    # The networks that the repository carries (models/README.md), by autoguidance.
+    "demo": GenerationPreset(net="models/fashion.safetensors", gnet="models/fashion-guide.safetensors", guidance=1.5),
 }
 
 
@@ -118,7 +120,7 @@ _FASHION = TrainingConfig(
     decay=2000,
     rampup=0.02,
     batch=32,
-    duration=256 << 10,
+    duration=160 << 10,
     status=4 << 10,
     snapshot=16 << 10,
     checkpoint=16 << 10,
