@@ -110,6 +110,8 @@ def cmdline(list_presets: bool, device: str | None, **options: Any) -> None:
         return
     request = resolve(**options)
     world = distributed.init(device)
+    if world.is_main and options["gnet"] is not None and request.gnet is None:
+        click.echo("Guidance is 1, so the guide is not used; --guidance=1.4, for example, uses it.")
     try:
         with numerics(cudnn_benchmark=False):
             run(request, world)

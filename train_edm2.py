@@ -122,6 +122,7 @@ def train_edm2(
     if folder.is_complete(config):
         click.echo(f"The run in {folder.path} is finished, and has no checkpoint to continue from.")
         return
+    dataset.check_headers()
     world = distributed.init(device)
     try:
         if options["workers"] is None and world.device.type == "cuda":

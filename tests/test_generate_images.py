@@ -85,6 +85,14 @@ def test_guidance_changes_the_images_and_guidance_1_needs_no_guide(tmp_path: Pat
     assert not np.array_equal(plain, guided) and np.array_equal(plain, one)
 
 
+def test_a_guide_without_a_strength_is_not_used_and_this_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    succeed(*QUICK, "--seeds=1", f"--grid={tmp_path / 'plain.png'}")
+    assert "guide" not in capsys.readouterr().out
+    succeed(*QUICK, "--seeds=1", f"--grid={tmp_path / 'unused.png'}", f"--gnet={GUIDE}")
+    assert "the guide is not used" in capsys.readouterr().out
+    assert (tmp_path / "plain.png").read_bytes() == (tmp_path / "unused.png").read_bytes()
+
+
 def test_a_preset_fills_in_what_is_left_open():
     request = resolved(preset="edm2-img512-xxl-guid-dino")
     assert request.net == MODEL_ROOT + "edm2-img512-xxl-0939524-0.015.pkl"
@@ -109,7 +117,6 @@ def test_an_explicit_option_wins_over_the_preset():
         ([f"--net={GOLDEN_DIR / 'numbers-that-are-no-network.json'}"], "no-network"),
         ([], "give --net=FILE or --preset=NAME"),
         ([f"--net={NET}", "--guidance=1.4"], "--guidance=1.4 needs a guiding network"),
-        ([f"--net={NET}", f"--gnet={GUIDE}"], "no effect without a strength"),
         ([f"--net={NET}", f"--gnet={GUIDE}", "--guidance=nan"], "guidance=nan"),
         ([f"--net={NET}", "--seeds=10-5"], "10-5"),
         ([f"--net={NET}", "--seeds=a"], "'a'"),

@@ -295,7 +295,7 @@ def test_a_damaged_checkpoint_is_refused_and_nothing_changes(data, tmp_path, cap
     assert before == {path: path.read_bytes() for path in out.iterdir()}
 
 
-def test_images_of_mixed_sizes_end_the_run_in_one_line(tmp_path, capsys):
+def test_images_of_mixed_sizes_are_refused_before_anything_is_written(tmp_path, capsys):
     data = write_dataset(tmp_path / "data.zip", num=8)
     with zipfile.ZipFile(write_dataset(tmp_path / "large.zip", num=8, size=16)) as large:
         extra = large.read("003.png")
@@ -305,8 +305,9 @@ def test_images_of_mixed_sizes_end_the_run_in_one_line(tmp_path, capsys):
         for name, content in {**items, "003.png": extra}.items():
             target.writestr(name, content)
     assert run(*SHORT, f"--outdir={tmp_path / 'run'}", f"--data={data}") == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
+    (error,) = capsys.readouterr().err.splitlines()
     assert error.startswith("Error: ") and "003.png is 16x16" in error
+    assert not (tmp_path / "run").exists()
 
 
 def test_init_with_partial_says_what_stayed_fresh(data, tmp_path, capsys):

@@ -17,7 +17,7 @@ import torch.utils.data
 
 from dnnlib.errors import ConfigError
 from training.dataset_files import FolderFiles, ZipFiles, one_line, open_files
-from training.dataset_items import CONVERT_HINT, Shape, decode, is_item, is_latents, read_shape
+from training.dataset_items import CONVERT_HINT, Shape, check_header, decode, is_item, is_latents, read_shape
 
 LABELS_FILE = "dataset.json"
 MAX_CLASSES = 1_000_000
@@ -108,6 +108,14 @@ class ImageFolderDataset(torch.utils.data.Dataset[tuple[np.ndarray, np.ndarray]]
         raw_idx = int(self._raw_idx[idx])
         raw_label = np.zeros(0, dtype=np.float32) if self._raw_labels is None else self._raw_labels[raw_idx]
         return ItemDetails(raw_idx=raw_idx, xflip=bool(self._xflip[idx]), raw_label=np.array(raw_label))
+
+    def check_headers(self, max_items: int = 10_000) -> None:
+        """Look at the headers of all items, or of `max_items` spread evenly over a larger data set.
+
+        Raises ConfigError for the first that cannot be read or has another size than the rest.
+        """
+        for idx in np.linspace(0, len(self._names) - 1, min(len(self._names), max_items)).astype(int):
+            check_header(self._read(idx), self._describe(idx), self.image_shape, self._names[0])
 
     def close(self) -> None:
         """Close the ZIP file; reading again opens it again."""

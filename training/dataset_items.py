@@ -64,6 +64,11 @@ def decode(data: bytes, where: str, shape: Shape, first: str) -> np.ndarray:
     return np.ascontiguousarray(np.atleast_3d(pixels).transpose(2, 0, 1))
 
 
+def check_header(data: bytes, where: str, shape: Shape, first: str) -> None:
+    """Raise ConfigError unless the header of an encoded item has the `shape` of the item named `first`."""
+    _check_shape(read_shape(data, where), shape, where, first)
+
+
 def _check_shape(shape: Shape, expected: Shape, where: str, first: str) -> None:
     if shape != expected:
         raise ConfigError(
