@@ -46,7 +46,7 @@ test: check
 demo: env
 	@rm -rf $(DEMO)
 	@echo "1/4 Pictures from the shipped network, guided by a smaller and less trained one"
-	$(RUN) generate_images.py --preset=demo --outdir=$(DEMO)/shipped --grid=$(DEMO)/shipped.png --class=all --seeds=0-79
+	$(RUN) generate_images.py --preset=demo --outdir=$(DEMO)/shipped --grid=$(DEMO)/shipped.png --class=all --seeds=0-79 --steps=18
 	@echo "2/4 Training the same network on the shipped data for about two minutes"
 	$(RUN) train_edm2.py --preset=fashion --outdir=$(DEMO)/run --batch=16 --duration=8Ki --rampup=0.002 \
 		--snapshot=1Ki --status=1Ki --checkpoint=4Ki
