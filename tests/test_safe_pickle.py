@@ -17,7 +17,7 @@ from torch import nn
 
 from dnnlib import EasyDict
 from dnnlib.errors import ConfigError
-from torch_utils import safe_pickle
+from torch_utils import pickle_machine
 from torch_utils.safe_pickle import StoredObject, Word, read_pickle
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -238,7 +238,7 @@ def test_a_tensor_cannot_be_larger_than_its_storage() -> None:
 
 
 def test_the_number_of_steps_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(safe_pickle, "MAX_OPCODES", 1000)
+    monkeypatch.setattr(pickle_machine, "MAX_OPCODES", 1000)
     with pytest.raises(ConfigError, match="more than 1000 opcodes"):
         read(b"\x80\x02" + b"N0" * 500 + b"N.")
 

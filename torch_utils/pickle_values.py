@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from dnnlib.easydict import EasyDict
-from torch_utils.safe_pickle import Machine, Refused, StoredObject, Vocabulary, Word, describe, plain_set
+from torch_utils.pickle_machine import Machine, Refused, StoredObject, Vocabulary, Word, describe, plain_set
 
 _MAX_DIMS = 32
 
@@ -91,7 +91,7 @@ def _load_storage(payload: bytes) -> _Storage:
     if type(payload) is not bytes:
         raise Refused("a storage that is not given as bytes")
     file = io.BytesIO(payload)
-    machine = Machine(file, _STORAGE_WORDS, _describe_storage)
+    machine = Machine(file, _STORAGE_WORDS, build, _describe_storage)
     if machine.load() != _TORCH_MAGIC or machine.load() != _TORCH_PROTOCOL:
         raise Refused("a storage in a form of torch.save that is not known")
     system = machine.load()
