@@ -34,14 +34,6 @@ class World:
         if self.size > 1:
             torch.distributed.barrier()
 
-    def broadcast_object(self, value: T) -> T:
-        """The main process's `value`, in every process."""
-        if self.size == 1:
-            return value
-        box = [value]
-        torch.distributed.broadcast_object_list(box, src=0, device=self.device)
-        return box[0]
-
     def all_gather_objects(self, value: T) -> list[T]:
         """Every process's `value`, in the order of ranks, in every process."""
         if self.size == 1:
