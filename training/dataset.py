@@ -117,6 +117,11 @@ class ImageFolderDataset(torch.utils.data.Dataset[tuple[np.ndarray, np.ndarray]]
         for idx in np.linspace(0, len(self._names) - 1, min(len(self._names), max_items)).astype(int):
             check_header(self._read(idx), self._describe(idx), self.image_shape, self._names[0])
 
+    def keep_items(self) -> None:
+        """Keep decoded items in memory from now on, as `cache=True` does."""
+        if self._cache is None:
+            self._cache = {}
+
     def close(self) -> None:
         """Close the ZIP file; reading again opens it again."""
         self._files.close()

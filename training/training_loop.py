@@ -69,7 +69,7 @@ def open_dataset(config: TrainingConfig) -> ImageFolderDataset:
         )
     item_bytes = dataset.num_channels * dataset.resolution**2 * (4 if dataset.holds_latents else 1)
     if config.workers == 0 and len(dataset) * item_bytes <= _CACHE_BYTES:
-        dataset = ImageFolderDataset(config.data, use_labels=config.cond, xflip=config.xflip, cache=True)
+        dataset.keep_items()
     return dataset
 
 
