@@ -23,7 +23,7 @@ from torch_utils.safe_pickle import read_pickle
 from training.encoders import StabilityVAEEncoder, StandardRGBEncoder
 from training.loss import EDM2Loss
 from training.networks_edm2 import Precond
-from training.snapshot import Snapshot, load_snapshot, nimg_from_kimg, parse_name, save_snapshot
+from training.snapshot import Snapshot, load_snapshot, nimg_from_kimg, parse_name, read_header, save_snapshot
 from training.snapshot_pickle import flatten
 
 GOLDEN = Path(__file__).parent / "golden" / "snapshots"
@@ -306,3 +306,40 @@ def test_what_is_no_network_file_is_named(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=message) as caught:
             load_snapshot(path)
         assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_the_header_alone_says_what_the_whole_file_says(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"network-snapshot-0000012-0.075{suffix}"
+    save_snapshot(make_snapshot(), path)
+    whole, header = load_snapshot(path), read_header(path)
+    state = whole.net.state_dict()
+    assert header.tensors == {name: (value.dtype, tuple(value.shape)) for name, value in state.items()}
+    assert list(header.tensors) == list(state)
+    assert header.tensors.keys() - header.buffers == {name for name, _ in whole.net.named_parameters()}
+    assert (header.nimg, header.ema_std) == (whole.nimg, whole.ema_std) and header.info == whole.info
+    assert header.config == {
+        "class": "Precond",
+        "arguments": {"img_resolution": [8, 16], "img_channels": 4, "label_dim": 3, "sigma_data": 0.4, **KWARGS},
+    }
+    assert header.encoder == {"class": "StabilityVAEEncoder", "arguments": {"raw_mean": [1, 2, 3, 4]}}
+    assert header.loss == {"class": "EDM2Loss", "arguments": {"P_mean": -0.8}}
+    assert header.dataset_kwargs == whole.dataset_kwargs
+
+
+def test_a_header_is_read_without_the_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "net.safetensors"
+    save_snapshot(make_snapshot(), path)
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    path.write_bytes(data[:start] + b"\xff" * (len(data) - start))
+    assert not next(load_snapshot(path).net.parameters()).isfinite().any()
+    assert read_header(path).nimg == 12345
+    shapes = read_pickle(GOLDEN / "toy.pkl", values=False)
+    assert all(value.device.type == "meta" for value in flatten(shapes).values())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_published_file_has_a_header(name: str) -> None:
+    net = load_snapshot(GOLDEN / name).net
+    assert read_header(GOLDEN / name).tensors.keys() == net.state_dict().keys()

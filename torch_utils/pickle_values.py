@@ -86,8 +86,11 @@ def _reconstruct(meta: dict[str, Any]) -> StoredObject:
     return StoredObject(name, state, source)
 
 
-def _load_storage(payload: bytes) -> _Storage:
-    """The storage in `payload`, a file in the older form of torch.save, read by the same closed machine."""
+def _load_storage(payload: bytes, values: bool = True) -> _Storage:
+    """The storage in `payload`, a file in the older form of torch.save, read by the same closed machine.
+
+    Without `values` it is on the meta device: size and dtype, checked as ever, and no memory.
+    """
     if type(payload) is not bytes:
         raise Refused("a storage that is not given as bytes")
     file = io.BytesIO(payload)
@@ -104,8 +107,8 @@ def _load_storage(payload: bytes) -> _Storage:
     head = file.read(8)
     if len(head) != 8 or int.from_bytes(head, "little") != count or machine.remaining() != count * dtype.itemsize:
         raise Refused(f"a storage of {count} values with {machine.remaining()} bytes")
-    if count == 0:
-        return _Storage(torch.empty(0, dtype=dtype))
+    if count == 0 or not values:
+        return _Storage(torch.empty(count, dtype=dtype, device="cpu" if values else "meta"))
     return _Storage(torch.frombuffer(bytearray(memoryview(payload)[file.tell() :]), dtype=dtype))
 
 
@@ -242,4 +245,10 @@ VOCABULARY: Vocabulary = {
     "_codecs.encode": _encode,
     **{f"{module}.set": plain_set for module in ("builtins", "__builtin__")},
     **{f"{module}.bytes": _no_bytes for module in ("builtins", "__builtin__")},
+}
+
+# The same list for those who ask what is in a file, not for the numbers: tensors are on the meta device.
+SHAPES_VOCABULARY: Vocabulary = {
+    **VOCABULARY,
+    "torch.storage._load_from_bytes": lambda payload: _load_storage(payload, values=False),
 }

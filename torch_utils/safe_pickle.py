@@ -10,30 +10,31 @@ from typing import Any, BinaryIO
 
 from dnnlib.errors import ConfigError
 from torch_utils.pickle_machine import Machine, Refused, StoredObject, Word
-from torch_utils.pickle_values import VOCABULARY, build
+from torch_utils.pickle_values import SHAPES_VOCABULARY, VOCABULARY, build
 
 __all__ = ["StoredObject", "Word", "read_pickle"]
 
 
-def read_pickle(source: str | os.PathLike[str] | BinaryIO, name: str | None = None) -> Any:
+def read_pickle(source: str | os.PathLike[str] | BinaryIO, name: str | None = None, *, values: bool = True) -> Any:
     """Read the pickle file `source`, a path or a seekable binary file, without running anything from it.
 
-    `name` is what errors call the file. Raises ConfigError where the file cannot be opened, is damaged, or holds
+    `name` is what errors call the file. Without `values`, tensors come on the meta device: shapes and dtypes, checked
+    as ever. Raises ConfigError where the file cannot be opened, is damaged, or holds
     anything beyond plain values, tensors, NumPy arrays of numbers and stored objects; the message names the global.
     Memory is bounded by the file's size: every length that the file declares is checked against what is left of it.
     """
     if not isinstance(source, str | os.PathLike):
-        return _read(source, name or "pickle file")
+        return _read(source, name or "pickle file", values)
     try:
         with open(source, "rb") as file:
-            return _read(file, name or str(source))
+            return _read(file, name or str(source), values)
     except OSError as error:
         raise ConfigError(f"cannot read {Path(source)}: {error.strerror or error}") from None
 
 
-def _read(file: BinaryIO, name: str) -> Any:
+def _read(file: BinaryIO, name: str, values: bool) -> Any:
     try:
-        machine = Machine(file, VOCABULARY, build)
+        machine = Machine(file, VOCABULARY if values else SHAPES_VOCABULARY, build)
         result = machine.load()
         if machine.remaining():
             raise Refused(f"{machine.remaining()} bytes follow its end")

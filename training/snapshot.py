@@ -34,35 +34,75 @@ class Snapshot:
     info: dict[str, Any] = field(default_factory=dict)  # provenance, as JSON has it; not kept by pickles
 
 
+@dataclass(frozen=True, kw_only=True)
+class SnapshotHeader:
+    """What a network file says of itself, without the numbers in its tensors."""
+
+    nimg: int | None
+    ema_std: float | None
+    config: dict[str, Any]  # {"class": "Precond", "arguments": {...}}, the constructor's, by name, as JSON has them
+    tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]  # dtype and shape by name, in the network's order
+    buffers: frozenset[str]  # which of the tensors are no parameters
+    encoder: dict[str, Any] | None  # like `config`
+    loss: dict[str, Any] | None  # like `config`
+    dataset_kwargs: dict[str, Any] | None
+    info: dict[str, Any]
+
+
 def load_snapshot(source: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> Snapshot:
     """Read the network file `source`, a path or an http(s) URL, without running anything from it.
 
     The file's content, not its name, tells which format it has. Where it does not record image count and EMA length,
     they are taken from its name. Raises ConfigError, naming the file, where it is missing, foreign or damaged.
     """
-    name = str(source)
+    fields = _read_fields(str(source), values=True)
+    fields["net"].to(device)
+    return Snapshot(**fields)
+
+
+def read_header(source: str | os.PathLike[str]) -> SnapshotHeader:
+    """What the network file `source`, a path or an http(s) URL, says of itself, without the numbers in its tensors.
+
+    Of a .safetensors file only the header is read; a pickle is read through, but no tensor is kept. The same files
+    are refused, with the same errors, as by `load_snapshot`, save for damage inside the numbers.
+    """
+    fields = _read_fields(str(source), values=False)
+    net = fields.pop("net")
+    return SnapshotHeader(
+        nimg=fields["nimg"],
+        ema_std=fields["ema_std"],
+        config={"class": type(net).__name__, "arguments": network_arguments(net._init_args, net._init_kwargs)},
+        tensors={name: (value.dtype, tuple(value.shape)) for name, value in net.state_dict().items()},
+        buffers=frozenset(name for name, _ in net.named_buffers()),
+        encoder=None if fields["encoder"] is None else described(fields["encoder"]),
+        loss=None if fields["loss_fn"] is None else described(fields["loss_fn"]),
+        dataset_kwargs=fields["dataset_kwargs"],
+        info=fields["info"],
+    )
+
+
+def _read_fields(name: str, values: bool) -> dict[str, Any]:
+    """The fields of a Snapshot from the file called `name`; without `values` the network is on the meta device."""
     path = Path(open_url(name, return_filename=True))
     try:
         format_name = _format_of(path)
-        tree = read_pickle(path, name) if format_name == "pickle" else None
+        tree = read_pickle(path, name, values=values) if format_name == "pickle" else None
     except OSError as error:
         raise ConfigError(f"cannot read {name}: {error.strerror or error}") from None
     try:
         if format_name == "pickle":
             fields = snapshot_pickle.parts_of(tree, path.stat().st_size)
         elif format_name == "safetensors":
-            fields = snapshot_safetensors.read(path)
+            fields = snapshot_safetensors.read(path, values)
         else:
             raise ConfigError("it is neither a pickle nor a safetensors file")
     except ConfigError as error:
         raise ConfigError(f"{name}: {str(error)[:400]}") from error  # names in the file may be of any length
-    from_name = parse_name(name)
-    if from_name is not None:
-        for key, value in zip(("nimg", "ema_std"), from_name, strict=True):
-            if fields.get(key) is None:
-                fields[key] = value
-    fields["net"].to(device)
-    return Snapshot(**fields)
+    fields = {"nimg": None, "ema_std": None, "info": {}} | fields
+    nimg, ema_std = parse_name(name) or (None, None)
+    fields["nimg"] = nimg if fields["nimg"] is None else fields["nimg"]
+    fields["ema_std"] = ema_std if fields["ema_std"] is None else fields["ema_std"]
+    return fields
 
 
 def save_snapshot(snapshot: Snapshot, path: str | os.PathLike[str]) -> None:

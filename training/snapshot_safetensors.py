@@ -20,8 +20,14 @@ FORMAT = "edm2-network"
 VERSION = 1
 
 
-def read(path: Path) -> dict[str, Any]:
-    """The fields of a Snapshot from the file `path`. Raises ConfigError, without the file's name."""
+_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+
+
+def read(path: Path, values: bool = True) -> dict[str, Any]:
+    """The fields of a Snapshot from the file `path`. Raises ConfigError, without the file's name.
+
+    Without `values`, the network is on the meta device and only the header is read.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -30,7 +36,8 @@ def read(path: Path) -> dict[str, Any]:
             if metadata.get("format_version") != str(VERSION):
                 raise ConfigError(f"its format_version is {metadata.get('format_version')!r}; known is {VERSION}")
             # Copies, not views of the mapped file: the file may be replaced while the network is in use.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            read_tensor = (lambda name: file.get_tensor(name).clone()) if values else lambda name: _shape(file, name)
+            tensors = {name: read_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ConfigError(f"the file is damaged or cut short: {error}") from error
     network = _class_and_arguments(metadata, "network")
@@ -74,6 +81,14 @@ def write(
     metadata = {key: json.dumps(value, sort_keys=True) for key, value in entries.items()}
     metadata |= {"format": FORMAT, "format_version": str(VERSION)}
     save_file({name: value.contiguous() for name, value in net.state_dict().items()}, path, metadata)
+
+
+def _shape(file: Any, name: str) -> torch.Tensor:
+    """A tensor without values like the one called `name`."""
+    part = file.get_slice(name)
+    if part.get_dtype() not in _DTYPES:
+        raise ConfigError(f"tensor {name} has dtype {part.get_dtype()}; floating-point numbers are needed")
+    return torch.empty(part.get_shape(), dtype=_DTYPES[part.get_dtype()], device="meta")
 
 
 def _own_version() -> str:
