@@ -1,0 +1,86 @@
+"""Labels of a data set as its dataset.json has them: a class index or a vector for every image, all of one kind."""
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from dnnlib.errors import ConfigError
+from training.dataset_index import one_line
+
+LABELS_FILE = "dataset.json"
+MAX_CLASSES = 1_000_000
+
+Label = int | list[float]
+
+
+def read_labels(data: bytes, names: Sequence[str], where: str) -> list[Label] | None:
+    """Labels of the images `names`, in their order, from the text of a dataset.json; None if it has none.
+
+    `where` is what errors call the file. Raises ConfigError for anything but one label of one kind for each image.
+    """
+    try:
+        content = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{where} is not JSON: {one_line(error)}") from None
+    entries = content.get("labels") if isinstance(content, dict) else content
+    if entries is None:
+        return None
+    if not isinstance(entries, list) or not isinstance(content, dict):
+        raise ConfigError(f'{where} must read {{"labels": [[file, label], ...]}} or {{"labels": null}}')
+    try:
+        by_name = {str(name).replace("\\", "/"): label for name, label in entries}
+    except (TypeError, ValueError):
+        raise ConfigError(f"{where} must list pairs of a file and its label") from None
+    missing = [name for name in names if name not in by_name]
+    if missing:
+        raise ConfigError(
+            f"{where} has no label for {len(missing)} of {len(names)} images, first {missing[0]}; label all or none"
+        )
+    return check_labels(((name, by_name[name]) for name in names), where)
+
+
+def check_labels(labels: Iterable[tuple[str, Any]], where: str) -> list[Label]:
+    """The labels out of pairs of an image's name and its label; ConfigError unless all are labels of one kind."""
+    checked: list[Label] = []
+    width: int | None = None  # of the first label: a vector's length, or 0 for a class index
+    for name, label in labels:
+        kind = _label_width(label)
+        if kind is None:
+            raise ConfigError(
+                f"{where}: the label of {name} is {_shorten(label)}; a label is a class index from 0 to "
+                f"{MAX_CLASSES - 1} or a list of finite numbers"
+            )
+        if width is not None and kind != width:
+            raise ConfigError(
+                f"{where} mixes kinds of labels: {_kind(kind)} for {name}, {_kind(width)} for the images before it"
+            )
+        width = kind
+        checked.append(label)
+    return checked
+
+
+def labels_array(labels: Sequence[Label]) -> np.ndarray:
+    """Checked labels as int64 [N] for class indices, float32 [N, label_dim] for vectors."""
+    vectors = len(labels) > 0 and isinstance(labels[0], list)
+    return np.array(labels, dtype=np.float32 if vectors else np.int64)
+
+
+def _label_width(label: Any) -> int | None:
+    """0 for a class index, the length of a vector, None for what is neither."""
+    if type(label) is int:
+        return 0 if 0 <= label < MAX_CLASSES else None
+    if isinstance(label, list) and label and all(type(x) in (int, float) and math.isfinite(x) for x in label):
+        return len(label)
+    return None
+
+
+def _kind(width: int) -> str:
+    return f"a vector of {width}" if width else "a class index"
+
+
+def _shorten(value: Any, length: int = 60) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= length else text[: length - 3] + "..."
