@@ -4,10 +4,8 @@ N items, C channels, H x W pixels. The layout is that of dataset_tool.py: files 
 `dataset.json` with `{"labels": [[file, label], ...]}`, where a label is a class index or a vector.
 """
 
-import json
-import math
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +14,9 @@ import numpy as np
 import torch.utils.data
 
 from dnnlib.errors import ConfigError
-from training.dataset_files import FolderFiles, ZipFiles, one_line, open_files
-from training.dataset_items import CONVERT_HINT, Shape, check_header, decode, is_item, is_latents, read_shape
-
-LABELS_FILE = "dataset.json"
-MAX_CLASSES = 1_000_000
+from training.dataset_files import Files, open_files
+from training.dataset_items import CONVERT_HINT, ItemDecoder, is_item, is_latents
+from training.dataset_labels import LABELS_FILE, Label, labels_array, read_labels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +36,11 @@ class ImageFolderDataset(torch.utils.data.Dataset[tuple[np.ndarray, np.ndarray]]
     0. Opening reads the list of files, the labels and the header of the first file, and decodes no pixels: a file
     that is damaged or differs from the first is found when it is read. Mistakes raise ConfigError and name the file.
 
-    Safe to share with DataLoader workers, forked or spawned, and with threads.
+    Safe to share with DataLoader workers, forked or spawned, and with threads. `read_batch` and `BatchReader` give many
+    items at once, which is faster.
 
-    path:        folder or ZIP file.
+    path:        folder, ZIP file, or shards name-00000.zip, name-00001.zip, ..., to be given as name.zip, as name-*.zip
+                 or as a folder that holds nothing else.
     resolution:  the image size that the data set must have; None accepts any.
     use_labels:  whether to read the labels; a data set that has none gives label_dim 0 either way.
     max_size:    keep this many images, a choice that random_seed determines; None keeps all.
@@ -61,21 +59,24 @@ class ImageFolderDataset(torch.utils.data.Dataset[tuple[np.ndarray, np.ndarray]]
         cache: bool = False,
     ) -> None:
         self._files = open_files(Path(path))
-        self._names = _image_names(self._files)
+        self._rows = _item_rows(self._files)  # the items among the files, in the order of their names
         self._raw_labels: np.ndarray | None = None  # int64 [N] or float32 [N, label_dim]
         self._cache: dict[int, np.ndarray] | None = {} if cache else None
 
         self.name = Path(os.path.abspath(path)).stem
-        self.image_shape: Shape = read_shape(self._read(0), self._describe(0))
+        self._decoder = ItemDecoder(self._read(0), self._describe(0))
+        self.image_shape = self._decoder.shape
         _, height, width = self.image_shape
         if height != width:
             raise ConfigError(f"{self._describe(0)} is {width}x{height}; images must be square: {CONVERT_HINT}")
         if resolution is not None and height != resolution:
             raise ConfigError(f"{self._files.path} holds images of {width}x{height}, not {resolution}x{resolution}")
 
-        if use_labels and LABELS_FILE in self._files.names:
-            self._raw_labels = _load_labels(self._files, self._names)
-        self._raw_idx, self._xflip = _choose(len(self._names), max_size, xflip, random_seed)
+        if use_labels:
+            labels = _item_labels(self._files, [self._files.names[row] for row in self._rows])
+            self._raw_labels = None if labels is None else labels_array(labels)
+        self._label_dim = _width(self._raw_labels)
+        self._raw_idx, self._xflip = _choose(len(self._rows), max_size, xflip, random_seed)
 
     def __getstate__(self) -> dict[str, Any]:
         """State for another process, which fills its own cache."""
@@ -85,22 +86,35 @@ class ImageFolderDataset(torch.utils.data.Dataset[tuple[np.ndarray, np.ndarray]]
         return len(self._raw_idx)
 
     def __getitem__(self, idx: int) -> tuple[np.ndarray, np.ndarray]:
-        raw_idx = int(self._raw_idx[idx])
-        image = self._load(raw_idx)
+        image = self._load(int(self._raw_idx[idx]))
         if self._xflip[idx]:
             image = image[:, :, ::-1]
-        return image.copy(), self.get_label(idx)
+        return image.copy(order="C"), self.get_label(idx)
+
+    def read_batch(self, indices: Sequence[int], out: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Items `indices` as one array [N, C, H, W], each copied once, and their labels [N, label_dim].
+
+        `out` is such an array to use, uint8 for pictures and float32 for latents.
+        """
+        if out is None:
+            out = np.empty((len(indices), *self.image_shape), dtype=self.image_dtype)
+        for place, idx in zip(out, indices, strict=True):
+            image = self._load(int(self._raw_idx[idx]))
+            np.copyto(place, image[:, :, ::-1] if self._xflip[idx] else image)
+        return out, self._labels(np.asarray(indices, dtype=np.int64))
 
     def get_label(self, idx: int) -> np.ndarray:
         """The label of item `idx` as the network takes it: float32 [label_dim], one-hot for class indices."""
-        raw_idx = self._raw_idx[idx]
+        return self._labels(np.array([idx]))[0]
+
+    def _labels(self, indices: np.ndarray) -> np.ndarray:
         if self._raw_labels is None:
-            return np.zeros(0, dtype=np.float32)
-        raw_label = self._raw_labels[raw_idx]
+            return np.zeros((len(indices), 0), dtype=np.float32)
+        raw_labels = self._raw_labels[self._raw_idx[indices]]
         if not self.has_onehot_labels:
-            return np.array(raw_label)
-        onehot = np.zeros(self.label_dim, dtype=np.float32)
-        onehot[raw_label] = 1
+            return raw_labels
+        onehot = np.zeros((len(indices), self.label_dim), dtype=np.float32)
+        onehot[np.arange(len(indices)), raw_labels] = 1
         return onehot
 
     def get_details(self, idx: int) -> ItemDetails:
@@ -114,8 +128,8 @@ class ImageFolderDataset(torch.utils.data.Dataset[tuple[np.ndarray, np.ndarray]]
 
         Raises ConfigError for the first that cannot be read or has another size than the rest.
         """
-        for idx in np.linspace(0, len(self._names) - 1, min(len(self._names), max_items)).astype(int):
-            check_header(self._read(idx), self._describe(idx), self.image_shape, self._names[0])
+        for raw_idx in np.linspace(0, len(self._rows) - 1, min(len(self._rows), max_items)).astype(int):
+            self._decoder.check(self._read(raw_idx), self._describe(raw_idx))
 
     def keep_items(self) -> None:
         """Keep decoded items in memory from now on, as `cache=True` does."""
@@ -123,7 +137,7 @@ class ImageFolderDataset(torch.utils.data.Dataset[tuple[np.ndarray, np.ndarray]]
             self._cache = {}
 
     def close(self) -> None:
-        """Close the ZIP file; reading again opens it again."""
+        """Let go of the ZIP files; reading again opens them again."""
         self._files.close()
 
     @property
@@ -134,7 +148,12 @@ class ImageFolderDataset(torch.utils.data.Dataset[tuple[np.ndarray, np.ndarray]]
     @property
     def holds_latents(self) -> bool:
         """Whether the items are raw latents (.npy files) and not pictures."""
-        return is_latents(self._names[0])
+        return self._decoder.latents
+
+    @property
+    def image_dtype(self) -> np.dtype[Any]:
+        """float32 for raw latents, uint8 for pictures."""
+        return np.dtype(np.float32 if self.holds_latents else np.uint8)
 
     @property
     def resolution(self) -> int:
@@ -144,14 +163,12 @@ class ImageFolderDataset(torch.utils.data.Dataset[tuple[np.ndarray, np.ndarray]]
     @property
     def label_shape(self) -> list[int]:
         """Shape of one label, `[label_dim]`."""
-        if self._raw_labels is None:
-            return [0]
-        return [int(self._raw_labels.max()) + 1] if self.has_onehot_labels else [self._raw_labels.shape[1]]
+        return [self.label_dim]
 
     @property
     def label_dim(self) -> int:
         """Length of one label, taken over the whole data set, whatever max_size is; 0 without labels."""
-        return self.label_shape[0]
+        return self._label_dim
 
     @property
     def has_labels(self) -> bool:
@@ -164,90 +181,76 @@ class ImageFolderDataset(torch.utils.data.Dataset[tuple[np.ndarray, np.ndarray]]
         return self._raw_labels is not None and self._raw_labels.dtype == np.int64
 
     def _describe(self, raw_idx: int) -> str:
-        return f"{self._files.path}: {self._names[raw_idx]}"
+        return self._files.describe(int(self._rows[raw_idx]))
 
-    def _read(self, raw_idx: int) -> bytes:
-        return self._files.read(self._names[raw_idx])
+    def _read(self, raw_idx: int) -> Any:
+        return self._files.read(int(self._rows[raw_idx]))
 
     def _load(self, raw_idx: int) -> np.ndarray:
-        """The stored array [C, H, W], which the caller must not change."""
+        """The stored array [C, H, W], which the caller must not change; possibly a view of the file."""
         if self._cache is not None and raw_idx in self._cache:
             return self._cache[raw_idx]
-        data, where = self._read(raw_idx), self._describe(raw_idx)
-        image = decode(data, where, self.image_shape, self._names[0])
+        image = self._decoder.decode(self._read(raw_idx), lambda: self._describe(raw_idx))
         if self._cache is not None:
-            self._cache[raw_idx] = image
+            image = self._cache[raw_idx] = np.ascontiguousarray(image)
         return image
 
 
-def _image_names(files: FolderFiles | ZipFiles) -> list[str]:
-    """The images or latents among the files, sorted; ConfigError when there are none, or both."""
-    names = sorted(name for name in files.names if is_item(name))
-    if not names:
+class BatchReader(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]):
+    """A data set of batches, for a DataLoader with `batch_size=None` and a sampler of index lists.
+
+    A batch is put together where it is read: in a worker it lies in shared memory, and is not copied again.
+    """
+
+    def __init__(self, dataset: ImageFolderDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images [N, C, H, W] and labels [N, label_dim] of the items `indices`."""
+        dtype = torch.float32 if self.dataset.holds_latents else torch.uint8
+        images = torch.empty((len(indices), *self.dataset.image_shape), dtype=dtype)
+        if torch.utils.data.get_worker_info() is not None:
+            images.share_memory_()
+        _, labels = self.dataset.read_batch(indices, out=images.numpy())
+        return images, torch.from_numpy(labels)
+
+
+def _item_rows(files: Files) -> np.ndarray:
+    """Rows of the images or latents among the files, int64; ConfigError when there are none, or both."""
+    rows = [row for row, name in enumerate(files.names) if is_item(name)]
+    if not rows:
         raise ConfigError(f"data set {files.path} holds no images; it has {len(files.names)} other files")
-    latents = [name for name in names if is_latents(name)]
-    if latents and len(latents) != len(names):
+    num_latents = sum(is_latents(files.names[row]) for row in rows)
+    if num_latents not in (0, len(rows)):
         raise ConfigError(
-            f"data set {files.path} mixes {len(latents)} .npy files and {len(names) - len(latents)} pictures; "
+            f"data set {files.path} mixes {num_latents} .npy files and {len(rows) - num_latents} pictures; "
             f"give a data set of one kind"
         )
-    return names
+    return np.array(rows, dtype=np.int64)
 
 
-def _load_labels(files: FolderFiles | ZipFiles, names: list[str]) -> np.ndarray | None:
-    """Labels of the images in the order of `names`: int64 [N] or float32 [N, label_dim]; None if the file has none."""
-    where = f"{files.path}: {LABELS_FILE}"
-    try:
-        content = json.loads(files.read(LABELS_FILE).decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{where} is not JSON: {one_line(error)}") from None
-    entries = content.get("labels") if isinstance(content, dict) else content
-    if entries is None:
-        return None
-    if not isinstance(entries, list) or not isinstance(content, dict):
-        raise ConfigError(f'{where} must read {{"labels": [[file, label], ...]}} or {{"labels": null}}')
-    try:
-        by_name = {str(name).replace("\\", "/"): label for name, label in entries}
-    except (TypeError, ValueError):
-        raise ConfigError(f"{where} must list pairs of a file and its label") from None
-    missing = [name for name in names if name not in by_name]
-    if missing:
-        raise ConfigError(
-            f"{where} has no label for {len(missing)} of {len(names)} images, first {missing[0]}; label all or none"
-        )
-    return _labels_array(((name, by_name[name]) for name in names), where)
+def _item_labels(files: Files, names: Sequence[str]) -> list[Label] | None:
+    """Labels of the items called `names`, out of the dataset.json of the data set or of each of its shards."""
+    by_name: dict[str, Label] = {}
+    labelled = []
+    for part in files.parts:
+        row = part.names.find(LABELS_FILE)
+        part_names = names if part is files else [name for name in part.names if is_item(name)]
+        labels = None if row is None else read_labels(bytes(part.read(row)), part_names, part.describe(row))
+        if labels is not None:
+            labelled.append(part)
+            by_name.update(zip(part_names, labels, strict=True))
+    if labelled and len(labelled) < len(files.parts):
+        bare = next(part for part in files.parts if part not in labelled)
+        raise ConfigError(f"{bare.path} has no labels, and {labelled[0].path} has; label all shards or none")
+    return [by_name[name] for name in names] if labelled else None
 
 
-def _labels_array(labels: Iterable[tuple[str, Any]], where: str) -> np.ndarray:
-    rows: list[Any] = []
-    width: int | None = None  # of the first label: a vector's length, or 0 for a class index
-    for name, label in labels:
-        kind = _label_width(label)
-        if kind is None:
-            raise ConfigError(
-                f"{where}: the label of {name} is {_shorten(label)}; a label is a class index from 0 to "
-                f"{MAX_CLASSES - 1} or a list of finite numbers"
-            )
-        if width is not None and kind != width:
-            raise ConfigError(
-                f"{where} mixes kinds of labels: {_kind(kind)} for {name}, {_kind(width)} for the images before it"
-            )
-        width = kind
-        rows.append(label)
-    return np.array(rows, dtype=np.float32 if width else np.int64)
-
-
-def _label_width(label: Any) -> int | None:
-    """0 for a class index, the length of a vector, None for what is neither."""
-    if type(label) is int:
-        return 0 if 0 <= label < MAX_CLASSES else None
-    if isinstance(label, list) and label and all(type(x) in (int, float) and math.isfinite(x) for x in label):
-        return len(label)
-    return None
-
-
-def _kind(width: int) -> str:
-    return f"a vector of {width}" if width else "a class index"
+def _width(raw_labels: np.ndarray | None) -> int:
+    """Length of a label as the network takes it."""
+    if raw_labels is None:
+        return 0
+    return int(raw_labels.max()) + 1 if raw_labels.dtype == np.int64 else raw_labels.shape[1]
 
 
 def _choose(count: int, max_size: int | None, xflip: bool, random_seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -263,8 +266,3 @@ def _choose(count: int, max_size: int | None, xflip: bool, random_seed: int) -> 
     if xflip:
         return np.tile(raw_idx, 2), np.concatenate([mirrored, ~mirrored])
     return raw_idx, mirrored
-
-
-def _shorten(value: Any, length: int = 60) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= length else text[: length - 3] + "..."

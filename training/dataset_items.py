@@ -5,12 +5,15 @@ C channels, H x W pixels. `where` names the data set and the file in messages; i
 
 import io
 import os
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import PIL.Image
 
 from dnnlib.errors import ConfigError
-from training.dataset_files import one_line
+from training.dataset_index import one_line
+from training.dataset_png import decode_plain_png
 
 PICTURE_SUFFIXES = frozenset([".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"])
 LATENTS_SUFFIX = ".npy"
@@ -38,7 +41,7 @@ def is_item(name: str) -> bool:
     return not hidden and (_suffix(name) in PICTURE_SUFFIXES or is_latents(name))
 
 
-def read_shape(data: bytes, where: str) -> Shape:
+def read_shape(data: Any, where: str) -> Shape:
     """[C, H, W] of an encoded item, from its header."""
     if is_latents(where):
         return _latents_header(data, where)
@@ -46,38 +49,65 @@ def read_shape(data: bytes, where: str) -> Shape:
         return _picture_shape(picture, where)
 
 
-def decode(data: bytes, where: str, shape: Shape, first: str) -> np.ndarray:
-    """The array [C, H, W] of an encoded item; ConfigError unless it has the `shape` of the item named `first`."""
-    if is_latents(where):
-        _check_shape(_latents_header(data, where), shape, where, first)
+class ItemDecoder:
+    """Turns the encoded items of one data set into arrays [C, H, W], all of the shape of its first item.
+
+    Items that look as the first one did take a short way; the others, and damaged ones, are looked at in full. `data`
+    is bytes or a view of them.
+    """
+
+    def __init__(self, data: Any, where: str) -> None:
+        self.shape = read_shape(data, where)
+        self.first = where
+        self.latents = is_latents(where)
+        self._size = len(data)
+        self._header = _usual_header(data, self.shape) if self.latents else b""
+
+    def decode(self, data: Any, where: Callable[[], str]) -> np.ndarray:
+        """The array, a view of `data` where possible: the caller copies it. Raises ConfigError where it has no item
+        like the first; `where` names the item for that."""
+        if self.latents:
+            start = len(self._header)
+            if start and len(data) == self._size and data[:start] == self._header:
+                return np.frombuffer(data, dtype="<f4", offset=start).reshape(self.shape)
+        else:
+            plain = decode_plain_png(data, self.shape)
+            if plain is not None:
+                return plain
+        return self._decode_any(data, where())
+
+    def _decode_any(self, data: Any, where: str) -> np.ndarray:
+        self.check(data, where)  # before any pixel is decoded, so that a small file with an absurd size costs no memory
         try:
-            return np.ascontiguousarray(np.load(io.BytesIO(data), allow_pickle=False))
+            if self.latents:
+                array = np.load(io.BytesIO(data), allow_pickle=False)
+                return array.astype(np.float32, copy=False)
+            with _open_picture(data, where) as picture:
+                return np.atleast_3d(np.asarray(picture)).transpose(2, 0, 1)
         except Exception as error:
             raise ConfigError(f"{where} is damaged: {one_line(error)}") from None
-    with _open_picture(data, where) as picture:
-        # Before any pixel is decoded, so that a small file with an absurd size costs no memory.
-        _check_shape(_picture_shape(picture, where), shape, where, first)
-        try:
-            pixels = np.asarray(picture)  # [H, W] or [H, W, C]
-        except Exception as error:
-            raise ConfigError(f"{where} is damaged: {one_line(error)}") from None
-    return np.ascontiguousarray(np.atleast_3d(pixels).transpose(2, 0, 1))
+
+    def check(self, data: Any, where: str) -> None:
+        """Raise ConfigError unless the header of an encoded item has the shape of the first one."""
+        shape = read_shape(data, where)
+        if shape != self.shape:
+            first = self.first.rpartition(": ")[2]
+            raise ConfigError(
+                f"{where} is {_format_shape(shape)}, but the first image, {first}, is {_format_shape(self.shape)}; "
+                f"all must be alike: {CONVERT_HINT}"
+            )
 
 
-def check_header(data: bytes, where: str, shape: Shape, first: str) -> None:
-    """Raise ConfigError unless the header of an encoded item has the `shape` of the item named `first`."""
-    _check_shape(read_shape(data, where), shape, where, first)
+def _usual_header(data: Any, shape: Shape) -> bytes:
+    """What precedes the numbers of an .npy file; empty unless these are little-endian, in C order and complete."""
+    num_bytes = 4 * shape[0] * shape[1] * shape[2]
+    start = len(data) - num_bytes
+    usual = io.BytesIO()
+    np.lib.format.write_array_header_1_0(usual, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    return usual.getvalue() if usual.tell() == start and bytes(data[:start]) == usual.getvalue() else b""
 
 
-def _check_shape(shape: Shape, expected: Shape, where: str, first: str) -> None:
-    if shape != expected:
-        raise ConfigError(
-            f"{where} is {_format_shape(shape)}, but the first image, {first}, is {_format_shape(expected)}; "
-            f"all must be alike: {CONVERT_HINT}"
-        )
-
-
-def _open_picture(data: bytes, where: str) -> PIL.Image.Image:
+def _open_picture(data: Any, where: str) -> PIL.Image.Image:
     try:
         return PIL.Image.open(io.BytesIO(data))
     except PIL.UnidentifiedImageError:
@@ -93,7 +123,7 @@ def _picture_shape(picture: PIL.Image.Image, where: str) -> Shape:
     return _CHANNELS_OF_MODE[picture.mode], picture.height, picture.width
 
 
-def _latents_header(data: bytes, where: str) -> Shape:
+def _latents_header(data: Any, where: str) -> Shape:
     try:
         stream = io.BytesIO(data)
         version = np.lib.format.read_magic(stream)
