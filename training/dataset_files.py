@@ -89,8 +89,8 @@ class ZipFiles:
         index = self._index
         whole = self._open()
         begin = int(index.offsets[row])
-        if begin + _LOCAL_HEADER.size > len(whole):
-            raise self._damaged(row, "it begins behind the end of the file")
+        if not 0 <= begin <= len(whole) - _LOCAL_HEADER.size:
+            raise self._damaged(row, "it would begin outside of the file")
         signature, name_length, extra_length = _LOCAL_HEADER.unpack_from(whole, begin)
         if signature != b"PK\3\4":
             raise self._damaged(row, "its header is missing")
@@ -200,9 +200,7 @@ def find_shards(path: Path) -> list[Path]:
     numbers = [_shard_number(place) for place in shards]
     missing = [number for number, found in enumerate(sorted(n for n in numbers if n is not None)) if number != found]
     if missing:
-        raise ConfigError(
-            f"of the shards of {path}, number {missing[0]:05d} is missing; there are {len(shards)} others"
-        )
+        raise ConfigError(f"{path}: shard {missing[0]:05d} is missing of {len(shards) + 1}")
     return shards
 
 

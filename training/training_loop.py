@@ -18,7 +18,7 @@ from torch_utils.distributed import World
 from torch_utils.precision import numerics
 from torch_utils.training_stats import RunningMeans
 from training.config import TrainingConfig
-from training.dataset import ImageFolderDataset
+from training.dataset import BatchReader, ImageFolderDataset
 from training.loss import EDM2Loss
 from training.run_folder import RunFolder
 from training.schedule import learning_rate_schedule
@@ -148,8 +148,9 @@ class TrainingRun:
         )
         workers = self.config.workers
         loader = torch.utils.data.DataLoader(
-            self.dataset,
-            batch_sampler=positions,
+            BatchReader(self.dataset),
+            batch_size=None,
+            sampler=positions,
             num_workers=workers,
             pin_memory=device.type == "cuda",
             multiprocessing_context="spawn" if workers else None,
