@@ -1,7 +1,8 @@
 """How fast a data set is read, against a reader that calls zipfile for each item and copies.
 
-`python -m benchmarks.dataset` prints items a second of both in one process and one thread, their ratio, and the batches a second of a loader with two
-workers. The items of both are compared first. Archives are made in a temporary folder: --items of each kind.
+`python -m benchmarks.dataset` prints the items a second of both in one process and one thread, their ratio, and the
+batches a second of a loader with two workers. The items of both are compared first. The archives are made in a
+temporary folder.
 """
 
 import datetime
