@@ -2,18 +2,22 @@
 
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from dnnlib.errors import ConfigError
+from training.dataset_files import Files
 from training.dataset_index import one_line
 
 LABELS_FILE = "dataset.json"
 MAX_CLASSES = 1_000_000
 
 Label = int | list[float]
+
+_DRIVE = re.compile(r"[A-Za-z]:")
 
 
 def read_labels(data: bytes, names: Sequence[str], where: str) -> list[Label] | None:
@@ -34,12 +38,41 @@ def read_labels(data: bytes, names: Sequence[str], where: str) -> list[Label] | 
         by_name = {str(name).replace("\\", "/"): label for name, label in entries}
     except (TypeError, ValueError):
         raise ConfigError(f"{where} must list pairs of a file and its label") from None
+    require_inside(by_name, where)
     missing = [name for name in names if name not in by_name]
     if missing:
         raise ConfigError(
             f"{where} has no label for {len(missing)} of {len(names)} images, first {missing[0]}; label all or none"
         )
     return check_labels(((name, by_name[name]) for name in names), where)
+
+
+def read_file_labels(files: Files, names: Sequence[str]) -> list[Label] | None:
+    """Labels of `names` among the files of a data set, out of its dataset.json or that of each of its shards."""
+    wanted = set(names)
+    by_name: dict[str, Label] = {}
+    labelled: list[Files] = []
+    for part in files.parts:
+        row = part.names.find(LABELS_FILE)
+        part_names = [name for name in part.names if name in wanted]
+        labels = None if row is None else read_labels(bytes(part.read(row)), part_names, part.describe(row))
+        if labels is not None:
+            labelled.append(part)
+            by_name.update(zip(part_names, labels, strict=True))
+    if labelled and len(labelled) < len(files.parts):
+        bare = next(part for part in files.parts if part not in labelled)
+        raise ConfigError(f"{bare.path} has no labels, and {labelled[0].path} has; label all shards or none")
+    if not labelled:
+        return None
+    return check_labels(((name, by_name[name]) for name in names), f"{files.path}: {LABELS_FILE}")
+
+
+def require_inside(names: Iterable[str], where: str) -> None:
+    """Raise ConfigError if one of `names`, which `where` holds, leads out of the folder that it is relative to."""
+    for name in names:
+        parts = name.replace("\\", "/").split("/")
+        if parts[0] == "" or ".." in parts or _DRIVE.match(name):
+            raise ConfigError(f"{where} names '{name[:200]}', which leads out of its folder; rename or remove it")
 
 
 def check_labels(labels: Iterable[tuple[str, Any]], where: str) -> list[Label]:

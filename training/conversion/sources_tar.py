@@ -1,0 +1,124 @@
+"""Pictures in WebDataset tars: files that share a name up to its first dot are one sample, such as a.jpg and a.cls."""
+
+import json
+import tarfile
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from dnnlib.errors import ConfigError
+from training.conversion.pictures import SUFFIXES, Unreadable
+from training.conversion.sources import Source
+from training.dataset_files import one_line
+from training.dataset_labels import Label, check_labels, require_inside
+
+_LABEL_SUFFIXES = (".cls", ".json")
+_MAX_LABEL_BYTES = 1 << 20
+
+
+class TarReader:
+    """Reads members of uncompressed tars where they lie, without unpacking; a key is (tar, first byte, bytes)."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self._paths = paths
+        self._open: tuple[int, BinaryIO] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": None}
+
+    def read(self, key: tuple[int, int, int]) -> bytes:
+        """The bytes of a member; Unreadable where the file is shorter by now."""
+        number, offset, size = key
+        if self._open is None or self._open[0] != number:
+            if self._open is not None:
+                self._open[1].close()
+            self._open = number, open(self._paths[number], "rb")  # noqa: SIM115 kept open for the next
+        self._open[1].seek(offset)
+        data = self._open[1].read(size)
+        if len(data) != size:
+            raise Unreadable("the tar file is cut short")
+        return data
+
+
+def holds_tars(path: Path) -> bool:
+    """Whether `path` is a tar, or a folder that has nothing but tars."""
+    if path.is_file():
+        return path.name.endswith((".tar", ".tar.gz", ".tgz"))
+    places = [place for place in path.iterdir() if not place.name.startswith(".")]
+    return bool(places) and all(place.suffix == ".tar" and place.is_file() for place in places)
+
+
+def tar_source(path: Path) -> Source:
+    """The pictures of the tar or of the folder of tars at `path`, sorted by tar and name."""
+    if path.suffix in (".gz", ".tgz"):
+        raise ConfigError(
+            f"--source={path} is a compressed tar, which cannot be read in parallel; run gunzip on it first"
+        )
+    tars = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix == ".tar" and p.name[0] != ".")
+    reader = TarReader(tars)
+    names: list[str] = []
+    keys: list[tuple[int, int, int]] = []
+    found: list[Label | None] = []
+    for number, tar in enumerate(tars):
+        samples = _samples(tar, number)
+        for sample in sorted(samples):
+            pictures = sorted(name for name in samples[sample] if Path(name).suffix.lower() in SUFFIXES)
+            if not pictures:
+                continue
+            if len(pictures) > 1:
+                raise ConfigError(f"{tar} has {len(pictures)} pictures in the sample {sample}; one each is known")
+            names.append(f"{tar.name}/{pictures[0]}" if len(tars) > 1 else pictures[0])
+            keys.append(samples[sample][pictures[0]])
+            found.append(_label(samples[sample], reader, tar))
+    if not names:
+        raise ConfigError(f"--source={path} holds no images; a WebDataset tar has files such as 000.jpg and 000.cls")
+    return Source(path=path, names=names, keys=keys, reader=reader, labels=_all_or_none(names, found, path))
+
+
+def _samples(tar: Path, number: int) -> dict[str, dict[str, tuple[int, int, int]]]:
+    """The regular files of a tar as {sample: {name: key}}."""
+    samples: dict[str, dict[str, tuple[int, int, int]]] = defaultdict(dict)
+    try:
+        with tarfile.open(tar, "r:") as archive:
+            for member in archive:
+                require_inside([member.name], str(tar))
+                folder, _, name = member.name.rpartition("/")
+                # Sparse members do not lie in one piece, and are made by archivers of disks, not of pictures.
+                if member.isreg() and not member.issparse() and not name.startswith("."):
+                    sample = f"{folder}/{name.partition('.')[0]}"
+                    samples[sample][member.name] = number, member.offset_data, member.size
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise ConfigError(f"{tar} is no readable tar file: {one_line(error)}") from None
+    return samples
+
+
+def _label(sample: dict[str, tuple[int, int, int]], reader: TarReader, tar: Path) -> Any:
+    """The label in a sample's .cls or .json file, None if it has none."""
+    for suffix in _LABEL_SUFFIXES:
+        for name, key in sample.items():
+            if not name.endswith(suffix):
+                continue
+            if key[2] > _MAX_LABEL_BYTES:
+                raise ConfigError(f"{tar}: {name} has {key[2]} bytes, too many for a label")
+            try:
+                content = json.loads(reader.read(key))
+            except (ValueError, RecursionError) as error:
+                raise ConfigError(f"{tar}: {name} holds no label: {one_line(error)}") from None
+            if suffix == ".cls":
+                return content
+            if isinstance(content, dict):
+                label = content.get("label", content.get("cls"))
+                if label is not None:
+                    return label
+    return None
+
+
+def _all_or_none(names: list[str], labels: list[Any], path: Path) -> list[Label] | None:
+    missing = [name for name, label in zip(names, labels, strict=True) if label is None]
+    if len(missing) == len(names):
+        return None
+    if missing:
+        raise ConfigError(
+            f"{path} has no label for {len(missing)} of {len(names)} images, first {missing[0]}; label all or none"
+        )
+    return check_labels(zip(names, labels, strict=True), str(path))
