@@ -1,0 +1,1 @@
+"""Scores of generated images: Fréchet distances, KID, Inception Score, precision, recall, density and coverage."""

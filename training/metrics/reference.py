@@ -1,0 +1,169 @@
+"""Statistics of image sets as files: the published .pkl and .npz, and .safetensors as ours.
+
+Statistics are a dictionary, with the published keys where those exist:
+    num_images: int, absent where a file does not say
+    fid, fd_dinov2, fd_efflite0, sfid: {"mu": float64 [F], "sigma": float64 [F, F]}
+    features: {detector: float32 [M, F]}, of some or all images; absent where none are kept
+    logits: {detector: float32 [M, K]}, which is not written to files
+docs/file-formats.md describes the files.
+"""
+
+import json
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from dnnlib.atomic import atomic_path
+from dnnlib.download import open_url
+from dnnlib.errors import ConfigError
+from torch_utils.safe_pickle import read_pickle
+from training.metrics.table import DETECTORS, METRICS
+
+Stats = dict[str, Any]
+
+FORMAT = "edm2-metrics-reference"
+VERSION = 1
+SUFFIXES = (".pkl", ".safetensors")
+
+_MOMENTS = tuple(name for name, metric in METRICS.items() if metric.kind == "frechet")
+
+
+def load_stats(path: str | os.PathLike[str]) -> Stats:
+    """The statistics in the file or at the http(s) URL `path`. The first bytes tell the format, not the name.
+
+    Nothing in the file is executed. Raises ConfigError for a file that is missing, damaged or holds no statistics.
+    """
+    name = str(path)
+    local = Path(open_url(name, return_filename=True))
+    try:
+        with open(local, "rb") as file:
+            head = file.read(10)
+        if head[:2] == b"PK":
+            stats = _read_npz(local)
+        elif head[8:9] == b"{":
+            stats = _read_safetensors(local)
+        else:
+            stats = read_pickle(local, name)
+    except OSError as error:
+        raise ConfigError(f"cannot read {name}: {error.strerror or error}") from None
+    except ConfigError as error:
+        message = str(error)
+        raise ConfigError(message if message.startswith(name) else f"{name}: {message[:400]}") from None
+    try:
+        return _checked(stats)
+    except ConfigError as error:
+        raise ConfigError(f"{name} is no reference file, or a damaged one: {error}") from None
+
+
+def save_stats(stats: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write `stats` to `path`, whole or not at all: .pkl in the published layout, without features, or .safetensors."""
+    path = Path(path)
+    require_suffix(path)
+    moments = {
+        name: {key: np.asarray(stats[name][key]) for key in ("mu", "sigma")} for name in _MOMENTS if name in stats
+    }
+    count = {"num_images": int(stats["num_images"])} if "num_images" in stats else {}
+    try:
+        with atomic_path(path) as temp:
+            if path.suffix == ".pkl":
+                with open(temp, "wb") as file:
+                    pickle.dump({**count, **moments}, file, protocol=4)
+            else:
+                _write_safetensors(temp, count, moments, stats.get("features", {}))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+def require_suffix(path: Path) -> None:
+    """Raise ConfigError unless `save_stats` can write a file of this name."""
+    if path.suffix not in SUFFIXES:
+        raise ConfigError(f"{path} has none of the suffixes {' and '.join(SUFFIXES)} of reference files")
+
+
+def _read_npz(path: Path) -> Stats:
+    """Older published files hold the mean and covariance of Inception's features, and nothing else."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {"fid": {key: file[key] for key in ("mu", "sigma")}}
+    except KeyError:
+        raise ConfigError("an .npz reference holds the arrays mu and sigma; this one lacks them") from None
+    except OSError:
+        raise
+    except Exception as error:  # zipfile, zlib and NumPy raise half a dozen kinds
+        raise ConfigError(f"the file is damaged or cut short ({type(error).__name__})") from None
+
+
+def _read_safetensors(path: Path) -> Stats:
+    try:
+        with safe_open(path, framework="np") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT or metadata.get("format_version") != str(VERSION):
+                raise ConfigError(f"its header does not say that it is an {FORMAT} of version {VERSION}")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ConfigError(f"the file is damaged or cut short: {error}") from None
+    stats: Stats = {}
+    for name, value in tensors.items():
+        group, _, key = name.partition(".")
+        stats.setdefault(group, {})[key] = value
+    try:
+        count = json.loads(metadata.get("num_images", "null"))
+    except (ValueError, RecursionError):
+        raise ConfigError("its header entry num_images is no JSON") from None
+    return stats if count is None else stats | {"num_images": count}
+
+
+def _write_safetensors(path: Path, count: dict[str, int], moments: dict[str, Any], features: Mapping[str, Any]) -> None:
+    tensors = {f"{name}.{key}": value for name, entry in moments.items() for key, value in entry.items()}
+    tensors |= {f"features.{detector}": rows for detector, rows in features.items()}
+    metadata = {"format": FORMAT, "format_version": str(VERSION), **{key: json.dumps(n) for key, n in count.items()}}
+    save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, path, metadata)
+
+
+def _checked(stats: Any) -> Stats:
+    """The known entries of `stats`, with the types above. Raises ConfigError for wrong ones, and if there is none."""
+    if not isinstance(stats, dict):
+        raise ConfigError(f"it holds a {type(stats).__name__}")
+    found: Stats = {}
+    count = stats.get("num_images")
+    if count is not None:
+        if not isinstance(count, int | np.integer) or isinstance(count, bool) or count < 1:
+            raise ConfigError(f"its number of images is {str(count)[:40]!r}")
+        found["num_images"] = int(count)
+    for name in _MOMENTS:
+        if name in stats:
+            found[name] = _checked_moments(name, stats[name])
+    features = stats.get("features", {})
+    if not isinstance(features, dict):
+        raise ConfigError("its features are not by detector")
+    features = {key: _array(f"features.{key}", rows, 2) for key, rows in features.items() if key in DETECTORS}
+    if features:
+        found["features"] = {key: rows.astype(np.float32) for key, rows in features.items()}
+    if not features and not any(name in found for name in _MOMENTS):
+        raise ConfigError(f"it has none of {', '.join(_MOMENTS)}")
+    return found
+
+
+def _checked_moments(name: str, entry: Any) -> dict[str, np.ndarray]:
+    if not isinstance(entry, dict) or not {"mu", "sigma"} <= entry.keys():
+        raise ConfigError(f"its entry {name} lacks mu or sigma")
+    mu, sigma = _array(f"{name}.mu", entry["mu"], 1), _array(f"{name}.sigma", entry["sigma"], 2)
+    if sigma.shape != (len(mu), len(mu)):
+        raise ConfigError(f"{name}.sigma is {list(sigma.shape)} beside a mu of {len(mu)}")
+    if np.abs(sigma - sigma.T).max() > 1e-3 * np.abs(sigma).max() or sigma.diagonal().min() < 0:
+        raise ConfigError(f"{name}.sigma is no covariance: it is not symmetric, or has a negative variance")
+    return {"mu": mu.astype(np.float64), "sigma": sigma.astype(np.float64)}
+
+
+def _array(name: str, value: Any, num_dims: int) -> np.ndarray:
+    if not isinstance(value, np.ndarray) or value.ndim != num_dims or value.dtype.kind != "f" or value.size == 0:
+        raise ConfigError(f"{name} is no array of numbers with {num_dims} dimension{'s' if num_dims > 1 else ''}")
+    if not np.isfinite(value).all():
+        raise ConfigError(f"{name} holds values that are not finite")
+    return value

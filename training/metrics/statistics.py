@@ -1,0 +1,84 @@
+"""What is gathered from a detector's outputs, batch by batch and over all processes: moments, and single rows.
+
+Shape legend: N rows of this batch, F columns.
+"""
+
+import numpy as np
+import torch
+
+from torch_utils.distributed import World
+
+
+def accumulation_device(device: torch.device) -> torch.device:
+    """Where float64 sums are kept: `device`, or the CPU where `device` has no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+class Moments:
+    """Mean and covariance of all rows seen, in float64.
+
+    Rows are taken relative to the mean of the first batch, so that a large common offset cancels nothing away, and each
+    batch is centred on its own mean before it is merged, by the formula of Chan, Golub and LeVeque (1979).
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._shift: torch.Tensor | None = None  # [F]
+        self._mean = torch.zeros(0)  # [F], relative to the shift
+        self._scatter = torch.zeros(0)  # [F, F], sum of outer products of centred rows
+
+    def add(self, rows: torch.Tensor) -> None:
+        """Take in rows [N, F]."""
+        if len(rows) == 0:
+            return
+        rows = rows.to(accumulation_device(rows.device)).to(torch.float64)
+        if self._shift is None:
+            self._shift = rows.mean(0)
+            self._mean = torch.zeros_like(self._shift)
+            self._scatter = rows.new_zeros(rows.shape[1], rows.shape[1])
+        rows = rows - self._shift
+        total = self.count + len(rows)
+        mean = rows.mean(0)
+        between = (mean - self._mean) * (self.count * len(rows) / total) ** 0.5
+        centred = torch.cat([rows - mean, between[None]])
+        self._scatter.addmm_(centred.T, centred)
+        self._mean += (mean - self._mean) * (len(rows) / total)
+        self.count = total
+
+    def merge(self, world: World) -> tuple[int, np.ndarray, np.ndarray]:
+        """Count, mean [F] and covariance [F, F] (divisor count - 1) over all processes, in each of them."""
+        shares = world.all_gather_objects((self.count, None if self._shift is None else self._shift.cpu()))
+        total = sum(count for count, _ in shares)
+        shift = next((shift for _, shift in shares if shift is not None), torch.zeros(0, dtype=torch.float64))
+        shift = shift.to(accumulation_device(world.device))
+        own_mean = torch.zeros_like(shift) if self._shift is None else self._mean + (self._shift - shift)
+        mean = world.all_reduce_sum(own_mean * (self.count / max(total, 1)))
+        between = (own_mean - mean) * self.count**0.5
+        scatter = between[:, None] * between
+        if self._shift is not None:
+            scatter += self._scatter
+        covariance = world.all_reduce_sum(scatter) / max(total - 1, 1)
+        return total, (mean + shift).cpu().numpy(), covariance.cpu().numpy()
+
+
+class Rows:
+    """Single rows with the position of each in the whole sequence, kept in memory as float32 on the CPU."""
+
+    def __init__(self) -> None:
+        self._keys: list[np.ndarray] = []
+        self._rows: list[np.ndarray] = []
+
+    def add(self, keys: np.ndarray, rows: torch.Tensor) -> None:
+        """Keep rows [N, F] whose positions are `keys`, int64 [N]."""
+        if len(keys):
+            self._keys.append(keys)
+            self._rows.append(rows.to("cpu", torch.float32).numpy())
+
+    def merge(self, world: World) -> np.ndarray:
+        """The rows of all processes in the order of their positions, in each process: float32 [M, F]."""
+        own = (np.concatenate(self._keys), np.concatenate(self._rows)) if self._keys else None
+        shares = [share for share in world.all_gather_objects(own) if share is not None]
+        if not shares:
+            return np.zeros([0, 0], dtype=np.float32)
+        order = np.argsort(np.concatenate([keys for keys, _ in shares]), kind="stable")
+        return np.concatenate([rows for _, rows in shares])[order]
