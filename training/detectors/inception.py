@@ -18,7 +18,7 @@ from dnnlib.download import cached_path, is_url
 from dnnlib.errors import ConfigError
 from dnnlib.util import open_url
 from training.detectors.common import ConvNorm, Detector, DetectorOutput, fold_batch_norms
-from training.detectors.weights import checked_sha256, fill, read_tensors
+from training.detectors.weights import filled, is_published, read_tensors
 
 URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 DIGEST = "6726825d"  # the first digits of the file's SHA-256, which its name carries
@@ -230,11 +230,15 @@ class InceptionV3Detector(Detector):
 
     def __init__(self, weights: str | Path | None = None) -> None:
         path = _locate(weights)
-        digest = checked_sha256(path)
-        net = InceptionV3()
-        fill(net, read_tensors(path), path, "Inception-v3 of 2015-12-05")
+        published = is_published(path, DIGEST)
+        net = filled(InceptionV3, read_tensors(path), path, "Inception-v3 of 2015-12-05")
         fold_batch_norms(net)
-        super().__init__(net, net.fc.in_features, path, digest.startswith(DIGEST))
+        super().__init__(net, net.fc.in_features, path, published)
+
+    @classmethod
+    def has_weights(cls) -> bool:
+        """Whether the published file is in the download cache."""
+        return cached_path(URL).is_file()
 
     def _compute(self, images: torch.Tensor) -> DetectorOutput:
         x = (resize_tf1(images, SIZE) - 128) / 128
@@ -245,11 +249,10 @@ def _locate(weights: str | Path | None) -> Path:
     """The local file, after a download where one is needed."""
     source = URL if weights is None else str(weights)
     try:
-        return Path(open_url(source, return_filename=True))
+        return Path(open_url(source, num_attempts=3, return_filename=True))
     except ConfigError as error:
         if not is_url(source):
             raise ConfigError(f"--inception-weights: {error}; it is the file at {URL}") from None
         raise ConfigError(
-            f"the weights of Inception-v3 are missing: {error}; or fetch {URL} on another machine and give it by"
-            f" --inception-weights=FILE, or place it as {cached_path(source)}"
+            f"the weights of Inception-v3 are missing: {error}, or give it by --inception-weights=FILE"
         ) from None

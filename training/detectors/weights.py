@@ -1,9 +1,9 @@
 """Files of detector weights: where they come from, whether they are the right ones, and reading them as data."""
 
 import hashlib
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import safetensors.torch
 import torch
@@ -12,6 +12,8 @@ from torch import nn
 
 from dnnlib.errors import ConfigError
 
+Net = TypeVar("Net", bound=nn.Module)
+
 
 def file_sha256(path: Path) -> str:
     """The SHA-256 digest of a file, in hexadecimal."""
@@ -19,16 +21,18 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def checked_sha256(path: Path) -> str:
-    """The file's digest. Raises ConfigError where the name carries another one, as in `net-0123abcd.pth`."""
-    digest = file_sha256(path)
-    named = re.search(r"-([0-9a-f]{8,64})\.[a-z]+$", path.name)
-    if named and not digest.startswith(named[1]):
+def is_published(path: Path, digest: str) -> bool:
+    """Whether the file's SHA-256 digest begins with `digest`.
+
+    Raises ConfigError where it doesn't although the name says so, as in `net-0123abcd.pth`: that file is damaged.
+    """
+    actual = file_sha256(path)
+    if digest[:8] in path.name and not actual.startswith(digest):
         raise ConfigError(
-            f"{path} is damaged or not what its name says: its SHA-256 digest begins with {digest[:8]}, not with"
-            f" {named[1][:8]}; delete it and fetch it again"
+            f"{path} is damaged or not what its name says: its SHA-256 digest begins with {actual[:8]} in place of"
+            f" {digest[:8]}; delete it and fetch it again"
         )
-    return digest
+    return actual.startswith(digest)
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -52,24 +56,21 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     return dict(tensors)
 
 
-def fill(net: nn.Module, tensors: Mapping[str, torch.Tensor], source: Path, what: str) -> None:
-    """Put `tensors` into `net`, all of them and nothing else. Raises ConfigError where names or shapes differ."""
+def filled(network: Callable[[], Net], tensors: Mapping[str, torch.Tensor], source: Path, what: str) -> Net:
+    """The network that `network` makes with `tensors` in it, all of them and nothing else.
+
+    Draws no random numbers. Raises ConfigError where names or shapes differ.
+    """
+    with torch.device("meta"):
+        net = network()
     own = net.state_dict()
     problems = [f"{name} is missing" for name in own if name not in tensors]
     problems += [f"{name} is unknown" for name in tensors if name not in own]
-    for name in own.keys() & tensors.keys():
-        if own[name].shape != tensors[name].shape:
-            problems.append(f"{name} has shape {list(tensors[name].shape)}, not {list(own[name].shape)}")
+    for name, value in own.items():
+        if name in tensors and tensors[name].shape != value.shape:
+            problems.append(f"{name} has shape {list(tensors[name].shape)}, not {list(value.shape)}")
     if problems:
         more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
         raise ConfigError(f"{source} holds no weights of {what}: {problems[0]}{more}")
-    net.load_state_dict(dict(tensors))
-
-
-def existing_file(weights: str | Path, option: str, advice: str) -> Path:
-    """The path `weights` that a user gave by `option`. Raises ConfigError, with `advice`, where there is no file."""
-    path = Path(weights)
-    if not path.is_file():
-        problem = "is no file" if path.exists() else "does not exist"
-        raise ConfigError(f"{option}={path} {problem}; {advice}")
-    return path
+    net.load_state_dict({name: tensors[name].to(value.dtype) for name, value in own.items()}, assign=True)
+    return net
