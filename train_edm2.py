@@ -14,10 +14,11 @@ from dnnlib.errors import ConfigError
 from dnnlib.parse import format_nimg
 from torch_utils import distributed
 from training.config import TrainingConfig
+from training.latents import PUBLISHED_VAE
 from training.presets import locate, training_preset
 from training.run_folder import RunFolder
 from training.training_loop import Iteration, Saved, Status, TrainingRun, open_dataset
-from training.training_state import check_network
+from training.training_state import check_network, network_shape
 
 # Options that are fields of TrainingConfig.network under another name or their own.
 _NETWORK_FIELDS = {
@@ -73,6 +74,10 @@ class Log:
 @click.option("--rampup", metavar="MIMG", type=float, help="Learning rate ramp-up, millions of images; 0 = none")
 @click.option("--ema-stds", metavar="LIST", type=STD_LIST, help="EMA lengths to track, relative to training time")
 @click.option("--xflip", metavar="BOOL", type=bool, help="Also train on mirrored images  [default: False]")
+@click.option("--encode-on-the-fly", is_flag=True, help="Train on latents of pixels, encoded as they are needed")
+@click.option(
+    "--model-url", metavar="NAME|DIR", help=f"VAE for that: hub name or diffusers folder  [default: {PUBLISHED_VAE}]"
+)
 @click.option("--init", metavar="PKL|URL", help="Start from this snapshot's weights")
 @click.option("--init-partial", is_flag=True, default=None, help="Leave tensors fresh that --init has in another shape")
 @click.option(
@@ -109,7 +114,8 @@ def train_edm2(
     """
     config = configure(preset, options)
     dataset = open_dataset(config)
-    config = dataclasses.replace(config, network=config.network.fitted_to(dataset.resolution))
+    resolution, _ = network_shape(config, dataset)
+    config = dataclasses.replace(config, network=config.network.fitted_to(resolution))
     config.share_of(int(os.environ.get("WORLD_SIZE", "1")))
     check_network(config, dataset)
     folder = RunFolder(outdir)
@@ -143,6 +149,9 @@ def train_edm2(
 def configure(preset: str, options: dict[str, Any]) -> TrainingConfig:
     """The preset with every option that was given put in its place. Raises ConfigError for values that cannot work."""
     base = training_preset(preset)
+    encode, vae = options.pop("encode_on_the_fly"), options.pop("model_url")
+    if vae is not None and not encode:
+        raise ConfigError(f"--model-url={vae} needs --encode-on-the-fly; latents that are stored need no VAE")
     given: dict[str, Any] = {
         name: tuple(v) if isinstance(v, list) else v for name, v in options.items() if v is not None
     }
@@ -153,7 +162,7 @@ def configure(preset: str, options: dict[str, Any]) -> TrainingConfig:
     if not config.data:
         raise ConfigError(f"--data is missing; --preset={preset} brings no data set of its own")
     data = options["data"] or locate(config.data)  # a preset's own data set is in the repository
-    return dataclasses.replace(config, data=data)
+    return dataclasses.replace(config, data=data, vae=(vae or PUBLISHED_VAE) if encode else None)
 
 
 def _train(run: TrainingRun, log: Log) -> None:
@@ -191,6 +200,7 @@ def _describe(config: TrainingConfig, folder: RunFolder, dataset: Any) -> str:
     """The options and the data in a form to read before a long run."""
     share, rounds = config.share_of(int(os.environ.get("WORLD_SIZE", "1")))
     res = dataset.resolution
+    seen, channels = network_shape(config, dataset)
     return "\n".join(
         [
             "Training options:",
@@ -199,6 +209,7 @@ def _describe(config: TrainingConfig, folder: RunFolder, dataset: Any) -> str:
             f"Output directory:      {folder.path}",
             f"Data set:              {config.data}",
             f"Images:                {len(dataset)} of {res}x{res}, {dataset.num_channels} channels",
+            f"Network sees:          {seen}x{seen}, {channels} channels" + (f" by {config.vae}" if config.vae else ""),
             f"Classes:               {dataset.label_dim if config.cond else 'not used'}",
             f"Duration:              {format_nimg(config.duration)} images",
             f"Batch:                 {config.batch} images, {share} a process in {rounds} round(s)",

@@ -43,7 +43,8 @@ def loaded(monkeypatch):
 
     class AutoencoderKL:
         @staticmethod
-        def from_pretrained(name):
+        def from_pretrained(name, *, use_safetensors):
+            assert use_safetensors  # the other formats are pickles
             if name == "nowhere":
                 raise OSError("nowhere is not a folder\nand not on the hub")
             names.append(name)
@@ -98,6 +99,18 @@ def test_decoding_undoes_the_scaling_and_clamps(loaded):
     pixels = encoder.decode(final)
     assert pixels.shape == (1, 3, 4, 4) and pixels.dtype == torch.uint8
     assert pixels[0, :, 0, 0].tolist() == [63, 255, 0]
+
+
+def test_a_vae_that_was_trained_on_minus_one_to_one_gets_that(loaded):
+    pixels = torch.randint(256, (3, 3, 8, 8), dtype=torch.uint8)
+    encoder = StabilityVAEEncoder(raw_mean=[0.0] * 4, raw_std=[0.5] * 4, pixel_min=-1)
+    raw = encoder.encode_pixels(pixels)
+    assert torch.allclose(raw[:, 0], pixels[:, 0, ::2, ::2] / 127.5 - 1, atol=1e-6)
+    latents = encoder.encode_latents(raw, torch.zeros(3, 4, 4, 4))
+    decoded = encoder.decode(latents)[:, 0, ::2, ::2].int()  # HalvingVAE decodes to the red channel
+    assert bool(((decoded - pixels[:, 0, ::2, ::2].int()).abs() <= 1).all())
+    with pytest.raises(ValueError, match="pixel_min=1"):
+        StabilityVAEEncoder(pixel_min=1)
 
 
 def test_samples_of_the_assumed_statistics_come_out_with_mean_0_and_deviation_one_half():

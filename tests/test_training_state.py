@@ -22,7 +22,7 @@ from training.training_state import TrainingState, check_network, make_network
 # What TrainingState wants to know about a data set.
 RGB = SimpleNamespace(resolution=8, num_channels=3, label_dim=3, holds_latents=False)
 GREY = SimpleNamespace(resolution=8, num_channels=1, label_dim=3, holds_latents=False)
-LATENTS = SimpleNamespace(resolution=8, num_channels=8, label_dim=3, holds_latents=True)
+LATENTS = SimpleNamespace(resolution=8, num_channels=8, label_dim=3, holds_latents=True, encoder_entry=None)
 
 
 def make_state(config: TrainingConfig | None = None, dataset: SimpleNamespace = RGB) -> TrainingState:

@@ -56,6 +56,7 @@ class TrainingConfig:
     data: str  # path of the data set
     cond: bool = True
     xflip: bool = False
+    vae: str | None = None  # encode pixels with this VAE while training: hub name or local folder
     network: NetworkConfig = NetworkConfig()
     P_mean: float = -0.4  # mean and standard deviation of ln(sigma)
     P_std: float = 1.0

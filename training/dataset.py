@@ -4,6 +4,7 @@ N items, C channels, H x W pixels. The layout is that of dataset_tool.py: files 
 `dataset.json` with `{"labels": [[file, label], ...]}`, where a label is a class index or a vector.
 """
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import numpy as np
 import torch.utils.data
 
 from dnnlib.errors import ConfigError
-from training.dataset_files import Files, open_files
+from training.dataset_files import Files, one_line, open_files
 from training.dataset_items import CONVERT_HINT, ItemDecoder, is_item, is_latents
 from training.dataset_labels import LABELS_FILE, Label, labels_array, read_labels
 
@@ -151,6 +152,18 @@ class ImageFolderDataset(torch.utils.data.Dataset[tuple[np.ndarray, np.ndarray]]
         return self._decoder.latents
 
     @property
+    def encoder_entry(self) -> dict[str, Any] | None:
+        """What dataset.json says of the encoder that made the latents; None if nothing. Shards must agree."""
+        found: list[dict[str, Any]] = []
+        for part in self._files.parts:
+            row = part.names.find(LABELS_FILE)
+            entry = None if row is None else _encoder_entry(bytes(part.read(row)), part.describe(row))
+            found.extend([] if entry is None else [entry])
+        if any(entry != found[0] for entry in found):
+            raise ConfigError(f"the shards of {self._files.path} were encoded in different ways; encode them alike")
+        return found[0] if found else None
+
+    @property
     def image_dtype(self) -> np.dtype[Any]:
         """float32 for raw latents, uint8 for pictures."""
         return np.dtype(np.float32 if self.holds_latents else np.uint8)
@@ -244,6 +257,19 @@ def _item_labels(files: Files, names: Sequence[str]) -> list[Label] | None:
         bare = next(part for part in files.parts if part not in labelled)
         raise ConfigError(f"{bare.path} has no labels, and {labelled[0].path} has; label all shards or none")
     return [by_name[name] for name in names] if labelled else None
+
+
+def _encoder_entry(data: bytes, where: str) -> dict[str, Any] | None:
+    """The value of "encoder" in the text of a dataset.json; None where it has none."""
+    if b'"encoder"' not in data:
+        return None
+    try:
+        entry = json.loads(data.decode("utf-8")).get("encoder")
+    except (ValueError, RecursionError, AttributeError) as error:
+        raise ConfigError(f"{where} is not JSON: {one_line(error)}") from None
+    if not isinstance(entry, dict | None):
+        raise ConfigError(f'{where} has an "encoder" that is no dictionary; leave it out or encode anew')
+    return entry
 
 
 def _width(raw_labels: np.ndarray | None) -> int:

@@ -71,6 +71,8 @@ class StabilityVAEEncoder(Encoder):
     raw_mean, raw_std:     statistics of the raw latents' samples, per channel.
     final_mean, final_std: what the final latents shall have, for all channels or per channel.
     batch_size:            images that go through the VAE at once.
+    pixel_min:             what a black pixel is to the VAE, white being 1. The published networks were trained on what
+                           the VAE makes of 0..1, so 0 it is for them; most VAEs were themselves trained on -1..1.
     """
 
     def __init__(
@@ -81,7 +83,10 @@ class StabilityVAEEncoder(Encoder):
         final_mean: float | Sequence[float] = 0,
         final_std: float | Sequence[float] = 0.5,
         batch_size: int = 8,
+        pixel_min: float = 0,
     ) -> None:
+        if not -1 <= pixel_min < 1:
+            raise ValueError(f"pixel_min={pixel_min} must be from -1 to below 1")
         if len(raw_mean) != len(raw_std):
             raise ValueError(f"raw_mean has {len(raw_mean)} channels and raw_std {len(raw_std)}; give one of each")
         scale = np.asarray(final_std, dtype=np.float32) / np.asarray(raw_std, dtype=np.float32)
@@ -91,6 +96,7 @@ class StabilityVAEEncoder(Encoder):
         self.scale: list[float] = scale.tolist()
         self.bias: list[float] = bias.tolist()
         self.batch_size = int(batch_size)
+        self.pixel_min = float(pixel_min)
         self._vae: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -107,8 +113,10 @@ class StabilityVAEEncoder(Encoder):
         """uint8 [N, 3, H, W] to raw latents, float32."""
 
         def run(part: torch.Tensor) -> torch.Tensor:
-            # 0..1, not the VAE's own -1..1: the published networks and their statistics depend on it.
-            distribution = self._vae.encode(part.to(torch.float32) / 255)["latent_dist"]
+            pixels = part.to(torch.float32) / 255
+            if self.pixel_min:
+                pixels = torch.lerp(torch.full_like(pixels, self.pixel_min), torch.ones_like(pixels), pixels)
+            distribution = self._vae.encode(pixels)["latent_dist"]
             return torch.cat([distribution.mean, distribution.std], dim=1)
 
         return self._in_batches(run, x)
@@ -131,11 +139,19 @@ class StabilityVAEEncoder(Encoder):
         """Final latents to uint8 [N, 3, H, W]."""
         x = (x.to(torch.float32) - self._per_channel(self.bias, x)) / self._per_channel(self.scale, x)
         pixels = self._in_batches(lambda part: self._vae.decode(part)["sample"], x)
+        if self.pixel_min:
+            pixels = (pixels - self.pixel_min) / (1 - self.pixel_min)
         return (pixels.clamp(0, 1) * 255).to(torch.uint8)
 
     def _in_batches(self, run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         self.init(x.device)
         return torch.cat([run(part) for part in x.split(self.batch_size)])
+
+    def with_statistics(self, raw_mean: Sequence[float], raw_std: Sequence[float]) -> StabilityVAEEncoder:
+        """An encoder of the same VAE for latents of these statistics, to a mean of 0 and a deviation of one half."""
+        return StabilityVAEEncoder(
+            self.vae_name, raw_mean, raw_std, batch_size=self.batch_size, pixel_min=self.pixel_min
+        )
 
     @staticmethod
     def _per_channel(values: list[float], x: torch.Tensor) -> torch.Tensor:
@@ -150,7 +166,7 @@ def _load_vae(name: str) -> Any:
             f'VAE {name!r} needs the diffusers library, which is not installed; try: pip install "edm2[vae]"'
         ) from None
     try:
-        return AutoencoderKL.from_pretrained(name)
+        return AutoencoderKL.from_pretrained(name, use_safetensors=True)  # weights are data, never a pickle
     except (OSError, ValueError) as error:  # not found, no network, foreign or damaged files
         reason = " ".join(str(error).split())
         raise _user_error(f"VAE {name!r} cannot be loaded as a hub name or a local folder: {reason}") from None

@@ -19,6 +19,7 @@ class RunFolder:
         self.options_file = self.path / "training_options.json"
         self.stats_file = self.path / "stats.jsonl"
         self.log_file = self.path / "log.txt"
+        self.encoder_file = self.path / "encoder.json"  # of a run that encodes pixels with a VAE of unknown statistics
 
     def snapshot_path(self, nimg: int, suffix: str, extension: str) -> Path:
         """Where the network with EMA `suffix` (e.g. '-0.050') at `nimg` images belongs."""

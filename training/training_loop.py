@@ -3,6 +3,7 @@
 Source: Karras et al., arXiv 2312.02696, Section 2 and Appendix B.
 """
 
+import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,19 +13,23 @@ from typing import Any
 import psutil
 import torch
 
+from dnnlib.atomic import write_text
 from dnnlib.errors import ConfigError
+from dnnlib.folders import make_folder
 from torch_utils.checkpoint import load_checkpoint, save_checkpoint
 from torch_utils.distributed import World
 from torch_utils.precision import numerics
 from torch_utils.training_stats import RunningMeans
 from training.config import TrainingConfig
 from training.dataset import BatchReader, ImageFolderDataset
+from training.encoders import Encoder, StabilityVAEEncoder
+from training.latents import PUBLISHED_VAE, encoder_entry, measured_encoder, read_encoder
 from training.loss import EDM2Loss
 from training.run_folder import RunFolder
 from training.schedule import learning_rate_schedule
 from training.snapshot import Snapshot, save_snapshot
 from training.streams import BatchPositions, DataOrder
-from training.training_state import RAW_LATENT_CHANNELS, TrainingState
+from training.training_state import TrainingState, make_encoder
 
 __all__ = ["EDM2Loss", "Iteration", "Saved", "Status", "TrainingRun", "learning_rate_schedule", "open_dataset"]
 
@@ -62,15 +67,32 @@ def open_dataset(config: TrainingConfig) -> ImageFolderDataset:
         raise ConfigError(
             f"{config.data} has no labels, which a conditional network needs; add them, or use --cond=False"
         )
-    if dataset.holds_latents and dataset.num_channels != RAW_LATENT_CHANNELS:
-        raise ConfigError(
-            f"{config.data} holds latents of {dataset.num_channels} channels, not {RAW_LATENT_CHANNELS}: mean and"
-            f" standard deviation of {RAW_LATENT_CHANNELS // 2} each are needed"
-        )
+    make_encoder(config, dataset)
     item_bytes = dataset.num_channels * dataset.resolution**2 * (4 if dataset.holds_latents else 1)
     if config.workers == 0 and len(dataset) * item_bytes <= _CACHE_BYTES:
         dataset.keep_items()
     return dataset
+
+
+def load_vae_encoder(
+    config: TrainingConfig, dataset: ImageFolderDataset, folder: RunFolder, world: World
+) -> Encoder | None:
+    """The encoder of a run that encodes its pixels itself, with the VAE loaded; None for another run.
+
+    The statistics of a VAE other than the published one are measured when the run starts, and are kept in its folder.
+    """
+    if config.vae is None:
+        return None
+    encoder = make_encoder(config, dataset)
+    assert isinstance(encoder, StabilityVAEEncoder)
+    if config.vae != PUBLISHED_VAE:
+        if world.is_main and not folder.encoder_file.is_file():
+            make_folder(folder.path)
+            write_text(folder.encoder_file, json.dumps(encoder_entry(measured_encoder(encoder, dataset, world.device))))
+        world.barrier()
+        encoder = read_encoder(json.loads(folder.encoder_file.read_text("utf-8")), str(folder.encoder_file))
+    encoder.init(world.device)
+    return encoder
 
 
 class TrainingRun:
@@ -83,7 +105,9 @@ class TrainingRun:
         self.dataset = open_dataset(config)
         config.share_of(world.size)
         self.resumed_from = folder.newest_checkpoint()
-        self.state = TrainingState(config, self.dataset, world, resumed=self.resumed_from is not None)
+        resumed = self.resumed_from is not None
+        encoder = load_vae_encoder(config, self.dataset, folder, world)
+        self.state = TrainingState(config, self.dataset, world, resumed=resumed, encoder=encoder)
         self._means = RunningMeans(world)
         if self.resumed_from is not None:
             data = load_checkpoint(self.resumed_from)

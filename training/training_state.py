@@ -11,7 +11,8 @@ from dnnlib.errors import ConfigError
 from torch_utils.distributed import World
 from training.config import TrainingConfig
 from training.dataset import ImageFolderDataset
-from training.encoders import Encoder, StabilityVAEEncoder, StandardRGBEncoder
+from training.encoders import Encoder, StabilityVAEEncoder
+from training.latents import PUBLISHED_VAE, encoder_of, vae_geometry
 from training.loss import EDM2Loss
 from training.networks_edm2 import MPConv, Precond, normalize
 from training.phema import PowerFunctionEMA
@@ -22,22 +23,29 @@ from training.streams import NoiseStream, derive_seed
 # Purposes of the run's streams of random numbers.
 _SIGMA, _NOISE, _ENCODER, _DROPOUT = range(4)
 
-RAW_LATENT_CHANNELS = 8  # of a data set of raw VAE latents: mean and standard deviation of 4 channels each
-
 
 class TrainingState:
     """The network, its optimizer and averages, and the number of images they have seen.
 
     `nimg` counts images over all processes; `elapsed_sec` is the time spent in all sessions of the run so far. With
-    `resumed` a checkpoint is about to be loaded, so that the starting weights do not matter.
+    `resumed` a checkpoint is about to be loaded, so that the starting weights do not matter. `encoder` takes the place
+    of the one that the options and the data set call for.
     """
 
-    def __init__(self, config: TrainingConfig, dataset: ImageFolderDataset, world: World, *, resumed: bool) -> None:
+    def __init__(
+        self,
+        config: TrainingConfig,
+        dataset: ImageFolderDataset,
+        world: World,
+        *,
+        resumed: bool,
+        encoder: Encoder | None = None,
+    ) -> None:
         self.config = config
         self.world = world
         self.nimg = 0
         self.elapsed_sec = 0.0
-        self.encoder = make_encoder(dataset)  # not loaded: the data set has been through the VAE already
+        self.encoder = make_encoder(config, dataset) if encoder is None else encoder
         self.net = make_network(config, dataset).train().requires_grad_(True).to(world.device)
         self.left_fresh: list[str] = []  # tensors that --init had nothing fitting for
         if config.init is not None and not resumed:
@@ -96,6 +104,9 @@ class TrainingState:
             normalize_weights(self.net)
         start = self.nimg + self.world.rank * share
         eps = None
+        if self.config.vae is not None:
+            with torch.no_grad():
+                images = self.encoder.encode_pixels(images.expand(-1, 3, -1, -1))  # grey ones three times
         if isinstance(self.encoder, StabilityVAEEncoder):
             eps = self._noise.normal(start, share, (images.shape[1] // 2, *images.shape[2:]), _ENCODER)
         latents = self.encoder.encode_latents(images, eps=eps)
@@ -141,19 +152,41 @@ class TrainingState:
             raise ConfigError(f"{source} does not belong to this run: {str(error)[:400]}") from None
 
 
-def make_encoder(dataset: ImageFolderDataset) -> Encoder:
-    """The encoder that the data set calls for: pixels of any channel count, or raw VAE latents."""
-    return StabilityVAEEncoder() if dataset.holds_latents else StandardRGBEncoder()
+def make_encoder(config: TrainingConfig, dataset: ImageFolderDataset) -> Encoder:
+    """The encoder that the options and the data set call for: pixels of any channel count, or latents of a VAE.
+
+    With a VAE other than the published one to encode pixels with, its statistics are placeholders: only the number of
+    channels is known before the VAE has seen the data. Raises ConfigError where the two don't go together.
+    """
+    if config.vae is None:
+        return encoder_of(dataset)
+    if dataset.holds_latents:
+        raise ConfigError(f"{config.data} holds latents already; leave --encode-on-the-fly out")
+    if dataset.num_channels not in (1, 3):
+        raise ConfigError(f"{config.data} has {dataset.num_channels} channels; a VAE takes grey (1) or RGB (3) images")
+    if config.vae == PUBLISHED_VAE:
+        return StabilityVAEEncoder()
+    channels = vae_geometry(config.vae).channels
+    return StabilityVAEEncoder(config.vae, raw_mean=[0.0] * channels, raw_std=[1.0] * channels)
+
+
+def network_shape(config: TrainingConfig, dataset: ImageFolderDataset) -> tuple[int, int]:
+    """Resolution and channels of what the network sees."""
+    if config.vae is not None:
+        geometry = vae_geometry(config.vae)
+        return geometry.resolution(dataset.resolution), geometry.channels
+    channels = dataset.num_channels // 2 if dataset.holds_latents else dataset.num_channels
+    return dataset.resolution, channels
 
 
 def make_network(config: TrainingConfig, dataset: ImageFolderDataset) -> Precond:
     """A network for the data set, initialized from the run's seed, on the CPU."""
-    channels = dataset.num_channels // 2 if dataset.holds_latents else dataset.num_channels
+    resolution, channels = network_shape(config, dataset)
     label_dim = dataset.label_dim if config.cond else 0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         try:
-            return Precond(dataset.resolution, channels, label_dim, **config.network.arguments())
+            return Precond(resolution, channels, label_dim, **config.network.arguments())
         except ValueError as error:
             raise ConfigError(str(error)) from None
 

@@ -1,0 +1,147 @@
+"""Between data sets of pixels and of VAE latents: which VAE, which statistics, and the encoding of one in the other.
+
+N images, C latent channels, H x W latent pixels.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from dnnlib.errors import ConfigError
+from training.dataset import ImageFolderDataset
+from training.encoders import Encoder, StabilityVAEEncoder, StandardRGBEncoder
+from training.snapshot_parts import build_encoder, described, plain
+
+PUBLISHED_VAE = "stabilityai/sd-vae-ft-mse"  # the VAE of the published networks, whose latents' statistics are known
+ENCODER_KEY = "encoder"  # in dataset.json, beside the labels
+
+# Images from which a data set's latent statistics are measured where all would take too long.
+MEASURED_IMAGES = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentGeometry:
+    """What a VAE makes of pixels."""
+
+    channels: int
+    downscale: int  # pixels to a latent pixel, in each direction
+
+    def resolution(self, pixels: int) -> int:
+        """Latent resolution of square images of so many pixels. Raises ConfigError where they don't divide."""
+        if pixels % self.downscale or pixels < self.downscale:
+            raise ConfigError(f"images of {pixels}x{pixels} do not divide into latent pixels of {self.downscale}")
+        return pixels // self.downscale
+
+
+def vae_geometry(name: str) -> LatentGeometry:
+    """The geometry of the VAE `name`, a hub name or a local folder; reads its config.json and no weights."""
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError:
+        raise ConfigError(
+            f'VAE {name!r} needs the diffusers library, which is not installed; try: pip install "edm2[vae]"'
+        ) from None
+    try:
+        config = AutoencoderKL.load_config(name)
+        return LatentGeometry(
+            channels=int(config["latent_channels"]), downscale=1 << (len(config["block_out_channels"]) - 1)
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"VAE {name!r} cannot be loaded as a hub name or a local folder: {reason}") from None
+
+
+@dataclass(kw_only=True)
+class LatentStatistics:
+    """Mean and standard deviation, channel by channel, of samples from raw latents, over many images."""
+
+    count: int = 0  # latent pixels
+    sums: np.ndarray = field(default_factory=lambda: np.zeros(0))  # of the means, float64 [C]
+    squares: np.ndarray = field(default_factory=lambda: np.zeros(0))  # of the squared means and deviations, float64 [C]
+
+    def add(self, raw: np.ndarray) -> None:
+        """Take in raw latents [N, 2C, H, W], mean and standard deviation for each latent pixel."""
+        mean, std = np.split(raw.astype(np.float64), 2, axis=1)
+        sums, squares = mean.sum((0, 2, 3)), (mean**2 + std**2).sum((0, 2, 3))
+        self.count += mean.shape[0] * mean.shape[2] * mean.shape[3]
+        self.sums = sums if self.sums.size == 0 else self.sums + sums
+        self.squares = squares if self.squares.size == 0 else self.squares + squares
+
+    @property
+    def mean(self) -> list[float]:
+        """Means, [C]."""
+        return [float(value) for value in self.sums / self.count]
+
+    @property
+    def std(self) -> list[float]:
+        """Standard deviations, [C]: that of the means and that around them."""
+        variance = self.squares / self.count - (self.sums / self.count) ** 2
+        return [float(value) for value in np.sqrt(np.maximum(variance, 0))]
+
+
+def statistics_of(dataset: ImageFolderDataset, max_items: int | None = None) -> LatentStatistics:
+    """The statistics of a data set of raw latents, over `max_items` spread evenly, or all."""
+    statistics = LatentStatistics()
+    count = min(len(dataset), max_items or len(dataset))
+    chosen = np.linspace(0, len(dataset) - 1, count).astype(int)
+    for part in np.array_split(chosen, -(-count // 64)):
+        statistics.add(dataset.read_batch(part.tolist())[0])
+    return statistics
+
+
+@torch.no_grad()
+def measured_encoder(
+    encoder: StabilityVAEEncoder, dataset: ImageFolderDataset, device: torch.device
+) -> StabilityVAEEncoder:
+    """The encoder of the same VAE with the statistics of this data set of pixels, from up to MEASURED_IMAGES of it."""
+    statistics = LatentStatistics()
+    count = min(len(dataset), MEASURED_IMAGES)
+    for part in np.array_split(np.linspace(0, len(dataset) - 1, count).astype(int), -(-count // encoder.batch_size)):
+        pixels = torch.from_numpy(rgb(dataset.read_batch(part.tolist())[0])).to(device)
+        statistics.add(encoder.encode_pixels(pixels).cpu().numpy())
+    return encoder.with_statistics(statistics.mean, statistics.std)
+
+
+def rgb(pixels: np.ndarray) -> np.ndarray:
+    """Pixels [N, 1 or 3, H, W] as [N, 3, H, W], grey ones three times. Raises ConfigError for other channel counts."""
+    if pixels.shape[1] not in (1, 3):
+        raise ConfigError(f"a VAE takes grey (1) or RGB (3) images, not {pixels.shape[1]} channels")
+    return pixels if pixels.shape[1] == 3 else np.repeat(pixels, 3, axis=1)
+
+
+def encoder_of(dataset: ImageFolderDataset) -> Encoder:
+    """The encoder that belongs to a data set: as its dataset.json says, or the published ones.
+
+    Raises ConfigError where a data set of latents is none that this encoder knows.
+    """
+    if not dataset.holds_latents:
+        return StandardRGBEncoder()
+    entry = dataset.encoder_entry
+    encoder = StabilityVAEEncoder() if entry is None else read_encoder(entry, f"{dataset.name}: dataset.json")
+    expected = 2 * len(encoder.scale)
+    if dataset.num_channels != expected:
+        hint = "" if entry else "; dataset.json says of no other VAE (dataset_tool.py encode --measure notes it)"
+        raise ConfigError(
+            f"{dataset.name} holds latents of {dataset.num_channels} channels, not {expected}: mean and standard"
+            f" deviation of {expected // 2} each are needed{hint}"
+        )
+    return encoder
+
+
+def encoder_entry(encoder: StabilityVAEEncoder) -> dict[str, Any]:
+    """What dataset.json says of the encoder: its class and all its arguments that matter."""
+    return described(encoder)
+
+
+def read_encoder(entry: Mapping[str, Any], where: str) -> StabilityVAEEncoder:
+    """The encoder that `entry` describes. Raises ConfigError, naming the file `where`, for anything else."""
+    try:
+        encoder = build_encoder(str(entry.get("class")), (), plain(dict(entry["arguments"]), "its encoder"))
+    except (ConfigError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{where} describes no known encoder: {str(error)[:300]}") from None
+    if not isinstance(encoder, StabilityVAEEncoder):
+        raise ConfigError(f"{where} describes {type(encoder).__name__}, which makes no latents")
+    return encoder
