@@ -5,9 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from dnnlib.download import cached_path
 from dnnlib.errors import ConfigError
-from training.detectors import Detector, inception, make_detector
+from training.detectors import DETECTORS, Detector, make_detector
 from training.metrics.reference import Stats
 from training.metrics.scores import lacking
 from training.metrics.table import ALL, METRICS, Metric, parse_metrics
@@ -68,9 +67,9 @@ def _plan(
         reason = reason_against(metric)
         if reason is None and metric.detector not in plan.detectors:
             given = weights.get(metric.detector)
-            if everything and given is None:
-                reason = _missing_weights(metric.detector)
-            if reason is None:
+            if everything and given is None and not DETECTORS[metric.detector].has_weights():
+                reason = f"the weights of {metric.detector} are not on this machine"
+            else:
                 plan.detectors[metric.detector] = make_detector(metric.detector, device, given)
         if reason is None:
             plan.metrics.append(name)
@@ -82,10 +81,3 @@ def _plan(
             f"none of the metrics can be computed: {'; '.join(reasons[:4] + ['...'][: len(reasons) > 4])}"
         )
     return plan
-
-
-def _missing_weights(detector: str) -> str | None:
-    """Why the detector's own weights cannot be had without a download; None if they can."""
-    if detector == "inception" and not cached_path(inception.URL).is_file():
-        return "the weights of Inception-v3 are not on this machine; --metrics=fid downloads them"
-    return None
