@@ -6,7 +6,7 @@ import re
 import shutil
 import uuid
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,16 +91,20 @@ def pictures_per_shard(shard_bytes: int, each: int, head: Mapping[str, Any]) -> 
 
 
 @contextmanager
-def writing(parts: Sequence[Part], head: Mapping[str, Any]) -> Iterator[list[Writer]]:
+def writing(
+    parts: Sequence[Part], head: Mapping[str, Any], item_name: Callable[[int], str] | None = None
+) -> Iterator[list[Writer]]:
     """A writer for each part. Nothing is at its place before the block ends well, nothing is left if it does not.
 
-    `head` is what the dataset.json says beside the labels. Raises ConfigError where the disk does not take it.
+    `head` is what the dataset.json says beside the labels; `item_name` names item i, a picture by default. Raises
+    ConfigError where the disk does not take it.
     """
+    item_name = item_name or picture_name
     try:
         with ExitStack() as stack:
             for folder in {part.path.parent: None for part in parts}:
                 stack.enter_context(_made(folder))
-            yield [_writer(part, head, stack) for part in parts]
+            yield [_writer(part, head, item_name, stack) for part in parts]
     except OSError as error:
         where = parts[0].path if parts else "the data set"
         raise ConfigError(f"{where} cannot be written: {error.strerror or error}") from None
@@ -111,12 +115,12 @@ def is_zip(dest: Path) -> bool:
     return dest.suffix.lower() == ".zip"
 
 
-def _writer(part: Part, head: Mapping[str, Any], stack: ExitStack) -> Writer:
+def _writer(part: Part, head: Mapping[str, Any], item_name: Callable[[int], str], stack: ExitStack) -> Writer:
     if not is_zip(part.path):
-        return _FolderWriter(stack.enter_context(_filled(part.path)), head)
+        return _FolderWriter(stack.enter_context(_filled(part.path)), head, item_name)
     if part.of is not None:
         head = {**head, "shard": [part.number, part.of]}
-    writer = _ZipWriter(stack.enter_context(atomic_path(part.path, sync=False)), head)
+    writer = _ZipWriter(stack.enter_context(atomic_path(part.path, sync=False)), head, item_name)
     stack.callback(writer.abandon)
     return writer
 
@@ -124,14 +128,15 @@ def _writer(part: Part, head: Mapping[str, Any], stack: ExitStack) -> Writer:
 class _ZipWriter:
     """Entries without compression, the same bytes for the same pictures; ZIP64 where it has to be."""
 
-    def __init__(self, path: Path, head: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, head: Mapping[str, Any], item_name: Callable[[int], str]) -> None:
         self._file = open(path, "wb")  # noqa: SIM115 closed by finish or abandon
         self._archive = zipfile.ZipFile(self._file, "w", zipfile.ZIP_STORED)
         self._head = head
+        self._item_name = item_name
         self._labels: list[tuple[str, Label | None]] = []
 
     def add(self, index: int, png: bytes, label: Label | None) -> None:
-        name = picture_name(index)
+        name = self._item_name(index)
         self._write(name, png)
         self._labels.append((name, label))
 
@@ -158,13 +163,14 @@ class _ZipWriter:
 class _FolderWriter:
     """Files in a folder."""
 
-    def __init__(self, path: Path, head: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, head: Mapping[str, Any], item_name: Callable[[int], str]) -> None:
         self._path = path
         self._head = head
+        self._item_name = item_name
         self._labels: list[tuple[str, Label | None]] = []
 
     def add(self, index: int, png: bytes, label: Label | None) -> None:
-        name = picture_name(index)
+        name = self._item_name(index)
         if not self._labels or self._labels[-1][0].split("/")[0] != name.split("/")[0]:
             (self._path / name).parent.mkdir(exist_ok=True)
         (self._path / name).write_bytes(png)
@@ -177,6 +183,11 @@ class _FolderWriter:
 def picture_name(index: int) -> str:
     """Where a data set has picture `index`."""
     return f"{index // 1000:05d}/img{index:08d}.png"
+
+
+def latents_name(index: int) -> str:
+    """Where a data set has raw latents `index`."""
+    return f"{index // 1000:05d}/img-mean-std-{index:08d}.npy"
 
 
 def _labels_text(labels: list[tuple[str, Label | None]], head: Mapping[str, Any]) -> bytes:

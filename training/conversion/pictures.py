@@ -13,6 +13,7 @@ import PIL.ImageOps
 from PIL.Image import Image
 
 from training.dataset_files import one_line
+from training.dataset_png import encode_plain_png
 
 # Formats are known by content, not by name, and no others are tried: some of Pillow's decoders start programs.
 FORMATS = ("BMP", "DIB", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -66,10 +67,8 @@ def rgb_from_array(pixels: np.ndarray) -> Image:
 
 
 def encode_png(picture: Image) -> bytes:
-    """The picture as an uncompressed PNG, which is read several times as fast as a compressed one."""
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", compress_level=0, optimize=False)
-    return buffer.getvalue()
+    """The picture as a PNG of unfiltered, uncompressed rows, which is read many times as fast as any other."""
+    return encode_plain_png(np.atleast_3d(np.asarray(picture)).transpose(2, 0, 1))
 
 
 def _to_rgb(picture: Image) -> Image:
