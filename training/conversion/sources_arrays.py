@@ -59,7 +59,7 @@ def mnist_source(path: Path, *, split: str | None) -> Source:
 def holds_cifar(path: Path) -> bool:
     """Whether `path` is CIFAR's tar.gz, the folder in it, or one of the files in that."""
     if path.is_dir():
-        names = {place.name for place in path.iterdir()}
+        names = {place.name for place in path.iterdir() if place.is_file()}
         return any(name in names for name in _CIFAR_NAMES) and any(_CIFAR_BATCH.fullmatch(name) for name in names)
     if path.name.endswith((".tar.gz", ".tgz", ".tar")):
         return bool(_tar_members(path, first_only=True))

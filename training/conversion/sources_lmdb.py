@@ -28,11 +28,20 @@ class LmdbReader:
 
     def read(self, key: bytes) -> bytes:
         """The value of `key`."""
-        with self._begin() as transaction:
-            value = transaction.get(key)
+        try:
+            with self._begin() as transaction:
+                value = transaction.get(key)
+        except _lmdb().Error as error:
+            raise Unreadable(one_line(error)) from None
         if value is None:
             raise Unreadable("the database has lost this key")
         return value
+
+    def close(self) -> None:
+        """Close the database, which a process can have open but once; reading opens it again."""
+        if self._opened is not None:
+            self._opened.close()
+            self._opened = None
 
     def _begin(self) -> Any:
         if self._opened is None:
@@ -55,6 +64,7 @@ def lmdb_source(path: Path) -> Source:
     reader = LmdbReader(path)
     try:
         keys = reader.keys()
+        reader.close()
     except lmdb.Error as error:
         raise ConfigError(f"--source={path} is no readable LMDB: {one_line(error)}") from None
     if not keys:

@@ -16,7 +16,7 @@ from training.conversion.sources import Source, choose_split
 from training.dataset_files import one_line
 from training.dataset_labels import check_labels, require_inside
 
-_STATE_FILE = "state.json"  # beside the tables of one split
+_STATE_FILE, _INFO_FILE = "state.json", "dataset_info.json"  # beside the tables of one split
 _SPLITS_FILE = "dataset_dict.json"  # beside the folders of the splits
 _SPLIT_NAMES = {
     "train": "train",
@@ -49,7 +49,10 @@ class TableReader:
         place, row = key[:2], key[2]
         if self._kept is None or self._kept[0] != place:
             self._kept = None
-            self._kept = place, _column(self._paths[place[0]], place[1], self._column)
+            try:
+                self._kept = place, _column(self._paths[place[0]], place[1], self._column)
+            except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's own errors are of these kinds
+                raise Unreadable(one_line(error)) from None
         value = self._kept[1][row].as_py()
         data = value.get("bytes") if isinstance(value, dict) else value
         if isinstance(data, bytes):
@@ -63,7 +66,8 @@ def holds_tables(path: Path) -> bool:
     """Whether `path` is a parquet file, a folder with some, or a folder of save_to_disk."""
     if path.is_file():
         return path.suffix == ".parquet"
-    return any((path / name).is_file() for name in (_STATE_FILE, _SPLITS_FILE)) or bool(_parquet_files(path))
+    saved = (path / _STATE_FILE).is_file() and (path / _INFO_FILE).is_file()
+    return saved or (path / _SPLITS_FILE).is_file() or bool(_parquet_files(path))
 
 
 def tables_source(path: Path, *, split: str | None, label: str | None) -> Source:

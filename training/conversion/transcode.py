@@ -1,0 +1,230 @@
+"""Pixels to raw latents and back: a data set through a VAE, over all processes, to be taken up again when interrupted.
+
+The work is done in chunks, which are files of their own in a folder beside the destination until all are there. They
+are then put together, shard by shard, in the order of the source. Chunks are multiples of the VAE's batch, so that
+neither the number of processes nor an interruption changes a result.
+
+N images, C channels, H x W pixels.
+"""
+
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dnnlib.atomic import atomic_path, write_text
+from dnnlib.errors import ConfigError
+from dnnlib.folders import make_folder, require_folder
+from torch_utils.distributed import World
+from training.conversion.archive import (
+    Part,
+    existing_shards,
+    is_zip,
+    latents_name,
+    picture_name,
+    plan_parts,
+    writing,
+)
+from training.dataset import ImageFolderDataset
+from training.dataset_index import one_line
+from training.dataset_png import encode_plain_png
+from training.encoders import StabilityVAEEncoder
+from training.latents import ENCODER_KEY, LatentStatistics, encoder_entry, rgb
+
+_CHUNK_IMAGES = 256  # at most; a multiple of the VAE's batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """Some images are done: computed just now, or found done already."""
+
+    num_images: int
+
+
+class Transcoding:
+    """A data set on its way through a VAE: iterate over its steps; the files are there at the end.
+
+    Making one checks what can be checked without the VAE, and writes nothing. Under torchrun every process makes and
+    runs one; they need a common disk. What was done before an interruption is found in `workdir`, provided that the
+    same is asked for again. Raises ConfigError.
+    """
+
+    def __init__(
+        self,
+        source: ImageFolderDataset,
+        dest: Path,
+        encoder: StabilityVAEEncoder,
+        *,
+        source_path: Path,
+        world: World,
+        to_latents: bool,
+        measure: bool = False,
+        num_shards: int | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        self._source = source
+        self._dest = dest
+        self._encoder = encoder
+        self._world = world
+        self._to_latents = to_latents
+        self._measure = measure
+        self.workdir = dest.with_name(f"{dest.name}.partial")
+        self._request = {
+            "source": str(source_path),
+            "images": len(source),
+            "shape": list(source.image_shape),
+            "encoder": encoder_entry(encoder),
+            "result": "latents" if to_latents else "pixels",
+        }
+        self.parts = plan_parts(dest, len(source), num_shards=num_shards, per_shard=None)
+        self._chunk = max(_CHUNK_IMAGES // encoder.batch_size, 1) * encoder.batch_size
+        self._require_places(source_path, sharded=num_shards is not None, overwrite=overwrite)
+
+    def __len__(self) -> int:
+        """The images that this process has to do."""
+        return sum(len(chunk) for _, chunk in self._chunks())
+
+    def __iter__(self) -> Iterator[Step]:
+        """Compute what is missing, then put it together; see the class."""
+        world = self._world
+        try:
+            self._start()
+            for number, chunk in self._chunks():
+                path = self._chunk_path(number)
+                if not path.is_file():
+                    result = self._compute(chunk)
+                    with atomic_path(path) as temp, open(temp, "wb") as file:
+                        np.save(file, result)
+                yield Step(num_images=len(chunk))
+            world.barrier()
+            self._put_together()
+            world.barrier()
+        except OSError as error:
+            raise ConfigError(f"{self._dest} cannot be written: {error.strerror or error}") from None
+        if world.is_main:
+            shutil.rmtree(self.workdir, ignore_errors=True)
+
+    @property
+    def encoder(self) -> StabilityVAEEncoder:
+        """The encoder that belongs to the latents; with `measure`, once the work is done, that of their statistics."""
+        return self._encoder
+
+    def _chunks(self) -> Iterator[tuple[int, range]]:
+        """Number and images of the chunks that are this process's to compute."""
+        starts = range(0, len(self._source), self._chunk)
+        for number in range(self._world.rank, len(starts), self._world.size):
+            yield number, range(starts[number], min(starts[number] + self._chunk, len(self._source)))
+
+    def _chunk_path(self, number: int) -> Path:
+        return self.workdir / f"{number:08d}.npy"
+
+    @torch.no_grad()
+    def _compute(self, chunk: range) -> np.ndarray:
+        """Raw latents float32 [N, 2C, H, W], or pixels uint8 [N, 3, H, W]."""
+        stored, _ = self._source.read_batch(chunk)
+        if self._to_latents:
+            pixels = torch.from_numpy(rgb(stored)).to(self._world.device)
+            return self._encoder.encode_pixels(pixels).cpu().numpy()
+        raw = torch.from_numpy(stored).to(self._world.device)
+        return self._encoder.decode(most_likely(self._encoder, raw)).cpu().numpy()
+
+    def _start(self) -> None:
+        """Make the working folder, or make sure that an existing one holds the same work."""
+        request_file = self.workdir / "request.json"
+        if self._world.is_main:
+            make_folder(self.workdir)
+            if not request_file.is_file():
+                write_text(request_file, json.dumps(self._request))
+        self._world.barrier()
+        try:
+            found = json.loads(request_file.read_text("utf-8"))
+        except ValueError:
+            found = None
+        if found != self._request:
+            raise ConfigError(
+                f"{self.workdir} holds the unfinished work of another command; finish it, or remove the folder"
+            )
+
+    def _put_together(self) -> None:
+        """Write this process's parts of the destination out of the chunks."""
+        if self._measure:
+            statistics = LatentStatistics()
+            for number in range(-(-len(self._source) // self._chunk)):
+                statistics.add(_load(self._chunk_path(number)))
+            self._encoder = self._encoder.with_statistics(statistics.mean, statistics.std)
+        head: dict[str, Any] = {"labels": [] if self._source.has_labels else None}
+        if self._to_latents:
+            head[ENCODER_KEY] = encoder_entry(self._encoder)
+        name = latents_name if self._to_latents else picture_name
+        for part in self.parts[self._world.rank :: self._world.size]:
+            with writing([part], head, name) as (writer,):
+                for index, item in self._items(part):
+                    writer.add(index, _npy(item) if self._to_latents else encode_plain_png(item), self._label(index))
+                writer.finish()
+
+    def _items(self, part: Part) -> Iterator[tuple[int, np.ndarray]]:
+        for number in range(part.start // self._chunk, -(-part.stop // self._chunk)):
+            start = number * self._chunk
+            chunk = _load(self._chunk_path(number))
+            for index in range(max(start, part.start), min(start + len(chunk), part.stop)):
+                yield index, chunk[index - start]
+
+    def _label(self, index: int) -> Any:
+        return self._source.get_details(index).raw_label.tolist() if self._source.has_labels else None
+
+    def _require_places(self, source: Path, *, sharded: bool, overwrite: bool) -> None:
+        dest = self._dest
+        if dest.resolve() == source.resolve() or (source.is_dir() and dest.resolve().is_relative_to(source.resolve())):
+            raise ConfigError(f"--dest={dest} lies inside of --source={source}; choose a place outside")
+        if sharded and not is_zip(dest):
+            raise ConfigError(f"--dest={dest} is a folder, but shards are ZIP files; name one, as in data.zip")
+        if self._world.size > 1 and not is_zip(dest):
+            raise ConfigError(f"{self._world.size} processes write ZIP files; name one as --dest, as in {dest}.zip")
+        require_folder(dest.parent)
+        if is_zip(dest):
+            found = existing_shards(dest) if sharded else [dest] if dest.exists() else []
+            if found and not overwrite:
+                raise ConfigError(f"{found[0]} exists already; choose another --dest, or add --overwrite to replace it")
+        elif dest.is_dir() and any(os.scandir(dest)):
+            raise ConfigError(f"--dest={dest} is not empty; choose a new folder")
+        elif dest.exists() and not dest.is_dir():
+            raise ConfigError(f"--dest={dest} is a file; name a ZIP file or a folder")
+
+
+def most_likely(encoder: StabilityVAEEncoder, raw: torch.Tensor) -> torch.Tensor:
+    """Final latents [N, C, H, W] from raw ones [N, 2C, H, W], the means without noise."""
+    return encoder.encode_latents(raw, torch.zeros_like(raw[:, : raw.shape[1] // 2]))
+
+
+@torch.no_grad()
+def round_trip(
+    pixels: ImageFolderDataset, encoder: StabilityVAEEncoder, device: torch.device, *, count: int = 16
+) -> np.ndarray:
+    """Images spread over the data set, uint8 [2N, 3, H, W]: each as it is, then from its latents."""
+    chosen = np.linspace(0, len(pixels) - 1, min(count, len(pixels))).astype(int).tolist()
+    before = torch.from_numpy(rgb(pixels.read_batch(chosen)[0])).to(device)
+    after = encoder.decode(most_likely(encoder, encoder.encode_pixels(before)))
+    return torch.stack([before, after], dim=1).flatten(0, 1).cpu().numpy()
+
+
+def _npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+def _load(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, allow_pickle=False, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        with suppress(OSError):
+            path.unlink()
+        raise ConfigError(f"{path} is damaged ({one_line(error)}); the same command again computes it anew") from None
