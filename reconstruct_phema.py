@@ -15,6 +15,7 @@ from dnnlib.errors import ConfigError
 from dnnlib.parse import parse_std_list
 from training import posthoc
 from training.posthoc import Reconstruction, list_input_pickles
+from training.posthoc_plot import check_plot_path, plot_responses
 from training.snapshot import nimg_from_kimg
 
 __all__ = ["list_input_pickles", "parse_std_list", "reconstruct_phema"]
@@ -80,6 +81,11 @@ def reconstruct_phema(
     show_default=True,
     help="File format of the outputs",
 )
+@click.option(
+    "--plot",
+    metavar="FILE",
+    help="Draw the wanted and the achieved averaging profiles over training time (png, pdf, svg)",
+)
 def cmdline(
     indir: str,
     inprefix: str | None,
@@ -91,6 +97,7 @@ def cmdline(
     skip: bool,
     batch: int,
     out_format: str,
+    plot: str | None,
 ) -> None:
     """Reconstruct networks with any EMA length from the snapshots of a training run.
 
@@ -111,10 +118,17 @@ def cmdline(
         --outdir=out --outstd=0.010,0.015,...,0.250 --batch=8
 
     \b
+    # How near they come to the wanted profiles, as a figure
+    python reconstruct_phema.py --indir=raw-snapshots/edm2-img512-xs \\
+        --outdir=out --outstd=0.050,0.075,0.200 --plot=profiles.png
+
+    \b
     # In the middle of training, from the snapshots of one tracked length
     python reconstruct_phema.py --indir=raw-snapshots/edm2-img512-xs \\
         --instd=0.050 --outkimg=1048576 --outdir=out --outstd=0.100
     """
+    if plot is not None:
+        check_plot_path(plot)
     inputs = list_input_pickles(indir, in_prefix=inprefix, in_std=instd)
     if not inputs:
         wanted = f" with prefix '{inprefix}'" if inprefix is not None else ""
@@ -124,12 +138,15 @@ def cmdline(
     work = reconstruct_phema(
         inputs, outstd, nimg, outdir, outprefix, skip_existing=skip, max_batch_size=batch, out_format=out_format
     )
-    with tqdm.tqdm(total=len(work), unit="file", desc="Reading", dynamic_ncols=True, disable=not len(work)) as progress:
+    with tqdm.tqdm(total=len(work), unit="step", dynamic_ncols=True, disable=not len(work)) as progress:
         for step in work:
             progress.update()
             for output in step.outputs:
                 note = f", amplifies rounding errors {output.gain:.0f} times" if output.gain > _MAX_GAIN else ""
                 progress.write(f"{', '.join(str(path) for path in output.paths)}: fit {output.fit:.2e}{note}")
+    if plot is not None:
+        plot_responses(plot, work.inputs, work.out_nimg, outstd)
+        print(f"Profiles in {plot}")
 
 
 if __name__ == "__main__":

@@ -19,8 +19,11 @@ def close(ours, golden):
     np.testing.assert_allclose(ours, golden, rtol=1e-9, atol=0)
 
 
-def achieved_error(in_ofs, in_std, out_ofs, out_std, x):
-    """The fit by quadrature over time: squares are summed, so nothing cancels. Intervals rise by 2 % at most."""
+def sampled_profiles(in_ofs, in_std, out_ofs, out_std):
+    """Profiles at the nodes of a quadrature over time, whose weights are in them: [nodes, inputs], [nodes, outputs].
+
+    A squared length over the nodes is the integral of the square. Intervals rise by 2 % at most.
+    """
     in_ofs, in_std = np.asarray(in_ofs, float), np.asarray(in_std, float)
     last = max(in_ofs.max(), out_ofs)
     edges = np.unique(np.concatenate([[0], in_ofs, [out_ofs], last * 1.02 ** -np.arange(0.0, 700.0)]))
@@ -32,8 +35,14 @@ def achieved_error(in_ofs, in_std, out_ofs, out_std, x):
         exp = phema.std_to_exp(std)
         return np.where(t[:, None] <= ofs, (exp + 1) / ofs * np.minimum(t[:, None] / ofs, 1) ** exp, 0)
 
-    wanted = profile(np.full(len(out_std), out_ofs), np.asarray(out_std))
-    return np.sqrt(w @ (profile(in_ofs, in_std) @ x - wanted) ** 2 / (w @ wanted**2))
+    root = np.sqrt(w)[:, None]
+    return root * profile(in_ofs, in_std), root * profile(np.full(len(out_std), out_ofs), np.asarray(out_std))
+
+
+def achieved_error(in_ofs, in_std, out_ofs, out_std, x):
+    """The fit by quadrature: squares are summed, so nothing cancels."""
+    stored, wanted = sampled_profiles(in_ofs, in_std, out_ofs, out_std)
+    return np.linalg.norm(stored @ x - wanted, axis=0) / np.linalg.norm(wanted, axis=0)
 
 
 def grid(times, stds):
@@ -115,6 +124,23 @@ def test_many_close_inputs_give_a_response_as_near_as_a_plain_solve(stds, num_in
     errors = [achieved_error(in_ofs, in_std, out_ofs, out_std, x) for x in (ours, plain)]
     assert (errors[0] <= 1.001 * errors[1] + 1e-7).all()
     assert np.abs(ours).sum(axis=0).max() < 100
+
+
+def test_512_inputs_of_two_lengths_and_256_times_fit_as_well_as_anything_can():
+    in_ofs, in_std = grid(np.arange(1, 257) * 8388608, (0.05, 0.1))
+    out_std = [0.02, 0.05, 0.075, 0.13, 0.2, 0.25]
+    ours = phema.solve_posthoc_coefficients(in_ofs, in_std, in_ofs[-1], out_std)
+    stored, wanted = sampled_profiles(in_ofs, in_std, in_ofs[-1], out_std)
+    # Least squares on the profiles themselves, without the squared condition number of their inner products.
+    scale = np.linalg.norm(stored, axis=0)[:, None]
+    best = np.linalg.lstsq(stored / scale.T, wanted, rcond=None)[0] / scale
+    best_error = achieved_error(in_ofs, in_std, in_ofs[-1], out_std, best / best.sum(axis=0))
+    error = achieved_error(in_ofs, in_std, in_ofs[-1], out_std, ours)
+    assert (error <= 1.001 * best_error + 1e-7).all() and error.max() < 0.01
+    assert np.isfinite(ours).all() and np.linalg.norm(ours, axis=0).max() < 100
+    np.testing.assert_allclose(
+        phema.posthoc_fit(in_ofs, in_std, in_ofs[-1], out_std, ours), error, rtol=1e-3, atol=1e-7
+    )
 
 
 def test_a_singular_system_has_finite_coefficients_and_no_worse_a_fit_than_without_the_repeated_inputs():

@@ -1,38 +1,39 @@
 """Networks with any EMA length, after training, from the snapshots of a run (arXiv 2312.02696, Section 3.2).
 
-A reconstruction is a weighted sum of the stored averages; `training.phema` has the weights. Inputs are streamed: one
-of them and a batch of outputs are in memory at a time.
+A reconstruction is a weighted sum of the stored averages; `training.phema` has the weights, `training.posthoc_sums` the
+sums, `training.posthoc_inputs` and `posthoc_files` the stored averages.
 """
 
-import copy
-import json
 import math
 import os
-import re
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from dnnlib.errors import ConfigError
 from training import phema
-from training.snapshot import Snapshot, load_snapshot, nimg_from_kimg, save_snapshot
+from training.posthoc_files import InputFiles
+from training.posthoc_inputs import Input, choose_inputs, list_input_pickles
+from training.posthoc_sums import NotFinite, WeightedSums
+from training.snapshot import Snapshot, save_snapshot
+
+__all__ = [
+    "Input",
+    "Output",
+    "Reconstruction",
+    "Step",
+    "list_input_pickles",
+    "reconstruct_networks",
+    "reconstruct_phema",
+]
 
 _FORMATS = {"pkl": (".pkl",), "safetensors": (".safetensors",), "both": (".pkl", ".safetensors")}
-_NAME = re.compile(r"(?P<prefix>.*)-(?P<kimg>\d+)-(?P<std>\d+\.\d+)(?P<suffix>\.pkl|\.safetensors)")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Input:
-    """A stored average: its file, the images seen when it was taken, and its relative EMA length."""
-
-    path: str
-    nimg: int
-    std: float
+_WRITERS = 2  # threads; most of the time goes into copying to, and waiting for, the disk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,39 +50,10 @@ class Output:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One input has been read: checked in pass 0, added to a batch of outputs in each pass from 1 on."""
+    """As many steps as there are inputs make a pass: in pass 0 each is checked, from pass 1 on all are added up."""
 
-    input: Input
     pass_idx: int
-    outputs: tuple[Output, ...] = ()  # what this step has completed
-
-
-def list_input_pickles(
-    in_dir: str | os.PathLike[str], in_prefix: str | None = None, in_std: float | Iterable[float] | None = None
-) -> list[Input]:
-    """The snapshots {prefix}-{kimg}-{std}.pkl or .safetensors in `in_dir`, sorted by (nimg, std).
-
-    `in_prefix` and `in_std` leave out those with another prefix or length. Of two formats of one snapshot, the
-    safetensors file counts. Raises ConfigError where the folder cannot be read.
-    """
-    stds = None if in_std is None else [float(std) for std in np.atleast_1d(np.asarray(in_std, dtype=np.float64))]
-    try:
-        names = sorted(entry.name for entry in os.scandir(in_dir) if entry.is_file())
-    except OSError as error:
-        raise ConfigError(f"cannot read the input folder {in_dir}: {error.strerror}") from None
-    found: dict[str, Input] = {}
-    for name in names:
-        match = _NAME.fullmatch(name)
-        if match is None or (in_prefix is not None and match["prefix"] != in_prefix):
-            continue
-        std = float(match["std"])
-        if stds is None or any(math.isclose(std, wanted, abs_tol=1e-6) for wanted in stds):
-            # The suffixes sort in the order in which the later one wins.
-            path = os.path.join(in_dir, name)
-            found[name.removesuffix(match["suffix"])] = Input(
-                path=path, nimg=nimg_from_kimg(int(match["kimg"])), std=std
-            )
-    return sorted(found.values(), key=lambda file: (file.nimg, file.std, file.path))
+    outputs: tuple[Output, ...] = ()  # what the last step of a pass has completed
 
 
 def reconstruct_phema(
@@ -93,13 +65,19 @@ def reconstruct_phema(
     skip_existing: bool = False,
     max_batch_size: int = 8,
     out_format: str = "pkl",
+    read_bytes: int = 2 << 30,
 ) -> "Reconstruction":
     """Plan the networks of lengths `out_std` at `out_nimg` images (None = the newest input); iterating builds them.
 
     `in_pkls` are what `list_input_pickles` returns, or anything with path, nimg and std. `max_batch_size` outputs are
-    in memory at a time; each such batch reads all inputs once. With `out_dir`, outputs are written there as
+    built at a time; each such batch is one pass over the inputs. With `out_dir`, outputs are written there as
     {out_prefix}-{kimg}-{std} in `out_format` (pkl, safetensors, both); `skip_existing` leaves alone what is there.
-    Nothing is read or written before the iteration. Raises ConfigError for what cannot be done.
+    Nothing is read or written before the iteration, and nothing is added or written before all inputs were checked
+    against each other. Raises ConfigError for what cannot be done.
+
+    Memory: the outputs of a batch in float16, and about 20 MB beside. Inputs in .safetensors files are read where they
+    lie, block by block. Inputs in pickles take up to `read_bytes`, or two files if these are larger; if all of them
+    together are larger, each batch also needs its outputs in float32, and each pass reads the pickles anew.
     """
     inputs = [Input(path=str(file.path), nimg=int(file.nimg), std=float(file.std)) for file in in_pkls]
     stds = sorted({float(std) for std in np.atleast_1d(np.asarray(out_std, dtype=np.float64))})
@@ -108,7 +86,7 @@ def reconstruct_phema(
         raise ConfigError(f"a batch of {max_batch_size} outputs builds nothing; give 1 or more")
     if out_format not in _FORMATS:
         raise ConfigError(f"'{out_format}' is no file format; choose from {', '.join(_FORMATS)}")
-    nimg, inputs = _choose_inputs(inputs, out_nimg)
+    nimg, inputs = choose_inputs(inputs, out_nimg)
     plans = [_Plan(nimg=nimg, std=std, paths=()) for std in stds]
     if out_dir is not None:
         stems = [Path(out_dir) / f"{out_prefix}-{nimg // 1000:07d}-{std:.3f}" for std in stds]
@@ -116,7 +94,20 @@ def reconstruct_phema(
         _check_files(files, inputs, Path(out_dir))
         plans = [replace(plan, paths=paths) for plan, paths in zip(plans, files, strict=True)]
     skipped = [p for p in plans if skip_existing and p.paths and all(path.is_file() for path in p.paths)]
-    return Reconstruction(inputs, [plan for plan in plans if plan not in skipped], skipped, max_batch_size)
+    rest = [plan for plan in plans if plan not in skipped]
+    return Reconstruction(inputs, nimg, rest, skipped, max_batch_size, read_bytes)
+
+
+def reconstruct_networks(
+    in_pkls: Iterable[Any], out_std: float | Iterable[float], out_nimg: int | None = None, max_batch_size: int = 8
+) -> Iterator[tuple[float, Snapshot]]:
+    """The networks that `reconstruct_phema` would write, as (length, snapshot) in the order of their lengths.
+
+    Nothing is written; `max_batch_size` networks are in memory at a time. Raises ConfigError, at once for what the
+    arguments show.
+    """
+    work = reconstruct_phema(in_pkls, out_std, out_nimg, max_batch_size=max_batch_size)
+    return ((output.std, output.snapshot) for step in work for output in step.outputs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,13 +124,20 @@ class Reconstruction:
     """
 
     def __init__(
-        self, inputs: Sequence[Input], plans: Sequence[_Plan], skipped: Sequence[_Plan], max_batch_size: int
+        self,
+        inputs: Sequence[Input],
+        out_nimg: int,
+        plans: Sequence[_Plan],
+        skipped: Sequence[_Plan],
+        max_batch_size: int,
+        read_bytes: int,
     ) -> None:
         self.inputs = list(inputs)
-        self.out_nimg = inputs[-1].nimg
+        self.out_nimg = out_nimg
         self.out_stds = [plan.std for plan in plans]
         self.skipped = [path for plan in skipped for path in plan.paths]
         self._batches = [list(plans[i : i + max_batch_size]) for i in range(0, len(plans), max_batch_size)]
+        self._read_bytes = read_bytes
 
     def __len__(self) -> int:
         """Number of steps: inputs times (one checking pass and a pass for each batch of outputs)."""
@@ -149,43 +147,48 @@ class Reconstruction:
         """Check all inputs against each other, then build and write the outputs batch by batch."""
         if not self._batches:
             return
-        first = load_snapshot(self.inputs[0].path)
-        expected = _layout(first)
-        for index, file in enumerate(self.inputs):
-            if index:
-                _check_layout(_layout(load_snapshot(file.path)), expected, file.path, self.inputs[0].path)
-            yield Step(input=file, pass_idx=0)
-        for index, batch in enumerate(self._batches):
-            yield from self._run_pass(index + 1, batch, first, expected)
+        files = InputFiles(self.inputs, self._read_bytes)
+        for _ in files.check():
+            yield Step(pass_idx=0)
+        for index, batch in enumerate(self._batches, start=1):
+            yield from self._run_pass(index, batch, files)
 
-    def _run_pass(self, pass_idx: int, batch: list[_Plan], first: Snapshot, expected: dict[str, Any]) -> Iterator[Step]:
+    def _run_pass(self, pass_idx: int, batch: list[_Plan], files: InputFiles) -> Iterator[Step]:
         profiles = ([file.nimg for file in self.inputs], [file.std for file in self.inputs])
         wanted = ([plan.nimg for plan in batch], [plan.std for plan in batch])
-        coefficients = phema.solve_posthoc_coefficients(*profiles, *wanted)
-        fits = phema.posthoc_fit(*profiles, *wanted, coefficients)
-        sums = [[torch.zeros(p.shape) for p in first.net.parameters()] for _ in batch]
-        last = first
-        for file, weights in zip(self.inputs, coefficients, strict=True):
-            if file is not self.inputs[0]:
-                last = load_snapshot(file.path)
-                # The file may have been replaced since the check.
-                _check_layout(_layout(last), expected, file.path, self.inputs[0].path)
-            tensors = [p.detach().to(torch.float32) for p in last.net.parameters()]
-            for total, weight in zip(sums, weights, strict=True):
-                torch._foreach_add_(total, tensors, alpha=float(weight))
-            if file is not self.inputs[-1]:
-                yield Step(input=file, pass_idx=pass_idx)
+        weights = phema.solve_posthoc_coefficients(*profiles, *wanted)
+        fits = phema.posthoc_fit(*profiles, *wanted, weights)
+        sums = WeightedSums(files.shapes(), weights)
+        added, steps, last = 0, 0, len(self.inputs) - 1
+        for group in files.groups():
+            if last in group.places:
+                buffers = files.read_buffers(group.readers[group.places.index(last)])
+            try:
+                for share in sums.add(group.places, group.readers, group.last):
+                    while steps < min(math.floor(added + share * len(group.places)), last):
+                        steps += 1
+                        yield Step(pass_idx=pass_idx)
+            except NotFinite as error:
+                place, name = error.args
+                raise ConfigError(
+                    f"{name} is not finite in float16 for EMA length {batch[place].std:.3f}; an input is damaged, or"
+                    " the inputs cannot give this length"
+                ) from None
+            added += len(group.places)
+            del group  # its tensors, before the next group comes
         names = [os.path.basename(file.path) for file in self.inputs]
         outputs = []
-        for index, (plan, total) in enumerate(zip(batch, sums, strict=True)):
-            info = {**first.info, "posthoc_inputs": names, "posthoc_fit": float(fits[index])}
-            snapshot = _assemble(first, last, total, plan, info)
-            fit, gain = float(fits[index]), float(np.linalg.norm(coefficients[:, index]))
-            output = Output(snapshot=snapshot, nimg=plan.nimg, std=plan.std, paths=plan.paths, fit=fit, gain=gain)
-            _write(output)
-            outputs.append(output)
-            sums[index] = []
-        yield Step(input=self.inputs[-1], pass_idx=pass_idx, outputs=tuple(outputs))
+        for plan, tensors, fit, gain in zip(
+            batch, sums.outputs, fits.tolist(), np.linalg.norm(weights, axis=0).tolist(), strict=True
+        ):
+            info = {"posthoc_inputs": names, "posthoc_fit": fit}
+            snapshot = files.assemble(tensors | buffers, nimg=plan.nimg, std=plan.std, info=info)
+            outputs.append(
+                Output(snapshot=snapshot, nimg=plan.nimg, std=plan.std, paths=plan.paths, fit=fit, gain=gain)
+            )
+        with ThreadPoolExecutor(_WRITERS) as pool:
+            list(pool.map(_write, outputs))
+        yield Step(pass_idx=pass_idx, outputs=tuple(outputs))
 
 
 def _check_stds(stds: Sequence[float]) -> None:
@@ -194,34 +197,6 @@ def _check_stds(stds: Sequence[float]) -> None:
     for std in stds:
         if not 0 < std < 0.289:
             raise ConfigError(f"{std} is no EMA length; each must lie above 0 and below 0.289")
-
-
-def _choose_inputs(inputs: list[Input], out_nimg: int | None) -> tuple[int, list[Input]]:
-    """The output time and the inputs up to it, sorted by time and length."""
-    inputs = sorted((file for file in inputs if file.nimg > 0), key=lambda file: (file.nimg, file.std))
-    if not inputs:
-        raise ConfigError(
-            "no input snapshots to reconstruct from; they are named {prefix}-{kimg}-{std}.pkl, kimg above 0"
-        )
-    times = sorted({file.nimg for file in inputs})
-    nimg = times[-1] if out_nimg is None else out_nimg
-    if nimg not in times:
-        near = min(times, key=lambda time: abs(time - nimg))
-        raise ConfigError(
-            f"no input snapshot at {nimg // 1000} kimg ({nimg} images); there are {len(times)} times from"
-            f" {times[0] // 1000} to {times[-1] // 1000} kimg, the nearest is {near // 1000}"
-        )
-    inputs = [file for file in inputs if file.nimg <= nimg]
-    for one, two in pairwise(inputs):
-        if (one.nimg, one.std) == (two.nimg, two.std):
-            raise ConfigError(
-                f"two inputs have the same time and EMA length: {os.path.basename(one.path)} and"
-                f" {os.path.basename(two.path)}; choose one kind by its prefix"
-            )
-    for file in inputs:
-        if not 0 < file.std < 0.289:
-            raise ConfigError(f"{file.path}: {file.std} is no EMA length; it must lie above 0 and below 0.289")
-    return nimg, inputs
 
 
 def _check_files(files: Sequence[tuple[Path, ...]], inputs: Sequence[Input], out_dir: Path) -> None:
@@ -240,51 +215,6 @@ def _check_files(files: Sequence[tuple[Path, ...]], inputs: Sequence[Input], out
     for path in (path for paths in files for path in paths):
         if os.path.realpath(path) in taken:
             raise ConfigError(f"the output {path} would replace an input; give another folder or prefix")
-
-
-def _layout(snapshot: Snapshot) -> dict[str, Any]:
-    """What all inputs must have in common: the constructor's arguments, and all tensors' names and shapes."""
-    net: Any = snapshot.net
-    arguments = {"args": getattr(net, "_init_args", ()), "kwargs": getattr(net, "_init_kwargs", {})}
-    # Through JSON, so that a list and a tuple, which the file formats don't tell apart, are the same.
-    layout: dict[str, Any] = {"arguments": json.dumps(arguments, sort_keys=True, default=str)}
-    layout["parameters"] = {name: tuple(p.shape) for name, p in net.named_parameters()}
-    layout["buffers"] = {name: tuple(b.shape) for name, b in net.named_buffers()}
-    return layout
-
-
-def _check_layout(layout: dict[str, Any], expected: dict[str, Any], path: str, first_path: str) -> None:
-    who = f"{path} does not belong with {os.path.basename(first_path)}"
-    for kind in ("parameters", "buffers"):
-        ours, theirs = layout[kind], expected[kind]
-        odd = sorted(ours.keys() ^ theirs.keys())
-        if odd:
-            raise ConfigError(f"{who}: only one of them has the tensor {odd[0]} ({len(odd)} such tensors)")
-        for name, shape in ours.items():
-            if shape != theirs[name]:
-                raise ConfigError(f"{who}: {name} has shape {shape} instead of {theirs[name]}")
-    if layout != expected:
-        raise ConfigError(f"{who}: network arguments {layout['arguments']} instead of {expected['arguments']}")
-    if list(layout["parameters"]) != list(expected["parameters"]):
-        raise ConfigError(f"{who}: its tensors come in another order")
-
-
-@torch.no_grad()
-def _assemble(
-    first: Snapshot, last: Snapshot, total: list[torch.Tensor], plan: _Plan, info: dict[str, Any]
-) -> Snapshot:
-    """A snapshot with the summed parameters in float16, the last input's buffers, and all else from the first."""
-    net = copy.deepcopy(first.net)
-    for (name, parameter), value in zip(net.named_parameters(), total, strict=True):
-        parameter.data = value.to(torch.float16)
-        if not torch.isfinite(parameter).all():
-            raise ConfigError(
-                f"{name} is not finite in float16 for EMA length {plan.std:.3f}; an input is damaged, or the inputs"
-                " cannot give this length"
-            )
-    for ours, theirs in zip(net.buffers(), last.net.buffers(), strict=True):
-        ours.copy_(theirs)
-    return replace(first, net=net, nimg=plan.nimg, ema_std=plan.std, info=info)
 
 
 def _write(output: Output) -> None:

@@ -1,0 +1,115 @@
+"""Weighted sums of the tensors of many networks, block by block, in memory that their number does not change."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+Reader = Callable[[str], torch.Tensor]
+"""The tensors of one network, by name."""
+
+# I inputs, O outputs, N numbers of a block.
+BLOCK_BYTES = 4 << 20  # of a block of all inputs in float32: small enough for the processor's cache
+_AHEAD = 2  # blocks that are read while one is added
+
+
+class NotFinite(Exception):
+    """A sum that float16 cannot hold: the arguments are the place of the output and the tensor's name."""
+
+
+class WeightedSums:
+    """Sums of networks with the tensors `shapes`, with the coefficients `weights` [inputs, outputs].
+
+    `outputs` are what is complete, in float16, by name. While it grows, there are a few blocks in memory; sums in
+    float32 only where `add` is called more than once, because not all inputs can be open at a time.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], weights: npt.NDArray[np.float64]) -> None:
+        self.outputs: list[dict[str, torch.Tensor]] = [{} for _ in range(weights.shape[1])]
+        self._shapes = dict(shapes)
+        self._weights = torch.from_numpy(weights.T.copy()).to(torch.float32)  # [O, I]
+        self._sums: dict[str, torch.Tensor] = {}  # [O, numbers of the tensor]
+
+    def add(self, places: Sequence[int], readers: Sequence[Reader], last: bool) -> Iterator[float]:
+        """Add the inputs at `places`, one after the other the share of it that is done; `last` completes the outputs.
+
+        Raises NotFinite.
+        """
+        weights = self._weights[:, list(places)].contiguous()
+        product = torch.empty(weights.shape[0] * self._width(len(readers)))
+        total = sum(torch.Size(shape).numel() for shape in self._shapes.values())
+        done = 0
+        for name, start, stop, stacked in self._read(readers):
+            block = product[: weights.shape[0] * (stop - start)].view(weights.shape[0], -1)  # [O, N]
+            torch.mm(weights, stacked, out=block)
+            if not last:
+                self._sum_of(name)[:, start:stop] += block
+            else:
+                if name in self._sums:
+                    block += self._sums[name][:, start:stop]
+                self._complete(name, start, block)
+                if stop == torch.Size(self._shapes[name]).numel():
+                    self._sums.pop(name, None)
+            done += stop - start
+            yield done / total
+
+    def _width(self, num_inputs: int) -> int:
+        """Numbers of a block."""
+        return max(BLOCK_BYTES // (4 * num_inputs), 1024)
+
+    def _read(self, readers: Sequence[Reader]) -> Iterator[tuple[str, int, int, torch.Tensor]]:
+        """Blocks of all tensors, flattened: name, first and last index, [I, N] in float32, valid until the next."""
+        width = self._width(len(readers))
+        buffers = [torch.empty(len(readers) * width) for _ in range(_AHEAD + 1)]
+        sizes = {name: torch.Size(shape).numel() for name, shape in self._shapes.items()}
+        blocks = [(name, i, min(i + width, size)) for name, size in sizes.items() for i in range(0, size, width)]
+
+        def read(numbered: tuple[int, tuple[str, int, int]]) -> tuple[str, int, int, torch.Tensor]:
+            index, (name, start, stop) = numbered
+            stacked = buffers[index % len(buffers)][: len(readers) * (stop - start)].view(len(readers), -1)
+            for row, reader in zip(stacked, readers, strict=True):
+                row.copy_(reader(name).reshape(-1)[start:stop])
+            return name, start, stop, stacked
+
+        return read_ahead(read, enumerate(blocks), _AHEAD)
+
+    def _sum_of(self, name: str) -> torch.Tensor:
+        if name not in self._sums:
+            self._sums[name] = torch.zeros(len(self.outputs), torch.Size(self._shapes[name]).numel())
+        return self._sums[name]
+
+    def _complete(self, name: str, start: int, block: torch.Tensor) -> None:
+        # A plain comparison, which no NaN passes; the exact test below sees the rounding to float16.
+        low, high = torch.aminmax(block)
+        limit = torch.finfo(torch.float16).max
+        doubtful = not bool((low >= -limit) & (high <= limit))
+        for place, (tensors, row) in enumerate(zip(self.outputs, block, strict=True)):
+            if name not in tensors:
+                tensors[name] = torch.empty(self._shapes[name], dtype=torch.float16)
+            target = tensors[name].view(-1)[start : start + row.numel()]
+            target.copy_(row)
+            if doubtful and not torch.isfinite(target).all():
+                raise NotFinite(place, name)
+
+
+def read_ahead(function: Callable[[A], B], items: Iterable[A], depth: int) -> Iterator[B]:
+    """`function` of each of `items`, in order; a thread computes up to `depth` of them ahead of the one in use."""
+    waiting: deque[Future[B]] = deque()
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > depth:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
