@@ -143,8 +143,9 @@ def _load(path: Path) -> Any:
         settings, tensors = to_transformers(tensors, path)
     with _quiet(transformers), torch.random.fork_rng(devices=[]):
         try:
+            config = transformers.Dinov2Config(**settings)
             net, report = transformers.Dinov2Model.from_pretrained(
-                None, config=transformers.Dinov2Config(**settings), state_dict=tensors, output_loading_info=True
+                None, config=config, state_dict=tensors, output_loading_info=True, ignore_mismatched_sizes=True
             )
         except Exception as error:  # the library's own checks, of many kinds
             raise ConfigError(f"{path} cannot be read as DINOv2: {' '.join(str(error).split())}") from None

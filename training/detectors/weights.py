@@ -16,9 +16,12 @@ Net = TypeVar("Net", bound=nn.Module)
 
 
 def file_sha256(path: Path) -> str:
-    """The SHA-256 digest of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """The SHA-256 digest of a file, in hexadecimal. Raises ConfigError where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
 def is_published(path: Path, digest: str) -> bool:
