@@ -118,6 +118,118 @@ def convert(workers: int | None, **options: Any) -> None:
         click.echo(describe_result(request.dest, conversion, *totals))
 
 
+_TRANSCODE_OPTIONS = [
+    click.option("--source", metavar="PATH", type=click.Path(path_type=Path), required=True, help="Data set to read"),
+    click.option("--dest", metavar="PATH", type=click.Path(path_type=Path), required=True, help="ZIP or empty folder"),
+    click.option("--max-images", metavar="INT", type=click.IntRange(min=1), help="Take the first N"),
+    click.option("--shards", metavar="INT", type=click.IntRange(min=1), help="Write N files name-00000.zip, ..."),
+    click.option("--batch", metavar="INT", type=click.IntRange(min=1), default=8, show_default=True, help="At once"),
+    click.option("--device", metavar="NAME", help="cpu, cuda, cuda:N or mps [default: the best one here]"),
+    click.option("--overwrite", is_flag=True, help="Replace existing ZIP files"),
+    click.option("--grid", metavar="FILE.png", type=click.Path(path_type=Path), help="Contact sheet of the result"),
+]
+
+
+def transcode_options(command: Any) -> Any:
+    """What `encode` and `decode` share."""
+    for option in reversed(_TRANSCODE_OPTIONS):
+        command = option(command)
+    return command
+
+
+@cmdline.command()
+@transcode_options
+@click.option("--model-url", metavar="NAME|DIR", help="VAE: hub name or diffusers folder [default: the published one]")
+@click.option(
+    "--measure/--no-measure",
+    default=None,
+    help="Measure the latents' statistics for training [default: for another than the published VAE]",
+)
+@click.option(
+    "--pixel-min", metavar="FLOAT", type=float, default=0, show_default=True, help="Black, as the VAE sees it: 0 or -1"
+)
+def encode(model_url: str | None, measure: bool | None, pixel_min: float, **options: Any) -> None:
+    """Encode the pictures of a data set as raw VAE latents: mean and standard deviation for each latent pixel.
+
+    The published networks were trained on latents of the default VAE, for pixels from 0 to 1. Other VAEs that diffusers
+    knows as AutoencoderKL work as well; dataset.json then says which one it was and what training has to know. The same
+    command again takes up work that was interrupted. --grid shows pictures beside what their latents decode to.
+
+    \b
+    python dataset_tool.py encode --source=img512.zip --dest=img512-sd.zip
+
+    \b
+    # On 8 GPUs, in 64 files that together are one data set
+    torchrun --standalone --nproc_per_node=8 dataset_tool.py encode \\
+        --source=img512.zip --dest=img512-sd.zip --shards=64
+    """
+    from training.latents import PUBLISHED_VAE, vae_encoder
+
+    measure = model_url not in (None, PUBLISHED_VAE) if measure is None else measure
+    run_transcoding(
+        lambda source, batch: vae_encoder(source, model_url or PUBLISHED_VAE, batch_size=batch, pixel_min=pixel_min),
+        to_latents=True,
+        measure=measure,
+        **options,
+    )
+
+
+@cmdline.command()
+@transcode_options
+@click.option("--model-url", metavar="NAME|DIR", help="VAE: hub name or diffusers folder [default: the data set's own]")
+def decode(model_url: str | None, **options: Any) -> None:
+    """Decode raw VAE latents, as `encode` writes them, to pictures.
+
+    \b
+    python dataset_tool.py decode --source=img512-sd.zip --dest=img512-decoded.zip
+    """
+    from training.conversion.transcode import own_encoder
+
+    run_transcoding(lambda source, batch: own_encoder(source, model_url, batch=batch), to_latents=False, **options)
+
+
+def run_transcoding(
+    make_encoder: Any,
+    *,
+    source: Path,
+    dest: Path,
+    batch: int,
+    device: str | None,
+    shards: int | None,
+    grid: Path | None,
+    **options: Any,
+) -> None:
+    """What `encode` and `decode` do: check, load the VAE, run, and draw the contact sheet."""
+    from torch_utils import distributed
+    from torch_utils.precision import numerics
+    from training.conversion import transcode
+    from training.dataset import ImageFolderDataset
+
+    dataset = ImageFolderDataset(source)
+    encoder = make_encoder(dataset, batch)
+    if grid is not None:
+        transcode.require_grid(grid)
+    world = distributed.init(device)
+    try:
+        work = transcode.Transcoding(
+            dataset, dest, encoder, source_path=source, world=world, num_shards=shards, **options
+        )
+        encoder.init(world.device)
+        with (
+            numerics(cudnn_benchmark=False),
+            tqdm(total=len(work), desc="Working", unit="image", disable=not world.is_main) as progress,
+        ):
+            for step in work:
+                progress.update(step.num_images)
+            if grid is not None and world.is_main:
+                transcode.write_grid(grid, dataset, work.encoder, world.device)
+    finally:
+        world.close()
+    if world.is_main:
+        place = dest if shards is None else f"{dest} in {len(work.parts)} files"
+        click.echo(f"{place}: {work.num_images} images" + (f"; contact sheet {grid}" if grid else ""))
+
+
 def describe_result(dest: Path, conversion: Any, left_out: int, num_unreadable: int) -> str:
     """What was written, in one line."""
     width, height = conversion.size

@@ -38,6 +38,8 @@ class LatentGeometry:
 
 def vae_geometry(name: str) -> LatentGeometry:
     """The geometry of the VAE `name`, a hub name or a local folder; reads its config.json and no weights."""
+    if name == PUBLISHED_VAE:
+        return LatentGeometry(channels=4, downscale=8)
     try:
         from diffusers import AutoencoderKL
     except ImportError:
@@ -105,10 +107,28 @@ def measured_encoder(
     return encoder.with_statistics(statistics.mean, statistics.std)
 
 
+def vae_encoder(
+    dataset: ImageFolderDataset, vae: str, *, batch_size: int = 8, pixel_min: float = 0
+) -> StabilityVAEEncoder:
+    """An encoder for the pixels of `dataset` by the VAE called `vae`.
+
+    The statistics of a VAE other than the published one are placeholders: only its number of channels is known before
+    it has seen the data. Raises ConfigError where the VAE cannot take these images.
+    """
+    if dataset.holds_latents:
+        raise ConfigError(f"{dataset.name} holds latents already, and a VAE takes pixels")
+    if dataset.num_channels not in (1, 3):
+        raise ConfigError(f"{dataset.name} has {dataset.num_channels} channels; a VAE takes grey (1) or RGB (3) images")
+    geometry = vae_geometry(vae)
+    geometry.resolution(dataset.resolution)
+    if vae == PUBLISHED_VAE:
+        return StabilityVAEEncoder(batch_size=batch_size, pixel_min=pixel_min)
+    mean, std = [0.0] * geometry.channels, [1.0] * geometry.channels
+    return StabilityVAEEncoder(vae, mean, std, batch_size=batch_size, pixel_min=pixel_min)
+
+
 def rgb(pixels: np.ndarray) -> np.ndarray:
-    """Pixels [N, 1 or 3, H, W] as [N, 3, H, W], grey ones three times. Raises ConfigError for other channel counts."""
-    if pixels.shape[1] not in (1, 3):
-        raise ConfigError(f"a VAE takes grey (1) or RGB (3) images, not {pixels.shape[1]} channels")
+    """Pixels [N, 1 or 3, H, W] as [N, 3, H, W], grey ones three times."""
     return pixels if pixels.shape[1] == 3 else np.repeat(pixels, 3, axis=1)
 
 

@@ -12,7 +12,7 @@ from torch_utils.distributed import World
 from training.config import TrainingConfig
 from training.dataset import ImageFolderDataset
 from training.encoders import Encoder, StabilityVAEEncoder
-from training.latents import PUBLISHED_VAE, encoder_of, vae_geometry
+from training.latents import encoder_of, vae_encoder, vae_geometry
 from training.loss import EDM2Loss
 from training.networks_edm2 import MPConv, Precond, normalize
 from training.phema import PowerFunctionEMA
@@ -155,19 +155,9 @@ class TrainingState:
 def make_encoder(config: TrainingConfig, dataset: ImageFolderDataset) -> Encoder:
     """The encoder that the options and the data set call for: pixels of any channel count, or latents of a VAE.
 
-    With a VAE other than the published one to encode pixels with, its statistics are placeholders: only the number of
-    channels is known before the VAE has seen the data. Raises ConfigError where the two don't go together.
+    Raises ConfigError where the two don't go together.
     """
-    if config.vae is None:
-        return encoder_of(dataset)
-    if dataset.holds_latents:
-        raise ConfigError(f"{config.data} holds latents already; leave --encode-on-the-fly out")
-    if dataset.num_channels not in (1, 3):
-        raise ConfigError(f"{config.data} has {dataset.num_channels} channels; a VAE takes grey (1) or RGB (3) images")
-    if config.vae == PUBLISHED_VAE:
-        return StabilityVAEEncoder()
-    channels = vae_geometry(config.vae).channels
-    return StabilityVAEEncoder(config.vae, raw_mean=[0.0] * channels, raw_std=[1.0] * channels)
+    return encoder_of(dataset) if config.vae is None else vae_encoder(dataset, config.vae)
 
 
 def network_shape(config: TrainingConfig, dataset: ImageFolderDataset) -> tuple[int, int]:

@@ -11,7 +11,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +37,16 @@ from training.dataset import ImageFolderDataset
 from training.dataset_index import one_line
 from training.dataset_png import encode_plain_png
 from training.encoders import StabilityVAEEncoder
-from training.latents import ENCODER_KEY, LatentStatistics, encoder_entry, rgb
+from training.image_files import contact_sheet, write_png
+from training.latents import (
+    ENCODER_KEY,
+    LatentStatistics,
+    encoder_entry,
+    encoder_of,
+    rgb,
+)
 
+_REQUEST = "request.json"
 _CHUNK_IMAGES = 256  # at most; a multiple of the VAE's batch
 
 
@@ -67,6 +75,7 @@ class Transcoding:
         world: World,
         to_latents: bool,
         measure: bool = False,
+        max_images: int | None = None,
         num_shards: int | None = None,
         overwrite: bool = False,
     ) -> None:
@@ -76,15 +85,16 @@ class Transcoding:
         self._world = world
         self._to_latents = to_latents
         self._measure = measure
+        self.num_images = min(len(source), max_images or len(source))  # of all processes
         self.workdir = dest.with_name(f"{dest.name}.partial")
         self._request = {
             "source": str(source_path),
-            "images": len(source),
+            "images": self.num_images,
             "shape": list(source.image_shape),
             "encoder": encoder_entry(encoder),
             "result": "latents" if to_latents else "pixels",
         }
-        self.parts = plan_parts(dest, len(source), num_shards=num_shards, per_shard=None)
+        self.parts = plan_parts(dest, self.num_images, num_shards=num_shards, per_shard=None)
         self._chunk = max(_CHUNK_IMAGES // encoder.batch_size, 1) * encoder.batch_size
         self._require_places(source_path, sharded=num_shards is not None, overwrite=overwrite)
 
@@ -119,9 +129,9 @@ class Transcoding:
 
     def _chunks(self) -> Iterator[tuple[int, range]]:
         """Number and images of the chunks that are this process's to compute."""
-        starts = range(0, len(self._source), self._chunk)
+        starts = range(0, self.num_images, self._chunk)
         for number in range(self._world.rank, len(starts), self._world.size):
-            yield number, range(starts[number], min(starts[number] + self._chunk, len(self._source)))
+            yield number, range(starts[number], min(starts[number] + self._chunk, self.num_images))
 
     def _chunk_path(self, number: int) -> Path:
         return self.workdir / f"{number:08d}.npy"
@@ -138,7 +148,7 @@ class Transcoding:
 
     def _start(self) -> None:
         """Make the working folder, or make sure that an existing one holds the same work."""
-        request_file = self.workdir / "request.json"
+        request_file = self.workdir / _REQUEST
         if self._world.is_main:
             make_folder(self.workdir)
             if not request_file.is_file():
@@ -157,7 +167,7 @@ class Transcoding:
         """Write this process's parts of the destination out of the chunks."""
         if self._measure:
             statistics = LatentStatistics()
-            for number in range(-(-len(self._source) // self._chunk)):
+            for number in range(-(-self.num_images // self._chunk)):
                 statistics.add(_load(self._chunk_path(number)))
             self._encoder = self._encoder.with_statistics(statistics.mean, statistics.std)
         head: dict[str, Any] = {"labels": [] if self._source.has_labels else None}
@@ -191,12 +201,53 @@ class Transcoding:
         require_folder(dest.parent)
         if is_zip(dest):
             found = existing_shards(dest) if sharded else [dest] if dest.exists() else []
-            if found and not overwrite:
+            resumed = (self.workdir / _REQUEST).is_file()
+            if found and not overwrite and not resumed:
                 raise ConfigError(f"{found[0]} exists already; choose another --dest, or add --overwrite to replace it")
         elif dest.is_dir() and any(os.scandir(dest)):
             raise ConfigError(f"--dest={dest} is not empty; choose a new folder")
         elif dest.exists() and not dest.is_dir():
             raise ConfigError(f"--dest={dest} is a file; name a ZIP file or a folder")
+
+
+def own_encoder(source: ImageFolderDataset, vae: str | None, *, batch: int) -> StabilityVAEEncoder:
+    """The encoder that the latents of `source` belong to, with the VAE called `vae` in the place of its own."""
+    if not source.holds_latents:
+        raise ConfigError(f"{source.name} holds pictures, not latents; `encode` makes those")
+    encoder = encoder_of(source)
+    assert isinstance(encoder, StabilityVAEEncoder)
+    encoder.vae_name = vae or encoder.vae_name
+    encoder.batch_size = batch
+    return encoder
+
+
+def require_grid(path: Path) -> None:
+    """Raise ConfigError unless a contact sheet can be written to `path`."""
+    if path.suffix.lower() != ".png" or path.is_dir():
+        raise ConfigError(f"--grid={path} cannot be written; name a file that ends in .png")
+    require_folder(path.parent)
+
+
+def write_grid(path: Path, source: ImageFolderDataset, encoder: StabilityVAEEncoder, device: torch.device) -> None:
+    """Draw pictures of `source` beside what their latents decode to; of latents, what they decode to."""
+    make_folder(path.parent)
+    if source.holds_latents:
+        write_png(path, contact_sheet(decoded_samples(source, encoder, device), num_columns=8))
+    else:
+        write_png(path, contact_sheet(round_trip(source, encoder, device), num_columns=8))
+
+
+@torch.no_grad()
+def decoded_samples(
+    latents: ImageFolderDataset, encoder: StabilityVAEEncoder, device: torch.device, *, count: int = 32
+) -> np.ndarray:
+    """Pictures uint8 [N, 3, H, W] of latents spread over the data set."""
+    raw = torch.from_numpy(latents.read_batch(_spread(latents, count))[0]).to(device)
+    return encoder.decode(most_likely(encoder, raw)).cpu().numpy()
+
+
+def _spread(dataset: ImageFolderDataset, count: int) -> list[int]:
+    return [int(i) for i in np.linspace(0, len(dataset) - 1, min(count, len(dataset)))]
 
 
 def most_likely(encoder: StabilityVAEEncoder, raw: torch.Tensor) -> torch.Tensor:
@@ -209,8 +260,7 @@ def round_trip(
     pixels: ImageFolderDataset, encoder: StabilityVAEEncoder, device: torch.device, *, count: int = 16
 ) -> np.ndarray:
     """Images spread over the data set, uint8 [2N, 3, H, W]: each as it is, then from its latents."""
-    chosen = np.linspace(0, len(pixels) - 1, min(count, len(pixels))).astype(int).tolist()
-    before = torch.from_numpy(rgb(pixels.read_batch(chosen)[0])).to(device)
+    before = torch.from_numpy(rgb(pixels.read_batch(_spread(pixels, count))[0])).to(device)
     after = encoder.decode(most_likely(encoder, encoder.encode_pixels(before)))
     return torch.stack([before, after], dim=1).flatten(0, 1).cpu().numpy()
 
