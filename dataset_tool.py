@@ -118,6 +118,40 @@ def convert(workers: int | None, **options: Any) -> None:
         click.echo(describe_result(request.dest, conversion, *totals))
 
 
+@cmdline.command()
+@click.argument("path", metavar="PATH", type=click.Path(path_type=Path))
+@click.option("--grid", metavar="FILE.png", type=click.Path(path_type=Path), help="Write a contact sheet")
+@click.option("--json", "json_file", metavar="FILE", type=click.Path(path_type=Path), help="Write the report as JSON")
+def inspect(path: Path, grid: Path | None, json_file: Path | None) -> None:
+    """Look at every item of a data set, and tell whether training would take it.
+
+    Exit code 0 if so, 1 if not; the problems are listed with what mends them.
+
+    \b
+    python dataset_tool.py inspect datasets/img64.zip --grid=sheet.png
+    """
+    import dataclasses
+    import json
+
+    from dnnlib.atomic import write_text
+    from training.conversion.inspect import Inspection, describe
+    from training.image_files import require_sheet, write_sheet
+
+    if grid is not None:
+        require_sheet(grid)
+    inspection = Inspection(path)
+    for _ in tqdm(inspection, desc="Looking", unit="item", total=len(inspection)):
+        pass
+    report = inspection.report
+    click.echo(describe(report))
+    if json_file is not None:
+        write_text(json_file, json.dumps({**dataclasses.asdict(report), "accepted": report.accepted}, indent=2) + "\n")
+    if grid is not None:
+        write_sheet(grid, inspection.sample(), num_columns=8)
+    if not report.accepted:
+        raise click.exceptions.Exit(1)
+
+
 _TRANSCODE_OPTIONS = [
     click.option("--source", metavar="PATH", type=click.Path(path_type=Path), required=True, help="Data set to read"),
     click.option("--dest", metavar="PATH", type=click.Path(path_type=Path), required=True, help="ZIP or empty folder"),
@@ -204,11 +238,12 @@ def run_transcoding(
     from torch_utils.precision import numerics
     from training.conversion import transcode
     from training.dataset import ImageFolderDataset
+    from training.image_files import require_sheet, write_sheet
 
     dataset = ImageFolderDataset(source)
     encoder = make_encoder(dataset, batch)
     if grid is not None:
-        transcode.require_grid(grid)
+        require_sheet(grid)
     world = distributed.init(device)
     try:
         work = transcode.Transcoding(
@@ -222,7 +257,7 @@ def run_transcoding(
             for step in work:
                 progress.update(step.num_images)
             if grid is not None and world.is_main:
-                transcode.write_grid(grid, dataset, work.encoder, world.device)
+                write_sheet(grid, transcode.samples(dataset, work.encoder, world.device), num_columns=8)
     finally:
         world.close()
     if world.is_main:

@@ -199,6 +199,16 @@ def test_shards_that_do_not_belong_together(tmp_path):
         ImageFolderDataset(path)
 
 
+def test_missing_last_shards_are_noticed(tmp_path):
+    for number in range(2):
+        name = f"00000/img{number:08d}.npy"
+        head = {"shard": [number, 3], "labels": None}
+        write_zip(tmp_path / f"set-{number:05d}.zip", {name: npy(latents(1)[0]), "dataset.json": head})
+    with pytest.raises(ConfigError, match=r"set\.zip: there are 2 of 3 shards; the last ones are missing"):
+        ImageFolderDataset(tmp_path / "set.zip")
+    assert len(ImageFolderDataset(tmp_path / "set-00001.zip")) == 1  # asked for by its own name
+
+
 def test_a_batch_holds_what_single_items_hold(tmp_path):
     pictures = [RNG.integers(0, 256, (4, 4, 3), dtype=np.uint8) for _ in range(6)]
     for i, pixels in enumerate(pictures):

@@ -17,7 +17,7 @@ import torch.utils.data
 from dnnlib.errors import ConfigError
 from training.dataset_files import Files, one_line, open_files
 from training.dataset_items import CONVERT_HINT, ItemDecoder, is_item, is_latents
-from training.dataset_labels import LABELS_FILE, Label, labels_array, read_labels
+from training.dataset_labels import LABELS_FILE, labels_array, read_file_labels, require_all_shards
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +60,7 @@ class ImageFolderDataset(torch.utils.data.Dataset[tuple[np.ndarray, np.ndarray]]
         cache: bool = False,
     ) -> None:
         self._files = open_files(Path(path))
+        require_all_shards(self._files)
         self._rows = _item_rows(self._files)  # the items among the files, in the order of their names
         self._raw_labels: np.ndarray | None = None  # int64 [N] or float32 [N, label_dim]
         self._cache: dict[int, np.ndarray] | None = {} if cache else None
@@ -74,7 +75,7 @@ class ImageFolderDataset(torch.utils.data.Dataset[tuple[np.ndarray, np.ndarray]]
             raise ConfigError(f"{self._files.path} holds images of {width}x{height}, not {resolution}x{resolution}")
 
         if use_labels:
-            labels = _item_labels(self._files, [self._files.names[row] for row in self._rows])
+            labels = read_file_labels(self._files, [self._files.names[row] for row in self._rows])
             self._raw_labels = None if labels is None else labels_array(labels)
         self._label_dim = _width(self._raw_labels)
         self._raw_idx, self._xflip = _choose(len(self._rows), max_size, xflip, random_seed)
@@ -240,23 +241,6 @@ def _item_rows(files: Files) -> np.ndarray:
             f"give a data set of one kind"
         )
     return np.array(rows, dtype=np.int64)
-
-
-def _item_labels(files: Files, names: Sequence[str]) -> list[Label] | None:
-    """Labels of the items called `names`, out of the dataset.json of the data set or of each of its shards."""
-    by_name: dict[str, Label] = {}
-    labelled = []
-    for part in files.parts:
-        row = part.names.find(LABELS_FILE)
-        part_names = names if part is files else [name for name in part.names if is_item(name)]
-        labels = None if row is None else read_labels(bytes(part.read(row)), part_names, part.describe(row))
-        if labels is not None:
-            labelled.append(part)
-            by_name.update(zip(part_names, labels, strict=True))
-    if labelled and len(labelled) < len(files.parts):
-        bare = next(part for part in files.parts if part not in labelled)
-        raise ConfigError(f"{bare.path} has no labels, and {labelled[0].path} has; label all shards or none")
-    return [by_name[name] for name in names] if labelled else None
 
 
 def _encoder_entry(data: bytes, where: str) -> dict[str, Any] | None:

@@ -67,6 +67,21 @@ def read_file_labels(files: Files, names: Sequence[str]) -> list[Label] | None:
     return check_labels(((name, by_name[name]) for name in names), f"{files.path}: {LABELS_FILE}")
 
 
+def require_all_shards(files: Files) -> None:
+    """Raise ConfigError where the dataset.json of the last shard tells of more shards than there are."""
+    last = files.parts[-1]
+    row = last.names.find(LABELS_FILE)
+    data = b"" if len(files.parts) == 1 or row is None else bytes(last.read(row))
+    if b'"shard"' not in data:
+        return
+    try:
+        count = json.loads(data.decode("utf-8"))["shard"][1]
+    except (ValueError, RecursionError, TypeError, KeyError, IndexError):
+        return  # not written by dataset_tool.py; what is wrong with the labels is told when they are read
+    if count != len(files.parts):
+        raise ConfigError(f"{files.path}: there are {len(files.parts)} of {count} shards; the last ones are missing")
+
+
 def require_inside(names: Iterable[str], where: str) -> None:
     """Raise ConfigError if one of `names`, which `where` holds, leads out of the folder that it is relative to."""
     for name in names:

@@ -15,6 +15,7 @@ import PIL.Image
 
 from dnnlib.atomic import atomic_path
 from dnnlib.errors import ConfigError
+from dnnlib.folders import make_folder, require_folder
 
 
 def require_png_channels(num_channels: int) -> None:
@@ -98,3 +99,16 @@ def contact_sheet(images: np.ndarray, *, num_columns: int, gap: int = 2) -> np.n
         top, left = gap + row * (height + gap), gap + column * (width + gap)
         sheet[:, top : top + height, left : left + width] = image
     return sheet
+
+
+def require_sheet(path: Path) -> None:
+    """Raise ConfigError unless a contact sheet can be written to `path`."""
+    if path.suffix.lower() != ".png" or path.is_dir():
+        raise ConfigError(f"--grid={path} cannot be written; name a file that ends in .png")
+    require_folder(path.parent)
+
+
+def write_sheet(path: Path, images: np.ndarray, *, num_columns: int) -> None:
+    """Write a contact sheet of `images` (uint8 [N, C, H, W]) to `path`, whose folder is made."""
+    make_folder(path.parent)
+    write_png(path, contact_sheet(images, num_columns=num_columns))

@@ -67,10 +67,19 @@ class LatentStatistics:
     def add(self, raw: np.ndarray) -> None:
         """Take in raw latents [N, 2C, H, W], mean and standard deviation for each latent pixel."""
         mean, std = np.split(raw.astype(np.float64), 2, axis=1)
-        sums, squares = mean.sum((0, 2, 3)), (mean**2 + std**2).sum((0, 2, 3))
-        self.count += mean.shape[0] * mean.shape[2] * mean.shape[3]
-        self.sums = sums if self.sums.size == 0 else self.sums + sums
-        self.squares = squares if self.squares.size == 0 else self.squares + squares
+        self.merge(
+            LatentStatistics(
+                count=mean.shape[0] * mean.shape[2] * mean.shape[3],
+                sums=mean.sum((0, 2, 3)),
+                squares=(mean**2 + std**2).sum((0, 2, 3)),
+            )
+        )
+
+    def merge(self, other: "LatentStatistics") -> None:
+        """Take in what `other` has seen."""
+        self.count += other.count
+        self.sums = other.sums if self.sums.size == 0 else self.sums + other.sums
+        self.squares = other.squares if self.squares.size == 0 else self.squares + other.squares
 
     @property
     def mean(self) -> list[float]:

@@ -37,7 +37,6 @@ from training.dataset import ImageFolderDataset
 from training.dataset_index import one_line
 from training.dataset_png import encode_plain_png
 from training.encoders import StabilityVAEEncoder
-from training.image_files import contact_sheet, write_png
 from training.latents import (
     ENCODER_KEY,
     LatentStatistics,
@@ -221,31 +220,6 @@ def own_encoder(source: ImageFolderDataset, vae: str | None, *, batch: int) -> S
     return encoder
 
 
-def require_grid(path: Path) -> None:
-    """Raise ConfigError unless a contact sheet can be written to `path`."""
-    if path.suffix.lower() != ".png" or path.is_dir():
-        raise ConfigError(f"--grid={path} cannot be written; name a file that ends in .png")
-    require_folder(path.parent)
-
-
-def write_grid(path: Path, source: ImageFolderDataset, encoder: StabilityVAEEncoder, device: torch.device) -> None:
-    """Draw pictures of `source` beside what their latents decode to; of latents, what they decode to."""
-    make_folder(path.parent)
-    if source.holds_latents:
-        write_png(path, contact_sheet(decoded_samples(source, encoder, device), num_columns=8))
-    else:
-        write_png(path, contact_sheet(round_trip(source, encoder, device), num_columns=8))
-
-
-@torch.no_grad()
-def decoded_samples(
-    latents: ImageFolderDataset, encoder: StabilityVAEEncoder, device: torch.device, *, count: int = 32
-) -> np.ndarray:
-    """Pictures uint8 [N, 3, H, W] of latents spread over the data set."""
-    raw = torch.from_numpy(latents.read_batch(_spread(latents, count))[0]).to(device)
-    return encoder.decode(most_likely(encoder, raw)).cpu().numpy()
-
-
 def _spread(dataset: ImageFolderDataset, count: int) -> list[int]:
     return [int(i) for i in np.linspace(0, len(dataset) - 1, min(count, len(dataset)))]
 
@@ -256,11 +230,13 @@ def most_likely(encoder: StabilityVAEEncoder, raw: torch.Tensor) -> torch.Tensor
 
 
 @torch.no_grad()
-def round_trip(
-    pixels: ImageFolderDataset, encoder: StabilityVAEEncoder, device: torch.device, *, count: int = 16
-) -> np.ndarray:
-    """Images spread over the data set, uint8 [2N, 3, H, W]: each as it is, then from its latents."""
-    before = torch.from_numpy(rgb(pixels.read_batch(_spread(pixels, count))[0])).to(device)
+def samples(source: ImageFolderDataset, encoder: StabilityVAEEncoder, device: torch.device) -> np.ndarray:
+    """Pictures spread over the data set, uint8 [N, 3, H, W]: latents decoded; pixels as they are and, each followed by
+    it, as their latents decode."""
+    if source.holds_latents:
+        raw = torch.from_numpy(source.read_batch(_spread(source, 32))[0]).to(device)
+        return encoder.decode(most_likely(encoder, raw)).cpu().numpy()
+    before = torch.from_numpy(rgb(source.read_batch(_spread(source, 16))[0])).to(device)
     after = encoder.decode(most_likely(encoder, encoder.encode_pixels(before)))
     return torch.stack([before, after], dim=1).flatten(0, 1).cpu().numpy()
 
