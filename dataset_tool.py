@@ -52,7 +52,12 @@ def cmdline() -> None:
 @click.option("--dest", metavar="PATH", type=click.Path(path_type=Path), required=True, help="ZIP file or empty folder")
 @click.option("--max-images", metavar="INT", type=click.IntRange(min=1), help="Take the first N in the order of names")
 @click.option("--balanced", is_flag=True, help="Take --max-images evenly over the classes")
-@click.option("--resolution", type=_ResolutionType(), help="Size of the results, as in 64x64 [default: as they are]")
+@click.option(
+    "--resolution",
+    metavar="WxH",
+    type=_ResolutionType(),
+    help="Size of the results, as in 64x64 [default: as they are]",
+)
 @click.option(
     "--transform",
     type=click.Choice(["center-crop", "center-crop-wide", "center-crop-dhariwal"]),

@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import click
 import click.testing
 import pytest
 
+import dataset_tool
 import generate_images
 import reconstruct_phema
 import train_edm2
@@ -13,15 +15,21 @@ DOCS = Path(__file__).parents[1] / "docs"
 PAGES = {
     "train-help.txt": ("train_edm2.py", train_edm2.train_edm2),
     "generate-help.txt": ("generate_images.py", generate_images.cmdline),
+    "dataset-help.txt": ("dataset_tool.py", dataset_tool.cmdline),
     "phema-help.txt": ("reconstruct_phema.py", reconstruct_phema.cmdline),
 }
 
 
 def printed_help(page: str) -> str:
+    """The help of a script; of one with commands, theirs too."""
     script, command = PAGES[page]
-    result = click.testing.CliRunner().invoke(command, ["--help"], prog_name=script)
-    assert result.exit_code == 0
-    return result.output
+    names = sorted(command.commands) if isinstance(command, click.Group) else []
+    texts = []
+    for args in [[], *([name] for name in names)]:
+        result = click.testing.CliRunner().invoke(command, [*args, "--help"], prog_name=script)
+        assert result.exit_code == 0
+        texts.append(result.output)
+    return "\n".join(texts)
 
 
 @pytest.mark.parametrize("page", PAGES)

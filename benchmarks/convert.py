@@ -1,0 +1,85 @@
+"""How much faster dataset_tool.py convert is with two workers than with one, on photographs as large as ImageNet's.
+
+Makes JPEGs of 500x375 in a temporary folder, converts them with one worker and with two in turns, checks that both
+write the same bytes, and prints the medians and their ratio. Needs two free cores.
+
+    python benchmarks/convert.py --images=1500
+"""
+
+import datetime
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import click
+import numpy as np
+import PIL.Image
+import PIL.ImageFilter
+
+from dnnlib.cli import main
+
+NUM_CLASSES = 10
+
+
+def make_photographs(folder: Path, count: int) -> None:
+    """JPEGs with about the detail of photographs: crops of smoothed noise, 50 kB each."""
+    rng = np.random.default_rng(0)
+    canvas = PIL.Image.fromarray(rng.integers(0, 256, (900, 900, 3), dtype=np.uint8))
+    smooth = np.asarray(canvas.filter(PIL.ImageFilter.GaussianBlur(3)), dtype=np.float32)
+    canvas = PIL.Image.fromarray(((smooth - 128) * 6 + 128).clip(0, 255).astype(np.uint8))
+    for i in range(count):
+        left, top = rng.integers(0, 400), rng.integers(0, 500)
+        path = folder / f"{i % NUM_CLASSES}" / f"{i:05d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        canvas.crop((left, top, left + 500, top + 375)).save(path, quality=90)
+
+
+def convert(source: Path, dest: Path, size: int, workers: int) -> float:
+    """Seconds that a conversion takes, the start of its workers included."""
+    # Here and not above: worker processes import this file, and need no torch.
+    from training.conversion.convert import Conversion, ConvertOptions
+
+    options = ConvertOptions(
+        source=source,
+        dest=dest,
+        resolution=(size, size),
+        transform="center-crop-dhariwal",
+        workers=workers,
+        overwrite=True,
+    )
+    start = time.perf_counter()
+    for _ in Conversion(options):
+        pass
+    return time.perf_counter() - start
+
+
+@click.command()
+@click.option("--images", type=click.IntRange(min=100), default=1500, show_default=True)
+@click.option("--size", type=click.IntRange(min=8), default=64, show_default=True, help="Of the results")
+@click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True)
+def benchmark(images: int, size: int, repeats: int) -> None:
+    """Compare one worker with two."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_photographs(folder / "source", images)
+        convert(folder / "source", folder / "1.zip", size, 1)  # warm up: imports, and the files into memory
+        seconds: dict[int, list[float]] = {1: [], 2: []}
+        for _ in range(repeats):
+            for workers, times in seconds.items():
+                times.append(convert(folder / "source", folder / f"{workers}.zip", size, workers))
+        assert (folder / "1.zip").read_bytes() == (folder / "2.zip").read_bytes()
+    one, two = (statistics.median(times) for times in seconds.values())
+    click.echo(f"1 worker:  {images / one:6.0f} images/s")
+    click.echo(f"2 workers: {images / two:6.0f} images/s")
+    click.echo(f"ratio: {one / two:.2f}, {images} JPEGs of 500x375 to {size}x{size}, median of {repeats}, same bytes")
+    versions = f"Python {platform.python_version()}, NumPy {np.__version__}, Pillow {PIL.__version__}"
+    click.echo(f"{datetime.date.today()}, {platform.machine()}, {versions}")
+
+
+if __name__ == "__main__":
+    main(benchmark)
