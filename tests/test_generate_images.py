@@ -16,6 +16,7 @@ import dnnlib.cli
 import generate_images as script
 from tests.conftest import GOLDEN_DIR
 from training.presets import GENERATION, MODEL_ROOT, REPOSITORY_DIR
+from training.sampler import HeunOptions
 
 NET = GOLDEN_DIR / "snapshots" / "rgb-cond.pkl"  # 16x16 pixels
 GUIDE = GOLDEN_DIR / "snapshots" / "rgb-cond-guide.pkl"
@@ -40,10 +41,10 @@ def pixels(path: Path) -> np.ndarray:
 
 
 def resolved(**options: Any) -> script.Request:
-    names = inspect.signature(script.resolve).parameters
-    nothing = dict.fromkeys((*names, *script._HEUN_NAMES)) | {"seeds": [1], "batch": 1, "subdirs": False}
-    del nothing["heun"]
-    return script.resolve(**{**nothing, "grid": Path("sheet.png"), **options})
+    """The request for these options, the others being left out."""
+    parsed = script.cmdline.make_context("generate_images.py", ["--grid=sheet.png"]).params
+    del parsed["device"], parsed["list_presets"]
+    return script.resolve(**{**parsed, **options})
 
 
 def test_files_of_the_default_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -94,18 +95,44 @@ def test_a_guide_without_a_strength_is_not_used_and_this_is_said(tmp_path: Path,
 
 
 def test_a_preset_fills_in_what_is_left_open():
-    request = resolved(preset="edm2-img512-xxl-guid-dino")
+    request = resolved(preset="edm2-img512-xxl-guid-dino").sampling
     assert request.net == MODEL_ROOT + "edm2-img512-xxl-0939524-0.015.pkl"
-    assert request.gnet == MODEL_ROOT + "edm2-img512-xs-uncond-2147483-0.015.pkl"
-    assert (request.guidance, request.heun) == (1.7, {})
+    assert request.gnets == (MODEL_ROOT + "edm2-img512-xs-uncond-2147483-0.015.pkl",)
+    assert (request.guidance, request.interval, request.heun) == (1.7, None, HeunOptions())
+    limited = resolved(preset="edm2-img512-xxl-guid-interval-dino").sampling
+    assert (limited.net, limited.gnets) == (request.net, request.gnets)
+    assert (limited.guidance, limited.interval) == (2.9, (0.6, 5.0))
 
 
 def test_an_explicit_option_wins_over_the_preset():
-    request = resolved(preset="edm2-img512-xxl-guid-dino", net="a.pkl", guidance=3.0, num_steps=8)
-    assert (request.net, request.guidance, request.heun) == ("a.pkl", 3.0, {"num_steps": 8})
-    assert request.gnet == MODEL_ROOT + "edm2-img512-xs-uncond-2147483-0.015.pkl"
-    assert resolved(preset="edm2-img512-xxl-guid-dino", gnet="b.pkl").gnet == "b.pkl"
-    assert resolved(preset="edm2-img512-xxl-guid-dino", guidance=1).gnet is None
+    guide = MODEL_ROOT + "edm2-img512-xs-uncond-2147483-0.015.pkl"
+    request = resolved(preset="edm2-img512-xxl-guid-dino", net="a.pkl", guidance=3.0, num_steps=8).sampling
+    assert (request.net, request.guidance, request.gnets) == ("a.pkl", 3.0, (guide,))
+    assert request.heun == HeunOptions(num_steps=8)
+    assert resolved(preset="edm2-img512-xxl-guid-dino", gnet=("b.pkl",)).sampling.gnets == ("b.pkl",)
+    assert resolved(preset="edm2-img512-xxl-guid-dino", guidance=1).sampling.gnets == ()
+    moved = resolved(preset="edm2-img512-xxl-guid-interval-dino", interval=(1.0, 2.0)).sampling
+    assert (moved.guidance, moved.interval) == (2.9, (1.0, 2.0))
+
+
+def test_guidance_in_an_interval_that_no_step_starts_in_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    succeed(*QUICK, "--seeds=1", f"--grid={tmp_path / 'plain.png'}")
+    options = ["--gnet=never-read.pkl", "--guidance=2", "--interval=100,200"]
+    succeed(*QUICK, "--seeds=1", f"--grid={tmp_path / 'none.png'}", *options)
+    assert "No step starts at a noise level in (100, 200]" in capsys.readouterr().out
+    assert (tmp_path / "plain.png").read_bytes() == (tmp_path / "none.png").read_bytes()
+
+
+def test_two_equal_guides_are_one_and_solvers_differ(tmp_path: Path):
+    def sheet(name: str, *args: str) -> np.ndarray:
+        succeed(*QUICK, "--seeds=1,2", f"--grid={tmp_path / name}.png", *args)
+        return pixels(tmp_path / f"{name}.png").astype(int)
+
+    one = sheet("one", f"--gnet={GUIDE}", "--guidance=2")
+    two = sheet("two", f"--gnet={GUIDE}", f"--gnet={GUIDE}", "--gnet-shares=0.3,0.7", "--guidance=2")
+    assert np.abs(one - two).max() <= 1
+    assert not np.array_equal(one, sheet("limited", f"--gnet={GUIDE}", "--guidance=2", "--interval=0.1,1"))
+    assert not np.array_equal(one, sheet("euler", f"--gnet={GUIDE}", "--guidance=2", "--solver=euler"))
 
 
 @pytest.mark.parametrize(
@@ -118,6 +145,14 @@ def test_an_explicit_option_wins_over_the_preset():
         ([], "give --net=FILE or --preset=NAME"),
         ([f"--net={NET}", "--guidance=1.4"], "--guidance=1.4 needs a guiding network"),
         ([f"--net={NET}", f"--gnet={GUIDE}", "--guidance=nan"], "guidance=nan"),
+        ([f"--net={NET}", "--interval=0.1,1"], "--interval=0.1,1 needs a guiding network"),
+        ([f"--net={NET}", f"--gnet={GUIDE}", "--guidance=2", "--interval=1"], "'1' is no list of 2 numbers"),
+        ([f"--net={NET}", f"--gnet={GUIDE}", "--guidance=2", "--interval=2,1"], "interval 2,1"),
+        ([f"--net={NET}", f"--gnet={GUIDE}", "--guidance=2", "--interval=nan,1"], "interval nan,1"),
+        ([f"--net={NET}", f"--gnet={GUIDE}", "--guidance=2", "--gnet-shares=0.5,0.5"], "2 shares do not fit 1 guides"),
+        ([f"--net={NET}", f"--gnet={GUIDE}", "--guidance=2", "--gnet-shares=0.9"], "share the weight as 0.9"),
+        ([f"--net={NET}", "--solver=rk4"], "'rk4' is no solver"),
+        ([f"--net={NET}", "--solver=dpmpp2m", "--S_churn=3"], "S_churn=3 is for solvers that add noise"),
         ([f"--net={NET}", "--seeds=10-5"], "10-5"),
         ([f"--net={NET}", "--seeds=a"], "'a'"),
         ([f"--net={NET}", "--seeds="], "neither a number nor a range"),

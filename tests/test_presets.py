@@ -23,6 +23,7 @@ def test_the_names_are_those_of_the_published_readme():
         (["xs", "s", "m", "l", "xl", "xxl"], "edm2-img512-{}-{}", ["fid", "dino"]),
         (["s", "m", "l", "xl"], "edm2-img64-{}-{}", ["fid"]),
         (["xs", "s", "m", "l", "xl", "xxl"], "edm2-img512-{}-guid-{}", ["fid", "dino"]),
+        (["s", "xxl"], "edm2-img512-{}-guid-interval-{}", ["fid", "dino"]),
         (["s", "xxl"], "edm2-img512-{}-autog-{}", ["fid", "dino"]),
         (["s-uncond"], "edm2-img512-{}-autog-{}", ["fid", "dino"]),
         (["s"], "edm2-img64-{}-autog-{}", ["fid", "dino"]),
@@ -42,15 +43,32 @@ def test_the_rows_are_the_papers_figures():
     # Sums over the columns, so that a slip of a digit anywhere shows.
     fid = [row for row in PUBLISHED.values() if row.metric == "fid"]
     dino = [row for row in PUBLISHED.values() if row.metric == "fd_dinov2"]
-    assert (len(fid), len(dino)) == (20, 16)
-    assert math.fsum(row.score or 0 for row in fid) == pytest.approx(40.09)
-    assert math.fsum(row.score or 0 for row in dino) == pytest.approx(835.81)
-    assert math.fsum(row.guidance for row in PUBLISHED.values() if row.gnet) == pytest.approx(36.85)
+    assert (len(fid), len(dino)) == (22, 18)
+    assert math.fsum(row.score or 0 for row in fid) == pytest.approx(40.09 + 1.68 + 1.40)
+    assert math.fsum(row.score or 0 for row in dino) == pytest.approx(835.81 + 46.25 + 29.16)
+    assert math.fsum(row.guidance for row in PUBLISHED.values() if row.gnet) == pytest.approx(
+        36.85 + 2.1 + 3.2 + 2.0 + 2.9
+    )
     stds = [float(url[-9:-4]) for row in PUBLISHED.values() for url in (row.net, row.gnet) if url]
     kimgs = [int(url[-17:-10]) for row in PUBLISHED.values() for url in (row.net, row.gnet) if url]
-    assert len(stds) == len(kimgs) == 56
-    assert math.fsum(stds) == pytest.approx(4.66)
-    assert sum(kimgs) == 87107275
+    assert len(stds) == len(kimgs) == 64
+    assert math.fsum(stds) == pytest.approx(4.66 + 2 * (0.025 + 0.085 + 0.015 + 0.015))
+    assert sum(kimgs) == 87107275 + 2 * (2147483 + 939524) + 4 * 2147483
+
+
+@pytest.mark.parametrize("goal", ["fid", "dino"])
+@pytest.mark.parametrize("size", ["s", "xxl"])
+def test_guidance_in_an_interval_uses_the_networks_of_guidance_everywhere(size: str, goal: str):
+    limited = generation_preset(f"edm2-img512-{size}-guid-interval-{goal}")
+    everywhere = generation_preset(f"edm2-img512-{size}-guid-{goal}")
+    assert (limited.net, limited.gnet, limited.metric) == (everywhere.net, everywhere.gnet, everywhere.metric)
+    expected = {
+        ("s", "fid"): ((0.28, 2.90), 2.1, 1.68),
+        ("s", "dino"): ((0.60, 5.00), 3.2, 46.25),
+        ("xxl", "fid"): ((0.19, 1.61), 2.0, 1.40),
+        ("xxl", "dino"): ((0.60, 5.00), 2.9, 29.16),
+    }
+    assert (limited.interval, limited.guidance, limited.score) == expected[size, goal]
 
 
 def test_a_row_has_a_guide_exactly_where_it_has_guidance():

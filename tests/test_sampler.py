@@ -12,9 +12,9 @@ import torch
 
 from dnnlib.errors import ConfigError
 from tests.conftest import Golden
-from training.guidance import apply_guide, bind_labels, require_guide
+from training.guidance import bind_labels
 from training.networks_edm2 import Precond
-from training.sampler import HeunOptions, StackedRandomGenerator, edm_sampler, heun
+from training.sampler import HeunOptions, StackedRandomGenerator, choose_solver, edm_sampler
 
 CASES = ["plain_32", "heun_8", "guid_cond", "guid_uncond", "guid_below_1", "range", "churn", "f64", "two_steps"]
 
@@ -126,14 +126,6 @@ def test_the_guide_runs_exactly_when_it_counts(guidance: float, guide_calls: int
     assert (len(net.calls), len(gnet.calls)) == (63, guide_calls)
 
 
-def test_guidance_extrapolates_from_the_guide_through_the_main_network():
-    x, sigma = torch.randn([2, 1, 3, 3], generator=torch.Generator().manual_seed(0)), 1.7
-    main, guide = (bind_labels(GaussianDenoiser(mean=mean), None) for mean in (0.3, -0.2))
-    for guidance in (0.0, 0.5, 1.0, 2.5):
-        expected = guide(x, sigma) + guidance * (main(x, sigma) - guide(x, sigma))
-        torch.testing.assert_close(apply_guide(main, guide, guidance)(x, sigma), expected)
-
-
 def test_one_step_gives_the_denoisers_answer_at_the_first_noise_level():
     net = GaussianDenoiser(mean=0.3)
     noise = torch.randn([1, 1, 4, 4], generator=torch.Generator().manual_seed(0))
@@ -150,7 +142,8 @@ def test_churn_is_drawn_at_the_noise_levels_in_its_range_with_the_given_strength
 
     net = GaussianDenoiser()
     options = HeunOptions(num_steps=10, S_churn=2, S_min=0.05, S_max=80)
-    heun(bind_labels(net, None), torch.zeros([1, 1, 2, 2]), options, randn_like=randn_like)
+    solve = choose_solver("heun", options, randn_like)
+    solve(bind_labels(net, None), options.sigmas(), torch.zeros([1, 1, 2, 2]))
     churned = [sigma for sigma in options.sigmas() if 0.05 <= sigma <= 80]
     assert len(drawn) == len(churned) > 3
     assert net.calls[:: len(net.calls)][0] == pytest.approx(80 * 1.2)  # 1 + S_churn / num_steps
@@ -174,6 +167,11 @@ def test_churn_is_drawn_at_the_noise_levels_in_its_range_with_the_given_strength
         ({"S_noise": math.nan}, "S_noise=nan"),
         ({"guidance": math.nan}, "guidance=nan"),
         ({"guidance": 1.4}, "needs a guiding network"),
+        ({"solver": "rk4"}, "'rk4' is no solver; there are heun, euler, dpmpp2m"),
+        (
+            {"solver": "dpmpp2m", "S_churn": 5},
+            r"S_churn=5 is for solvers .* \(heun or euler\), not dpmpp2m",
+        ),
     ],
 )
 def test_values_that_cannot_work_are_named_before_the_network_runs(options: dict, message: str):
@@ -181,11 +179,6 @@ def test_values_that_cannot_work_are_named_before_the_network_runs(options: dict
     with pytest.raises(ConfigError, match=message):
         edm_sampler(net, torch.zeros([1, 1, 2, 2]), **options)
     assert net.calls == []
-
-
-def test_no_guide_is_needed_without_guidance():
-    assert not require_guide(1, has_guide=False)
-    assert require_guide(1.5, has_guide=True)
 
 
 def test_what_is_drawn_for_an_image_depends_on_its_seed_alone():

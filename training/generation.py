@@ -19,9 +19,9 @@ from dnnlib.errors import ConfigError
 from dnnlib.folders import make_folder, require_folder
 from torch_utils.distributed import World, resolve_device
 from training.encoders import Encoder, StandardRGBEncoder
-from training.guidance import require_guide
+from training.guidance import Guidance, listed
 from training.image_files import ImageWriter, require_png_channels
-from training.sampler import HeunOptions, StackedRandomGenerator, edm_sampler
+from training.sampler import HeunOptions, StackedRandomGenerator, choose_solver, edm_sampler
 from training.snapshot import load_snapshot
 
 
@@ -43,7 +43,7 @@ class GeneratedImages:
     """The batches of this process, computed while they are iterated over; a new loop computes them anew."""
 
     net: Any
-    gnet: Any
+    gnet: Any  # one guide, a list of several, or None
     encoder: Encoder
     outdir: Path | None
     subdirs: bool
@@ -145,9 +145,9 @@ def generate_images(
 ) -> GeneratedImages:
     """Check the request, load the networks, and return an iterable over this process's batches (`ImageBatch`).
 
-    `net` and `gnet`: networks, or paths or URLs of snapshots. A snapshot of `net` brings its encoder, unless one is
-    given; without either, images are grey or RGB. `class_idx`: one class for all, one per seed, or 'all' (see
-    `deal_classes`), instead of those that the seeds draw. `outdir` gets {seed:06d}.png, with `subdirs` in folders of
+    `net` and `gnet`: networks, or paths or URLs of snapshots; several guides as a list. A snapshot of `net` brings its
+    encoder, unless one is given; without either, images are grey or RGB. `class_idx`: one class for all, one per seed,
+    or 'all' (see `deal_classes`), instead of those that the seeds draw. `outdir` gets {seed:06d}.png, with `subdirs` in folders of
     a thousand. `max_batch_size`: images at once per process; `encoder_batch_size`: decoded at once. `device`: default
     the world's, else the best of this machine. `world`: which share of the batches is this process's; default
     torch.distributed's, if it is initialized. `verbose` is accepted and prints nothing: progress is the caller's.
@@ -158,16 +158,17 @@ def generate_images(
     written. Nothing is computed before the iteration starts.
     """
     seeds = [int(seed) for seed in seeds]
-    _check_request(seeds, max_batch_size, encoder_batch_size, sampler_fn, sampler_kwargs)
-    require_guide(sampler_kwargs.get("guidance", 1), has_guide=gnet is not None)
+    guides = listed(gnet)
+    _check_request(seeds, max_batch_size, encoder_batch_size, sampler_fn, sampler_kwargs, num_guides=len(guides))
     if outdir is not None:
         require_folder(Path(outdir))
     world = world if world is not None else _current_world(device)
     device = world.device if device is None else torch.device(device)
     net, own_encoder = load_network(net, device)
-    gnet = None if gnet is None else load_network(gnet, device)[0]
+    guides = [load_network(guide, device)[0] for guide in guides]
     encoder = encoder or own_encoder or StandardRGBEncoder()
-    require_matching_guide(net, gnet)
+    for guide in guides:
+        require_matching_guide(net, guide)
     if outdir is not None:
         require_writable_images(net, encoder)
     classes = _classes_per_seed(net, seeds, class_idx)
@@ -177,7 +178,7 @@ def generate_images(
         make_folder(Path(outdir))
     return GeneratedImages(
         net=net,
-        gnet=gnet,
+        gnet=guides if len(guides) > 1 else guides[0] if guides else None,
         encoder=encoder,
         outdir=None if outdir is None else Path(outdir),
         subdirs=subdirs,
@@ -231,8 +232,6 @@ def deal_classes(num_seeds: int, num_classes: int) -> list[int]:
 
 def require_matching_guide(net: Any, gnet: Any) -> None:
     """Raise ConfigError if the guide takes other images or labels than the main network."""
-    if gnet is None:
-        return
     shapes = [(n.img_channels, *image_size(n)) for n in (net, gnet)]
     if shapes[0] != shapes[1]:
         main, guide = ("x".join(map(str, shape)) for shape in shapes)
@@ -256,15 +255,20 @@ def _check_request(
     encoder_batch_size: int,
     sampler_fn: Callable[..., torch.Tensor],
     sampler_kwargs: dict[str, Any],
+    *,
+    num_guides: int,
 ) -> None:
     if not seeds:
         raise ConfigError("there are no seeds; give at least one")
     for name, count in (("max_batch_size", max_batch_size), ("encoder_batch_size", encoder_batch_size)):
         if count < 1:
             raise ConfigError(f"{name}={count} images at once cannot be computed; ask for 1 or more")
+    guided = {key: sampler_kwargs[key] for key in ("shares", "interval") if key in sampler_kwargs}
+    Guidance(weight=sampler_kwargs.get("guidance", 1), num_guides=num_guides, **guided)
     if sampler_fn is edm_sampler:
         known = inspect.signature(HeunOptions).parameters
-        HeunOptions(**{key: value for key, value in sampler_kwargs.items() if key in known})
+        options = HeunOptions(**{key: value for key, value in sampler_kwargs.items() if key in known})
+        choose_solver(sampler_kwargs.get("solver", "heun"), options)
 
 
 def _current_world(device: torch.device | str | None) -> World:

@@ -1,6 +1,7 @@
 """Named settings: what the published networks were trained with, and which of them to sample from and how.
 
-Sources: Tables 2, 3 and 5 of arXiv 2312.02696 and Table 1 of arXiv 2406.02507. The published network files are
+Sources: Tables 2, 3 and 5 of arXiv 2312.02696, Table 1 of arXiv 2406.02507, and arXiv 2404.07724 for guidance in an
+interval of noise levels. The published network files are
 licensed for non-commercial use (CC BY-NC-SA 4.0), whatever the licence of this code.
 """
 
@@ -29,12 +30,15 @@ class GenerationPreset:
     net: str  # http(s) URL, or path of a shipped file relative to the repository
     gnet: str | None = None  # the guide, likewise
     guidance: float = 1.0  # 1 = no guide
+    interval: tuple[float, float] | None = None  # guide only the steps that start at noise levels in (low, high]
     metric: str | None = None  # fid or fd_dinov2, of 50,000 images
     score: float | None = None  # published value of that metric
 
 
-# Preset, network, guide, guidance, published score; networks are named {model}-{kimg}-{std}.
-_PUBLISHED: tuple[tuple[str, str, str | None, float, float], ...] = (
+# Preset, network, guide, guidance, published score, and the interval where guidance has one; networks are named
+# {model}-{kimg}-{std}.
+_Row = tuple[str, str, str | None, float, float]
+_PUBLISHED: tuple[_Row | tuple[*_Row, tuple[float, float]], ...] = (
     ("edm2-img512-xs-fid", "img512-xs-2147483-0.135", None, 1, 3.53),
     ("edm2-img512-xs-dino", "img512-xs-2147483-0.200", None, 1, 103.39),
     ("edm2-img512-s-fid", "img512-s-2147483-0.130", None, 1, 2.56),
@@ -63,6 +67,38 @@ _PUBLISHED: tuple[tuple[str, str, str | None, float, float], ...] = (
     ("edm2-img512-xl-guid-dino", "img512-xl-1342177-0.030", "img512-xs-uncond-2147483-0.030", 1.70, 35.67),
     ("edm2-img512-xxl-guid-fid", "img512-xxl-0939524-0.015", "img512-xs-uncond-2147483-0.015", 1.20, 1.81),
     ("edm2-img512-xxl-guid-dino", "img512-xxl-0939524-0.015", "img512-xs-uncond-2147483-0.015", 1.70, 33.09),
+    (
+        "edm2-img512-s-guid-interval-fid",
+        "img512-s-2147483-0.025",
+        "img512-xs-uncond-2147483-0.025",
+        2.10,
+        1.68,
+        (0.28, 2.90),
+    ),
+    (
+        "edm2-img512-s-guid-interval-dino",
+        "img512-s-2147483-0.085",
+        "img512-xs-uncond-2147483-0.085",
+        3.20,
+        46.25,
+        (0.60, 5.00),
+    ),
+    (
+        "edm2-img512-xxl-guid-interval-fid",
+        "img512-xxl-0939524-0.015",
+        "img512-xs-uncond-2147483-0.015",
+        2.00,
+        1.40,
+        (0.19, 1.61),
+    ),
+    (
+        "edm2-img512-xxl-guid-interval-dino",
+        "img512-xxl-0939524-0.015",
+        "img512-xs-uncond-2147483-0.015",
+        2.90,
+        29.16,
+        (0.60, 5.00),
+    ),
     ("edm2-img512-s-autog-fid", "img512-s-2147483-0.070", "img512-xs-0134217-0.125", 2.10, 1.34),
     ("edm2-img512-s-autog-dino", "img512-s-2147483-0.120", "img512-xs-0134217-0.165", 2.45, 36.67),
     ("edm2-img512-xxl-autog-fid", "img512-xxl-0939524-0.075", "img512-m-0268435-0.155", 2.05, 1.25),
@@ -78,12 +114,20 @@ def _hosted(name: str) -> str:
     return f"{MODEL_ROOT}edm2-{name}.pkl"
 
 
-def _published(preset: str, net: str, gnet: str | None, guidance: float, score: float) -> GenerationPreset:
+def _published(
+    preset: str,
+    net: str,
+    gnet: str | None,
+    guidance: float,
+    score: float,
+    interval: tuple[float, float] | None = None,
+) -> GenerationPreset:
     # What a published preset was tuned for is the last part of its name.
     return GenerationPreset(
         net=_hosted(net),
         gnet=None if gnet is None else _hosted(gnet),
         guidance=guidance,
+        interval=interval,
         metric={"fid": "fid", "dino": "fd_dinov2"}[preset.rpartition("-")[2]],
         score=score,
     )
@@ -152,6 +196,17 @@ def generation_preset(name: str) -> GenerationPreset:
 def training_preset(name: str) -> TrainingConfig:
     """The row called `name`. Raises ConfigError for another name, with those that resemble it."""
     return _look_up(TRAINING, name, "training")
+
+
+def describe_generation_presets() -> str:
+    """A line per preset: name, guidance, published score, interval of guided noise levels."""
+    lines = []
+    for name, row in GENERATION.items():
+        guidance = f"guidance {row.guidance:.2f}" if row.gnet is not None else ""
+        score = f"{row.metric} {row.score:.2f}" if row.metric is not None and row.score is not None else ""
+        interval = "interval {:.2f},{:.2f}".format(*row.interval) if row.interval is not None else ""
+        lines.append(f"{name:<36}{guidance:<16}{score:<18}{interval}".rstrip())
+    return "\n".join(lines)
 
 
 def locate(network: str) -> str:

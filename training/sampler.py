@@ -1,4 +1,4 @@
-"""The sampler of EDM: noise levels, Heun's method with optional churn, and random numbers that belong to one image.
+"""The sampler of EDM: noise levels, optional churn, and random numbers that belong to one image.
 
 Source: Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models", arXiv 2206.00364,
 Algorithm 2 and Eq. 5.
@@ -9,13 +9,16 @@ Shape legend: N images, C channels, H x W pixels, L labels.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import partial
 from typing import Any
 
 import torch
 
 from dnnlib.errors import ConfigError
-from training.guidance import Denoiser, Network, apply_guide, bind_labels, require_guide
+from training.guidance import Guidance, Network, bind_labels, listed
+from training.solvers import CHURNING, SOLVERS, Churn, Solver
+
+Noise = Callable[[torch.Tensor], torch.Tensor]  # standard normal numbers in the shape of its argument
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +68,7 @@ def edm_sampler(
     net: Network,
     noise: torch.Tensor,
     labels: torch.Tensor | None = None,
-    gnet: Network | None = None,
+    gnet: Network | Sequence[Network] | None = None,
     num_steps: int = 32,
     sigma_min: float = 0.002,
     sigma_max: float = 80,
@@ -76,14 +79,20 @@ def edm_sampler(
     S_max: float = math.inf,
     S_noise: float = 1,
     dtype: torch.dtype = torch.float32,
-    randn_like: Callable[[torch.Tensor], torch.Tensor] = torch.randn_like,
+    randn_like: Noise = torch.randn_like,
+    *,
+    interval: tuple[float, float] | None = None,
+    shares: Sequence[float] | None = None,
+    solver: str = "heun",
 ) -> torch.Tensor:
     """Turn `noise` [N, C, H, W] of unit variance into images [N, C, H, W] of type `dtype` (Algorithm 2).
 
-    `net` and the guide `gnet` are called as D = net(x, sigma, labels); `labels` [N, L] go to both. With guidance 1
-    the guide is never called. Takes 2 * num_steps - 1 evaluations. `num_steps` = 1 gives D(sigma_max * noise,
-    sigma_max), the mean of all images, since one Euler step to zero is what remains. `randn_like` draws the churn.
-    Raises ConfigError for values that cannot work.
+    `net` and the guides `gnet`, one or several, are called as D = net(x, sigma, labels); `labels` [N, L] go to all.
+    With guidance 1 no guide is called. `interval` (low, high] restricts guidance to the steps that set out at these
+    noise levels of the schedule; in the others no guide is called. `shares` split guidance among several guides; they
+    add up to 1 and are equal by default. `solver`: heun (2 * num_steps - 1 evaluations), euler or dpmpp2m (num_steps
+    each). `num_steps` = 1 gives D(sigma_max * noise, sigma_max), the mean of all images, since one Euler step to zero
+    is what remains. `randn_like` draws the churn. Raises ConfigError for values that cannot work.
     """
     options = HeunOptions(
         num_steps=num_steps,
@@ -95,46 +104,49 @@ def edm_sampler(
         S_max=S_max,
         S_noise=S_noise,
     )
-    denoise = bind_labels(net, labels)
-    if require_guide(guidance, has_guide=gnet is not None):
-        assert gnet is not None
-        denoise = apply_guide(denoise, bind_labels(gnet, labels), guidance)
-    return heun(denoise, noise.to(dtype), options, randn_like=randn_like)
+    solve = choose_solver(solver, options, randn_like)
+    guides = listed(gnet)
+    guided = Guidance(
+        weight=guidance,
+        num_guides=len(guides),
+        shares=None if shares is None else tuple(shares),
+        interval=interval,
+    )
+    denoise = guided.wrap(bind_labels(net, labels), [bind_labels(guide, labels) for guide in guides])
+    return solve(denoise, options.sigmas(), noise.to(dtype))
 
 
-def heun(
-    denoise: Denoiser,
-    noise: torch.Tensor,
-    options: HeunOptions,
-    *,
-    randn_like: Callable[[torch.Tensor], torch.Tensor] = torch.randn_like,
-) -> torch.Tensor:
-    """Solve dx/dsigma = (x - D(x, sigma)) / sigma from sigma_max down to 0, in noise's dtype (Algorithm 2).
+def choose_solver(name: str, options: HeunOptions, randn_like: Noise = torch.randn_like) -> Solver:
+    """The solver called `name`, with churn as `options` ask for it, called as solver(denoise, sigmas, noise).
 
-    Noise levels are Python numbers all along: nothing here waits for the device.
+    Raises ConfigError for another name, and for churn options where the solver has no churn.
     """
-    sigmas = options.sigmas()
-    x = noise * sigmas[0]
-    for sigma, sigma_next in pairwise(sigmas):
-        x, sigma = _churn(x, sigma, options, randn_like)
-        slope = (x - denoise(x, sigma)) / sigma
-        x_next = x + (sigma_next - sigma) * slope
-        if sigma_next > 0:
-            slope_next = (x_next - denoise(x_next, sigma_next)) / sigma_next
-            x_next = x + (sigma_next - sigma) * (slope + slope_next) / 2
-        x = x_next
-    return x
+    if name not in SOLVERS:
+        raise ConfigError(f"'{name}' is no solver; there are {', '.join(SOLVERS)}")
+    solver = SOLVERS[name]
+    if solver in CHURNING:
+        return partial(solver, churn=_churn(options, randn_like)) if options.S_churn > 0 else solver
+    plain = HeunOptions()
+    for option in ("S_churn", "S_min", "S_max", "S_noise"):
+        if getattr(options, option) != getattr(plain, option):
+            able = " or ".join(known for known, candidate in SOLVERS.items() if candidate in CHURNING)
+            raise ConfigError(
+                f"{option}={getattr(options, option):g} is for solvers that add noise ({able}), not {name}"
+            )
+    return solver
 
 
-def _churn(
-    x: torch.Tensor, sigma: float, options: HeunOptions, randn_like: Callable[[torch.Tensor], torch.Tensor]
-) -> tuple[torch.Tensor, float]:
-    """Raise the noise level of `x` a little by fresh noise; returns the new state and its noise level."""
-    if options.S_churn == 0 or not options.S_min <= sigma <= options.S_max:
-        return x, sigma
+def _churn(options: HeunOptions, randn_like: Noise) -> Churn:
+    """Raise the noise level a little by fresh noise, within the limits that the options set."""
     gamma = min(options.S_churn / options.num_steps, math.sqrt(2) - 1)
-    sigma_hat = sigma * (1 + gamma)
-    return x + math.sqrt(sigma_hat**2 - sigma**2) * options.S_noise * randn_like(x), sigma_hat
+
+    def churn(x: torch.Tensor, sigma: float) -> tuple[torch.Tensor, float]:
+        if not options.S_min <= sigma <= options.S_max:
+            return x, sigma
+        sigma_hat = sigma * (1 + gamma)
+        return x + math.sqrt(sigma_hat**2 - sigma**2) * options.S_noise * randn_like(x), sigma_hat
+
+    return churn
 
 
 class StackedRandomGenerator:

@@ -1,0 +1,78 @@
+"""The options that say what to sample from and how, the same for every script that generates images."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class _Numbers(click.ParamType):
+    """Numbers separated by commas, as a tuple; `count` of them where that is fixed."""
+
+    name = "list"
+
+    def __init__(self, example: str, count: int | None = None) -> None:
+        self._example = example
+        self._count = count
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            numbers = tuple(float(part) for part in value.split(","))
+        except ValueError:
+            numbers = ()
+        if not numbers or self._count not in (None, len(numbers)):
+            count = "" if self._count is None else f"{self._count} "
+            self.fail(f"'{value}' is no list of {count}numbers; write e.g. {self._example}", param, ctx)
+        return numbers
+
+
+# In the order of the help page. What is left out is None, or () for --gnet.
+_OPTIONS = (
+    click.option(
+        "--preset", metavar="NAME", help="Networks and guidance of a published result; other options win over it"
+    ),
+    click.option("--net", metavar="PATH|URL", help="Network snapshot, .pkl or .safetensors"),
+    click.option(
+        "--gnet",
+        metavar="PATH|URL",
+        multiple=True,
+        help="Guiding network, used where guidance is not 1; several share the guidance",
+    ),
+    click.option(
+        "--gnet-shares",
+        metavar="LIST",
+        type=_Numbers("0.7,0.3"),
+        help="Share of each --gnet, 1 in all [default: equal]",
+    ),
+    click.option("--guidance", type=float, help="Guidance strength; 1 = none [default: 1]"),
+    click.option(
+        "--interval",
+        metavar="LO,HI",
+        type=_Numbers("0.28,2.90", count=2),
+        help="Guide only the steps that start at noise levels in (LO, HI] [default: all]",
+    ),
+    click.option("--solver", metavar="NAME", help="heun, euler or dpmpp2m [default: heun]"),
+    click.option("--steps", "num_steps", type=int, help="Sampling steps [default: 32]"),
+    click.option("--sigma_min", type=float, help="Lowest noise level [default: 0.002]"),
+    click.option("--sigma_max", type=float, help="Highest noise level [default: 80]"),
+    click.option("--rho", type=float, help="Exponent of the noise levels [default: 7]"),
+    click.option("--S_churn", "S_churn", type=float, help="Strength of added noise; heun, euler [default: 0]"),
+    click.option("--S_min", "S_min", type=float, help="Add noise from this noise level ... [default: 0]"),
+    click.option("--S_max", "S_max", type=float, help="... up to this one [default: inf]"),
+    click.option("--S_noise", "S_noise", type=float, help="Inflation of added noise [default: 1]"),
+)
+
+
+def sampling_options(command: F) -> F:
+    """Add the options to a command function; what they give is for `training.sampling_request.resolve_sampling`.
+
+    Their names there: preset, net, gnet (a tuple), gnet_shares, guidance, interval, solver, num_steps, sigma_min,
+    sigma_max, rho, S_churn, S_min, S_max, S_noise.
+    """
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command

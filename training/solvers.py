@@ -1,0 +1,82 @@
+"""Solvers of the probability flow: a denoiser and noise levels in, images out. They know nothing of guidance.
+
+Sources: Karras et al., arXiv 2206.00364, Algorithm 2 (Heun, Euler, churn); Lu et al., "DPM-Solver++", arXiv 2211.01095,
+Algorithm 2.
+
+Noise levels are Python numbers all along, so that nothing here waits for the device.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+# What solvers call: D = denoise(x, sigma, step_sigma) for a state x [N, ...] with noise of standard deviation sigma.
+# step_sigma is the level of the schedule at which the running step set out, the same for all evaluations of a step and
+# untouched by churn: what wraps a denoiser decides by it about whole steps.
+Denoiser = Callable[[torch.Tensor, float, float], torch.Tensor]
+
+# Raises the noise of a state at noise level sigma a little: (x, sigma) -> (x, new sigma).
+Churn = Callable[[torch.Tensor, float], tuple[torch.Tensor, float]]
+
+# images = solver(denoise, sigmas, noise): `sigmas` fall to 0, `noise` [N, ...] has unit variance, images have its type.
+# Solvers that can take fresh noise in between have a keyword `churn`.
+Solver = Callable[..., torch.Tensor]
+
+
+def euler(
+    denoise: Denoiser, sigmas: Sequence[float], noise: torch.Tensor, *, churn: Churn | None = None
+) -> torch.Tensor:
+    """Euler's method for dx/dsigma = (x - D) / sigma: first order, one evaluation a step."""
+    x = noise * sigmas[0]
+    for step_sigma, sigma_next in pairwise(sigmas):
+        x, sigma = (x, step_sigma) if churn is None else churn(x, step_sigma)
+        x = x + (sigma_next - sigma) * ((x - denoise(x, sigma, step_sigma)) / sigma)
+    return x
+
+
+def heun(
+    denoise: Denoiser, sigmas: Sequence[float], noise: torch.Tensor, *, churn: Churn | None = None
+) -> torch.Tensor:
+    """Heun's method for dx/dsigma = (x - D) / sigma (Algorithm 2): second order.
+
+    Two evaluations a step, and one in the last, which is an Euler step to zero.
+    """
+    x = noise * sigmas[0]
+    for step_sigma, sigma_next in pairwise(sigmas):
+        x, sigma = (x, step_sigma) if churn is None else churn(x, step_sigma)
+        slope = (x - denoise(x, sigma, step_sigma)) / sigma
+        x_next = x + (sigma_next - sigma) * slope
+        if sigma_next > 0:
+            slope_next = (x_next - denoise(x_next, sigma_next, step_sigma)) / sigma_next
+            x_next = x + (sigma_next - sigma) * (slope + slope_next) / 2
+        x = x_next
+    return x
+
+
+def dpmpp2m(denoise: Denoiser, sigmas: Sequence[float], noise: torch.Tensor) -> torch.Tensor:
+    """DPM-Solver++ 2M: second order with one evaluation a step, by extrapolating from the step before.
+
+    It solves the linear part exactly and takes D to be linear in lambda = -log sigma, the half log-SNR where the signal
+    is not scaled. The first step and the last one, to zero, take D to be constant.
+    """
+    x = noise * sigmas[0]
+    previous: torch.Tensor | None = None  # D of the step before ...
+    width = 0.0  # ... and that step's width in lambda
+    for sigma, sigma_next in pairwise(sigmas):
+        current = denoise(x, sigma, sigma)
+        if sigma_next == 0:
+            return current
+        previous_width, width = width, math.log(sigma / sigma_next)
+        target = current
+        if previous is not None and previous_width > 0:
+            target = torch.lerp(previous, current, 1 + width / (2 * previous_width))
+        x = torch.lerp(target, x, sigma_next / sigma)
+        previous = current
+    return x
+
+
+SOLVERS: Mapping[str, Solver] = {"heun": heun, "euler": euler, "dpmpp2m": dpmpp2m}
+CHURNING: frozenset[Any] = frozenset({heun, euler})  # those with a keyword `churn`
