@@ -147,11 +147,11 @@ def generate_images(
 
     `net` and `gnet`: networks, or paths or URLs of snapshots; several guides as a list. A snapshot of `net` brings its
     encoder, unless one is given; without either, images are grey or RGB. `class_idx`: one class for all, one per seed,
-    or 'all' (see `deal_classes`), instead of those that the seeds draw. `outdir` gets {seed:06d}.png, with `subdirs` in folders of
-    a thousand. `max_batch_size`: images at once per process; `encoder_batch_size`: decoded at once. `device`: default
-    the world's, else the best of this machine. `world`: which share of the batches is this process's; default
-    torch.distributed's, if it is initialized. `verbose` is accepted and prints nothing: progress is the caller's.
-    Other keywords go to `sampler_fn`, which is called like `edm_sampler`.
+    or 'all' (see `deal_classes`), instead of those that the seeds draw. `outdir` gets {seed:06d}.png, with `subdirs` in
+    folders of a thousand. `max_batch_size`: images at once per process; `encoder_batch_size`: decoded at once.
+    `device`: default the world's, else the best of this machine. `world`: which share of the batches is this process's;
+    default torch.distributed's, if it is initialized. `verbose` is accepted and prints nothing: progress is the
+    caller's. Other keywords go to `sampler_fn`, which is called like `edm_sampler`.
 
     Image i depends on seed i alone: a generator on the compute device, seeded with the seed modulo 2**32, draws the
     noise [C, H, W], then the class (whether used or not), then churn. Raises ConfigError before anything runs or is
