@@ -5,7 +5,7 @@ Statistics are a dictionary, with the published keys where those exist:
     fid, fd_dinov2, fd_efflite0, sfid: {"mu": float64 [F], "sigma": float64 [F, F]}
     features: {detector: float32 [M, F]}, of some or all images; absent where none are kept
     logits: {detector: float32 [M, K]}, which is not written to files
-docs/file-formats.md describes the files.
+docs/metrics.md describes the files.
 """
 
 import json

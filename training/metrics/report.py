@@ -171,7 +171,7 @@ def _for_json(value: Any) -> Any:
 def _entry(name: str, summary: Summary) -> dict[str, Any]:
     return {
         "values": summary.values,
-        "errors": summary.errors,
+        "errors": None if None in summary.errors else summary.errors,
         "minimum": summary.minimum,
         "mean": summary.mean,
         "std": summary.std,

@@ -42,16 +42,17 @@ class Metric:
     @property
     def description(self) -> str:
         """What it is, in a few words."""
+        network = _NETWORKS[self.detector]
         if self.kind == "frechet":
-            what = "spatial features" if self.layer == "spatial" else "features"
-            return f"Fréchet distance of {self.detector} {what}"
+            return f"Fréchet distance of {network} {'spatial ' if self.layer == 'spatial' else ''}features"
         if self.kind == "kid":
-            return f"kernel distance (KID) of {self.detector} features"
+            return f"kernel distance (KID) of {network} features"
         if self.kind == "inception_score":
-            return f"Inception Score of {self.detector} logits; needs no reference"
-        return f"{self.kind} by {self.k} nearest neighbours of {self.detector} features"
+            return f"Inception Score by {network}; needs no reference"
+        return f"{self.kind} by {self.k} nearest neighbours in {network} features"
 
 
+_NETWORKS = {"inception": "Inception-v3", "dinov2": "DINOv2", "efflite0": "EfficientNet-Lite0"}
 # Fréchet distances have their published names; names without a detector in them are Inception's.
 _FRECHET = {"inception": "fid", "dinov2": "fd_dinov2", "efflite0": "fd_efflite0"}
 _MANIFOLD: tuple[Kind, ...] = ("precision", "recall", "density", "coverage")

@@ -1,0 +1,68 @@
+"""The options that say what is measured and with what, the same for every script that computes metrics."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from dnnlib.cli import NIMG
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+DEFAULT_METRICS = "fid,fd_dinov2"  # as published
+COUNT = click.IntRange(min=1)
+
+metrics_option = click.option(
+    "--metrics", metavar="LIST", default=DEFAULT_METRICS, show_default=True, help="Which; all = whatever can be had"
+)
+workers_option = click.option(
+    "--workers", type=click.IntRange(min=0), default=2, show_default=True, help="Processes that read images"
+)
+
+_MEASURING = (
+    click.option("--ref", metavar="PATH|URL", help="Reference statistics: .pkl, .npz or .safetensors"),
+    metrics_option,
+    click.option("--num", type=NIMG, default=50000, show_default=True, help="Images to measure"),
+    click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="What chooses the images"),
+    click.option("--repeat", type=COUNT, default=1, show_default=True, help="Measure so many disjoint sets of images"),
+    click.option(
+        "--json",
+        "json_path",
+        metavar="FILE",
+        type=click.Path(path_type=Path),
+        help="Write the results and what repeats them",
+    ),
+)
+
+_WEIGHTS = {
+    "inception": "Weights of Inception-v3, in place of the download",
+    "dinov2": "Weights of DINOv2, in place of the download",
+    "efflite0": "Weights of EfficientNet-Lite0, in place of the package's",
+}
+
+
+def measuring_options(command: F) -> F:
+    """Add --ref, --metrics, --num, --seed, --repeat and --json (`json_path`) to a command function."""
+    for option in reversed(_MEASURING):
+        command = option(command)
+    return command
+
+
+def detector_options(command: F) -> F:
+    """Add --inception-weights and its like, and --device; `given_weights` takes the former apart."""
+    device_help = "cpu, cuda, cuda:N or mps [default: the best one here]"
+    command = click.option("--device", metavar="NAME", help=device_help)(command)
+    for name in reversed(_WEIGHTS):
+        command = click.option(f"--{name}-weights", metavar="PATH", help=_WEIGHTS[name])(command)
+    return command
+
+
+def batch_option(default: int) -> Callable[[F], F]:
+    """--batch, with this default."""
+    return click.option("--batch", type=COUNT, default=default, show_default=True, help="Images at once per process")
+
+
+def given_weights(options: Mapping[str, Any]) -> dict[str, str]:
+    """The weights options in use, by detector."""
+    return {name: options[f"{name}_weights"] for name in _WEIGHTS if options[f"{name}_weights"] is not None}
