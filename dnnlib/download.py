@@ -1,21 +1,23 @@
-"""Files from the web, kept in a cache folder."""
+"""Files from the web, kept in a cache folder that all processes of a machine or a cluster may share."""
 
+import contextlib
 import hashlib
 import io
 import os
 import re
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 from urllib.parse import urlsplit
 
-from dnnlib.atomic import atomic_path
+from dnnlib import fetch
+from dnnlib.atomic import write_text
 from dnnlib.errors import ConfigError
+from dnnlib.fetch import Version
 
-_CHUNK_BYTES = 1 << 20
-_TIMEOUT_SEC = 30
-_FIRST_WAIT_SEC = 0.5  # doubled after every failed attempt
-_LONGEST_WAIT_SEC = 30.0
+_POLL_SEC = 0.2  # how often a waiting process looks whether the download is over
 
 
 def make_cache_dir_path(*paths: str) -> str:
@@ -41,9 +43,12 @@ def open_url(
     """Open an http(s) URL or a local path for reading bytes; downloads are kept in the cache and reused.
 
     `return_filename` gives the local file's path (a str) in place of an open file. `cache=False` reads the whole file
-    into memory and keeps nothing. `cache_dir` takes the place of `make_cache_dir_path("downloads")`. `verbose` is
-    accepted for scripts that pass it and prints nothing: progress is the caller's. Failed attempts are repeated up to
-    `num_attempts` times, waiting longer each time. Raises ConfigError with one line where the file cannot be had.
+    into memory and keeps nothing. `cache_dir` takes the place of `make_cache_dir_path("downloads")`. `verbose` shows a
+    progress bar where standard error is a terminal.
+
+    Of all processes that want a file, one downloads it and the others wait. What was downloaded before an interruption
+    is kept, and continued by the next call. Failed attempts are repeated up to `num_attempts` times, waiting longer
+    each time. Raises ConfigError with one line where the file cannot be had.
     """
     if num_attempts < 1:
         raise ConfigError(f"num_attempts={num_attempts}; at least 1 is needed")
@@ -52,17 +57,12 @@ def open_url(
     if not is_url(url):
         return _open_local(url, return_filename)
     if not cache:
-        buffer = io.BytesIO()
-        _download(url, buffer, num_attempts, "")
-        buffer.seek(0)
-        return buffer
+        return _read_into_memory(url, num_attempts, verbose)
     path = cached_path(url, cache_dir)
     if not path.is_file():
-        advice = f"; or place the file by hand as {path}"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_path(path) as temp, open(temp, "wb") as file:
-                _download(url, file, num_attempts, advice)
+            _fill(path, url, num_attempts, verbose)
         except OSError as error:
             raise ConfigError(
                 f"cannot write to the download cache {path.parent}: {error.strerror or error};"
@@ -88,65 +88,108 @@ def _open_local(source: str, return_filename: bool) -> Any:
     return str(path) if return_filename else open(path, "rb")
 
 
-def _download(url: str, file: IO[bytes], num_attempts: int, advice: str) -> None:
-    """Write the body of `url` to `file`, which is started over on every attempt."""
-    import requests  # here, because most programs never download
+def _read_into_memory(url: str, num_attempts: int, verbose: bool) -> io.BytesIO:
+    buffer = io.BytesIO()
+    with _progress_bar(url, verbose) as progress:
+        fetch.fetch(
+            url,
+            buffer,
+            num_attempts=num_attempts,
+            version=Version(),
+            remember=lambda version: None,
+            progress=progress,
+        )
+    buffer.seek(0)
+    return buffer
 
-    wait_sec = _FIRST_WAIT_SEC
-    problem = ""
-    for attempt in range(num_attempts):
-        if attempt:
-            time.sleep(wait_sec)
-            wait_sec = min(wait_sec * 2, _LONGEST_WAIT_SEC)
-        file.seek(0)
-        file.truncate()
+
+def _fill(path: Path, url: str, num_attempts: int, verbose: bool) -> None:
+    """Download `url` to `path`, or wait until another process has. Raises ConfigError and OSError."""
+    asked = time.time()
+    failure = _beside(path, "failed")
+    with _locked(_beside(path, "lock"), url, verbose) as waited:
+        if path.is_file():
+            return
+        if waited and failure.is_file() and failure.stat().st_mtime > asked:
+            # Many processes that try one after the other would take many times as long to say the same.
+            raise ConfigError(failure.read_text("utf-8"))
+        failure.unlink(missing_ok=True)
         try:
-            with _get(requests, url) as response:
-                if response.status_code == 200:
-                    problem = _copy_body(response, file)
-                    if not problem:
-                        return
-                else:
-                    problem = f"the server answers {response.status_code} {response.reason}"
-                    if 400 <= response.status_code < 500 and response.status_code not in (408, 425, 429):
-                        break
-        except requests.RequestException as error:
-            problem = _reason(error)
-    raise ConfigError(f"cannot download {url}: {problem}; check the address and the network connection{advice}")
+            _download_part(path, url, num_attempts, verbose)
+        except ConfigError as error:
+            text = f"{error}; or place the file by hand as {path}"
+            write_text(failure, text)
+            raise ConfigError(text) from None
 
 
-def _get(requests: Any, url: str) -> Any:
-    # Bytes as they are stored: with a content encoding the announced length would not be that of the file.
-    return requests.get(url, stream=True, timeout=_TIMEOUT_SEC, headers={"Accept-Encoding": "identity"})
+def _download_part(path: Path, url: str, num_attempts: int, verbose: bool) -> None:
+    """Download to a file of another name, which stays if the rest can be had later, and give it its name."""
+    part, about = _beside(path, "part"), _beside(path, "version")
+    part.touch()
+    version = Version.load(about)
+    try:
+        with _progress_bar(url, verbose) as progress, open(part, "r+b") as file:
+            if version.validator is None:
+                file.truncate(0)
+            fetch.fetch(
+                url,
+                file,
+                num_attempts=num_attempts,
+                version=version,
+                remember=lambda version: version.save(about),
+                progress=progress,
+            )
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+        about.unlink(missing_ok=True)
+    finally:
+        if part.is_file() and (part.stat().st_size == 0 or not about.is_file()):
+            part.unlink()
+            about.unlink(missing_ok=True)
 
 
-def _copy_body(response: Any, file: IO[bytes]) -> str:
-    """Copy the body; what is wrong with it, or an empty string."""
-    announced = response.headers.get("Content-Length")
-    chunks = response.iter_content(_CHUNK_BYTES)
-    num_bytes = 0
-    complete = True
-    while True:
-        try:
-            chunk = next(chunks, b"")
-        except OSError:  # all of requests' errors; those of writing are not meant
-            complete = False
-            break
-        if not chunk:
-            break
-        file.write(chunk)
-        num_bytes += len(chunk)
-    file.flush()
-    if not complete or (announced is not None and announced.isdigit() and int(announced) != num_bytes):
-        return f"the download broke off after {num_bytes} of {announced or 'an unknown number of'} bytes"
-    return "" if num_bytes else "the file is empty"
+def _beside(path: Path, kind: str) -> Path:
+    return path.with_name(f".{path.name}.{kind}")
 
 
-def _reason(error: Exception) -> str:
-    """The innermost reason of a failed request, in one line."""
-    while error.__cause__ is not None or error.__context__ is not None:
-        inner = error.__cause__ or error.__context__
-        if not isinstance(inner, Exception):
-            break
-        error = inner
-    return " ".join(str(error).split()) or type(error).__name__
+@contextlib.contextmanager
+def _locked(path: Path, url: str, verbose: bool) -> Iterator[bool]:
+    """Hold the lock; the system frees it if the process is killed. Gives whether another process had it before."""
+    import filelock
+
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+        waited = False
+    except filelock.Timeout:
+        if verbose:
+            print(f"Waiting for another process that downloads {url}", file=sys.stderr, flush=True)
+        lock.acquire(poll_interval=_POLL_SEC)
+        waited = True
+    try:
+        yield waited
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def _progress_bar(url: str, verbose: bool) -> Iterator[fetch.Progress]:
+    """A function to call with the bytes that are there and those that shall be."""
+    from tqdm import tqdm
+
+    name = urlsplit(url).path.rsplit("/", 1)[-1] or url
+    with tqdm(
+        desc=f"Downloading {name}",
+        unit="B",
+        unit_scale=True,
+        unit_divisor=1024,
+        dynamic_ncols=True,
+        disable=None if verbose else True,
+    ) as bar:
+
+        def show(present: int, length: int | None) -> None:
+            bar.total = length
+            bar.update(present - bar.n)
+
+        yield show
