@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 
+from dnnlib.atomic import atomic_path
 from dnnlib.errors import ConfigError
-from training import phema
+from training import phema, snapshot_pickle, snapshot_safetensors
 from training.posthoc_files import InputFiles
 from training.posthoc_inputs import Input, choose_inputs, list_input_pickles
 from training.posthoc_sums import NotFinite, WeightedSums
-from training.snapshot import Snapshot, save_snapshot
+from training.snapshot import Snapshot
 
 __all__ = [
     "Input",
@@ -177,18 +178,17 @@ class Reconstruction:
             added += len(group.places)
             del group  # its tensors, before the next group comes
         names = [os.path.basename(file.path) for file in self.inputs]
-        outputs = []
-        for plan, tensors, fit, gain in zip(
-            batch, sums.outputs, fits.tolist(), np.linalg.norm(weights, axis=0).tolist(), strict=True
-        ):
+
+        def finish(place: int) -> Output:
+            plan, fit, gain = batch[place], float(fits[place]), float(np.linalg.norm(weights[:, place]))
             info = {"posthoc_inputs": names, "posthoc_fit": fit}
-            snapshot = files.assemble(tensors | buffers, nimg=plan.nimg, std=plan.std, info=info)
-            outputs.append(
-                Output(snapshot=snapshot, nimg=plan.nimg, std=plan.std, paths=plan.paths, fit=fit, gain=gain)
-            )
+            snapshot = files.assemble(sums.outputs[place] | buffers, nimg=plan.nimg, std=plan.std, info=info)
+            _write(snapshot, plan.paths)
+            return Output(snapshot=snapshot, nimg=plan.nimg, std=plan.std, paths=plan.paths, fit=fit, gain=gain)
+
         with ThreadPoolExecutor(_WRITERS) as pool:
-            list(pool.map(_write, outputs))
-        yield Step(pass_idx=pass_idx, outputs=tuple(outputs))
+            outputs = tuple(pool.map(finish, range(len(batch))))
+        yield Step(pass_idx=pass_idx, outputs=outputs)
 
 
 def _check_stds(stds: Sequence[float]) -> None:
@@ -217,10 +217,22 @@ def _check_files(files: Sequence[tuple[Path, ...]], inputs: Sequence[Input], out
             raise ConfigError(f"the output {path} would replace an input; give another folder or prefix")
 
 
-def _write(output: Output) -> None:
-    for path in output.paths:
+def _write(snapshot: Snapshot, paths: Sequence[Path]) -> None:
+    """Write `snapshot`; as `save_snapshot` does, which would first make all parts anew: these are new."""
+    parts: dict[str, Any] = {
+        "net": snapshot.net,
+        "encoder": snapshot.encoder,
+        "loss_fn": snapshot.loss_fn,
+        "dataset_kwargs": snapshot.dataset_kwargs,
+    }
+    more: dict[str, Any] = {"nimg": snapshot.nimg, "ema_std": snapshot.ema_std, "info": snapshot.info}
+    for path in paths:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_snapshot(output.snapshot, path)
+            with atomic_path(path) as temp:
+                if path.suffix == ".pkl":
+                    snapshot_pickle.write(temp, **parts)
+                else:
+                    snapshot_safetensors.write(temp, **parts, **more)
         except OSError as error:
             raise ConfigError(f"cannot write {path}: {error.strerror or error}") from None

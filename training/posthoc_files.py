@@ -1,8 +1,9 @@
 """The files of a reconstruction's inputs: opened, and checked against each other before anything is added."""
 
+import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,16 +36,19 @@ class InputFiles:
     def __init__(self, inputs: Sequence[Input], read_bytes: int) -> None:
         self._inputs = list(inputs)
         self._paths = [open_url(file.path, return_filename=True) for file in inputs]
-        self._readers = {place: reader for place, path in enumerate(self._paths) if (reader := _map(path)) is not None}
+        self._mapped = {place: file for place, path in enumerate(self._paths) if (file := _map(path)) is not None}
+        self._readers: dict[int, Reader] = {place: file.get_tensor for place, file in self._mapped.items()}
         self._sizes = {i: _size(path) for i, path in enumerate(self._paths) if i not in self._readers}
         self._keep = sum(self._sizes.values()) <= read_bytes
         self._group_bytes = read_bytes // 2  # one group is read while another is added
+        self._known_layout: Any = None  # of the .safetensors header read last, and that header
+        self._known_header: SnapshotHeader
 
     def check(self) -> Iterator[None]:
         """Hold every input against the first, one a step. Raises ConfigError, with the file's name."""
         for place, file in enumerate(self._inputs):
-            if place in self._readers:
-                header = read_header(file.path)
+            if place in self._mapped:
+                header = self._read_mapped(place)
                 _check_name(header, file)
             elif self._keep:
                 snapshot = load_snapshot(file.path)
@@ -81,8 +85,12 @@ class InputFiles:
         )
 
     def read_buffers(self, reader: Reader) -> dict[str, torch.Tensor]:
-        """Copies of the buffers."""
-        return {name: reader(name).clone() for name in self._expected.tensors if name in self._expected.buffers}
+        """Copies of the buffers, in float16 as files have them."""
+        return {
+            name: reader(name).to(torch.float16, copy=True)
+            for name in self._expected.tensors
+            if name in self._expected.buffers
+        }
 
     def assemble(self, tensors: dict[str, torch.Tensor], *, nimg: int, std: float, info: dict[str, Any]) -> Snapshot:
         """A snapshot with these parameters and buffers, entries added to `info`, and all else as in the first input."""
@@ -98,6 +106,15 @@ class InputFiles:
             info={**header.info, **info},
         )
 
+    def _read_mapped(self, place: int) -> SnapshotHeader:
+        """The header of a .safetensors file; at once where it has the same texts and tensors as one read before."""
+        layout, recorded = _layout(self._mapped[place])
+        if recorded is None or layout != self._known_layout:
+            self._known_header = read_header(self._inputs[place].path)
+            self._known_layout = layout
+            return self._known_header
+        return replace(self._known_header, nimg=recorded[0], ema_std=recorded[1])
+
     def _reader(self, place: int) -> Reader:
         if place in self._readers:
             return self._readers[place]
@@ -107,13 +124,28 @@ class InputFiles:
         return snapshot.net.state_dict().__getitem__
 
 
-def _map(path: str) -> Reader | None:
-    """The tensors of a .safetensors file, each a view of the mapped file; None for other files."""
+def _map(path: str) -> Any:
+    """A .safetensors file, whose tensors are views of the mapped file; None for other files."""
     try:
-        reader: Reader = safe_open(path, framework="pt").get_tensor
+        return safe_open(path, framework="pt")
     except (SafetensorError, OSError):
         return None  # `load_snapshot` and `read_header` say what is wrong, if it is no pickle either
-    return reader
+
+
+def _layout(file: Any) -> tuple[Any, tuple[int | None, float | None] | None]:
+    """What all files of one network have in common, as it stands in the header; and time and length, if in order."""
+    metadata = file.metadata() or {}
+    parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+    layout = (
+        [metadata.get(key) for key in ("format", "format_version", "network", "encoder")],
+        [(name, part.get_dtype(), part.get_shape()) for name, part in parts.items()],
+    )
+    try:
+        nimg, ema_std = (json.loads(metadata.get(key, "null")) for key in ("nimg", "ema_std"))
+    except (ValueError, RecursionError):
+        return layout, None
+    plain = type(nimg) in (int, type(None)) and type(ema_std) in (int, float, type(None))
+    return layout, (nimg, ema_std) if plain else None
 
 
 def _size(path: str) -> int:
