@@ -187,7 +187,8 @@ def gen(num: int, seed: int, repeat: int, batch: int, **options: Any) -> None:
 
     def facts() -> dict[str, Any]:
         files = {"net": report.described_file(request.net), "gnets": [report.described_file(g) for g in request.gnets]}
-        return files | {"sampler": request.sampler_kwargs(), "seed": seed, "batch": batch}
+        seeds = [f"{start}-{start + num - 1}" for start in range(seed, seed + num * repeat, num)]
+        return files | {"sampler": request.sampler_kwargs(), "seeds": seeds, "batch": batch}
 
     _measure("gen", sets, facts, num_images=num, wanted=num, **rest)
 

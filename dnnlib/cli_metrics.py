@@ -23,7 +23,8 @@ workers_option = click.option(
 _MEASURING = (
     click.option("--ref", metavar="PATH|URL", help="Reference statistics: .pkl, .npz or .safetensors"),
     metrics_option,
-    click.option("--num", type=NIMG, default=50000, show_default=True, help="Images to measure"),
+    # Some versions of torchrun take --num for an abbreviation of options of their own, even behind the script's name.
+    click.option("--num", "--num-images", "num", type=NIMG, default=50000, show_default=True, help="Images to measure"),
     click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="What chooses the images"),
     click.option("--repeat", type=COUNT, default=1, show_default=True, help="Measure so many disjoint sets of images"),
     click.option(
