@@ -9,6 +9,7 @@ import pytest
 import dataset_tool
 import generate_images
 import reconstruct_phema
+import toy_example
 import train_edm2
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -17,6 +18,7 @@ PAGES = {
     "generate-help.txt": ("generate_images.py", generate_images.cmdline),
     "dataset-help.txt": ("dataset_tool.py", dataset_tool.cmdline),
     "phema-help.txt": ("reconstruct_phema.py", reconstruct_phema.cmdline),
+    "toy-help.txt": ("toy_example.py", toy_example.cmdline),
 }
 
 

@@ -1,0 +1,182 @@
+"""The toy example's figure: what guidance does to samples, densities and trajectories (Figures 1 and 2 of the paper).
+
+Computing (`compare`) and drawing (`draw_comparison`, `draw_progress`) are apart; the caller brings matplotlib's Figure.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from training.toy import Mixture, gt
+from training.toy_model import ToyModel
+from training.toy_sample import Density, Fidelity, density_threshold, do_sample, fidelity, thin
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """A square part of the plane."""
+
+    centre: tuple[float, float]
+    half_size: float
+
+    def extent(self) -> tuple[float, float, float, float]:
+        """Left, right, bottom, top."""
+        (x, y), half = self.centre, self.half_size
+        return x - half, x + half, y - half, y + half
+
+    def grid(self, num: int, device: torch.device) -> torch.Tensor:
+        """Points [num, num, 2], one in the middle of each cell, rows from bottom to top."""
+        steps = ((torch.arange(num, device=device) + 0.5) / num * 2 - 1) * self.half_size
+        y, x = torch.meshgrid(steps + self.centre[1], steps + self.centre[0], indexing="ij")
+        return torch.stack([x, y], dim=2)
+
+
+WIDE = View(centre=(0.30, 0.30), half_size=1.2)
+CLOSE_UP = View(centre=(0.45, 1.22), half_size=0.3)
+
+_SIGMA_WIDE = 5.0  # noise level that the samples start from
+_SIGMA_CLOSE = 0.03  # and that of the densities and the trajectories in the close-up
+_NUM_WIDE = 16384
+_NUM_CLOSE = 4096
+_SPACING = 0.045  # between the starting points of trajectories
+_NUM_CELLS = 200  # per side of a density's picture
+_NUM_ARROWS = 20  # per side
+
+_COLOUR_A, _COLOUR_B, _COLOUR_PATH = "#c05010", "#808080", "#2040a0"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Sampling without and with guidance, all from the same starting points."""
+
+    truth: Mixture
+    net: Density
+    gnet: Density
+    guidance: float
+    samples: dict[str, torch.Tensor]  # [N, 2] each, by 'true', 'unguided' and 'guided'
+    trajectories: dict[str, torch.Tensor]  # [S + 1, N, 2] each, by 'unguided' and 'guided', in the close-up
+    fidelity: dict[str, Fidelity]  # of the samples, by the same names
+
+
+def compare(
+    net: Density, gnet: Density, guidance: float = 3, *, device: torch.device | str = "cpu", seed: int = 1
+) -> Comparison:
+    """Sample class A from the network alone and guided by `gnet`. `seed` draws the starting points."""
+    truth = gt("A", device)
+    generator = torch.Generator(truth.device).manual_seed(seed)
+    wide = truth.sample(_NUM_WIDE, _SIGMA_WIDE, generator)
+    close = thin(truth.sample(_NUM_CLOSE, _SIGMA_CLOSE, generator), _SPACING)
+    samples = {"true": truth.sample(_NUM_WIDE, generator=generator)}
+    trajectories = {}
+    for name, strength in (("unguided", 1.0), ("guided", guidance)):
+        samples[name] = do_sample(net, wide, gnet, strength, sigma_max=_SIGMA_WIDE)[-1]
+        trajectories[name] = do_sample(net, close, gnet, strength, sigma_max=_SIGMA_CLOSE)
+    threshold = density_threshold(truth)
+    return Comparison(
+        truth=truth,
+        net=net,
+        gnet=gnet,
+        guidance=guidance,
+        samples=samples,
+        trajectories=trajectories,
+        fidelity={name: fidelity(truth, points, threshold) for name, points in samples.items()},
+    )
+
+
+def draw_comparison(figure: Any, result: Comparison) -> None:
+    """Draw the eight panels on `figure`, a matplotlib Figure of about 2:1."""
+    axes = figure.subplots(2, 4)
+    titles = {"true": "True distribution", "unguided": "Without guidance", "guided": f"Guidance {result.guidance:g}"}
+    for ax, (name, title) in zip(axes[0, :3], titles.items(), strict=True):
+        share = f", {result.fidelity[name].off_tree:.1%} off the tree" if name != "true" else ""
+        _prepare(ax, WIDE, f"{title}{share}")
+        for classes, colour in (("B", _COLOUR_B), ("A", _COLOUR_A)):
+            _outline(ax, gt(classes, result.truth.device), WIDE, colour)
+        _dots(ax, result.samples[name])
+    for row, name in enumerate(("unguided", "guided")):
+        ax = axes[row, 3]
+        _prepare(ax, CLOSE_UP, f"Trajectories, {titles[name][0].lower()}{titles[name][1:]}")
+        _outline(ax, result.truth, CLOSE_UP, _COLOUR_A)
+        _paths(ax, result.trajectories[name])
+    for ax, density, title in ((axes[1, 0], result.net, "Main network"), (axes[1, 1], result.gnet, "Guiding network")):
+        _prepare(ax, CLOSE_UP, f"{title}: density and score")
+        _density(ax, density)
+    _prepare(axes[1, 2], CLOSE_UP, "Their ratio and score difference")
+    _ratio(axes[1, 2], result.net, result.gnet)
+    figure.tight_layout()
+
+
+def draw_progress(figure: Any, truth: Mixture, net: ToyModel, title: str) -> None:
+    """Draw the true density and score, and those that a network has learned so far."""
+    figure.clear()
+    shown: list[tuple[str, Density]] = [("True", truth), (title, net)]
+    for ax, (name, density) in zip(figure.subplots(1, 2), shown, strict=True):
+        _prepare(ax, WIDE, f"{name}: density and score")
+        _density(ax, density, WIDE)
+    figure.tight_layout()
+
+
+def _prepare(ax: Any, view: View, title: str) -> None:
+    left, right, bottom, top = view.extent()
+    ax.set(xlim=(left, right), ylim=(bottom, top), aspect="equal", xticks=[], yticks=[])
+    ax.set_title(title, fontsize=10)
+
+
+def _outline(ax: Any, truth: Mixture, view: View, colour: str) -> None:
+    """Where the true distribution has most of its mass, as a pale area."""
+    points = view.grid(_NUM_CELLS, truth.device)
+    logp = truth.logp(points, view.half_size / 100)
+    x, y = points.cpu().unbind(2)
+    # A point of the trunk has a density of about e; the tips have about a thousandth of it.
+    levels = [float(logp.max()) - 5.5, float(logp.max()) + 1]
+    ax.contourf(x.numpy(), y.numpy(), logp.cpu().numpy(), levels=levels, colors=[colour], alpha=0.25)
+
+
+def _dots(ax: Any, points: torch.Tensor) -> None:
+    ax.plot(*points.cpu().numpy().T, ".", markersize=1, color="black", markeredgewidth=0)
+
+
+def _paths(ax: Any, trajectories: torch.Tensor) -> None:
+    paths = trajectories.cpu().numpy()
+    ax.plot(paths[..., 0], paths[..., 1], linewidth=0.6, color=_COLOUR_PATH)
+    ax.plot(*paths[-1].T, ".", markersize=3, color="black")
+
+
+def _density(ax: Any, density: Density, view: View = CLOSE_UP) -> None:
+    """The density, relative to its largest value in the view, with arrows along the score."""
+    device = _device_of(density)
+    with torch.no_grad():
+        logp = density.logp(view.grid(_NUM_CELLS, device), _SIGMA_CLOSE)
+        _picture(ax, (logp - logp.max()).exp(), view, cmap="Oranges", vmin=0, vmax=1)
+        _arrows(ax, view, lambda points: density.score(points, _SIGMA_CLOSE), device)
+
+
+def _ratio(ax: Any, net: Density, gnet: Density) -> None:
+    """Logarithm of the ratio of the two densities, with arrows along its gradient."""
+    device = _device_of(net)
+    with torch.no_grad():
+        points = CLOSE_UP.grid(_NUM_CELLS, device)
+        ratio = net.logp(points, _SIGMA_CLOSE) - gnet.logp(points, _SIGMA_CLOSE)
+        ratio = ratio - ratio.median()  # both are known up to a constant
+        limit = float(ratio.abs().quantile(0.98))
+        _picture(ax, ratio, CLOSE_UP, cmap="RdBu_r", vmin=-limit, vmax=limit)
+        _arrows(ax, CLOSE_UP, lambda p: net.score(p, _SIGMA_CLOSE) - gnet.score(p, _SIGMA_CLOSE), device)
+
+
+def _picture(ax: Any, values: torch.Tensor, view: View, **style: Any) -> None:
+    ax.imshow(values.cpu().numpy(), origin="lower", extent=view.extent(), interpolation="bilinear", **style)
+
+
+def _arrows(ax: Any, view: View, field: Any, device: torch.device) -> None:
+    points = view.grid(_NUM_ARROWS, device)
+    # Shorter where the field is weak, and never longer than a cell.
+    vectors = field(points)
+    length = vectors.norm(dim=2, keepdim=True)
+    vectors = vectors / (length + length.median()) * (2 * view.half_size / _NUM_ARROWS)
+    (x, y), (u, v) = (tensor.cpu().numpy().transpose(2, 0, 1) for tensor in (points, vectors))
+    ax.quiver(x, y, u, v, angles="xy", scale_units="xy", scale=1, width=0.003, color="black", alpha=0.6)
+
+
+def _device_of(density: Any) -> torch.device:
+    return density.device if isinstance(density, Mixture) else next(density.parameters()).device

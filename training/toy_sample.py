@@ -1,0 +1,113 @@
+"""Sampling in the 2-D toy example, and two measures of how well the samples keep to the true distribution.
+
+Shape legend: N points, S sampling steps.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from training.sampler import edm_sampler
+from training.toy import Mixture
+
+THRESHOLD_SHARE = 0.999  # of the true samples that lie at higher density than the threshold
+_THRESHOLD_SAMPLES = 1 << 16
+
+
+class Density(Protocol):
+    """What can be sampled from: a Mixture or a ToyModel."""
+
+    def logp(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
+        """Log density [...] of points [..., 2]."""
+
+    def score(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
+        """Its gradient [..., 2]."""
+
+
+def do_sample(
+    net: Density,
+    x_init: torch.Tensor,
+    gnet: Density | None = None,
+    guidance: float = 1,
+    num_steps: int = 32,
+    sigma_min: float = 0.002,
+    sigma_max: float = 5,
+    rho: float = 7,
+) -> torch.Tensor:
+    """Carry the points `x_init` [N, 2] from noise level `sigma_max` to zero: their trajectories [S + 1, N, 2].
+
+    The last entry has the samples. The denoiser is D = x + sigma**2 score, the solver Heun's. Raises ConfigError for
+    values that cannot work.
+    """
+    starts: dict[float, torch.Tensor] = {}
+    denoise = _denoiser(net)
+
+    def recorded(x: torch.Tensor, sigma: torch.Tensor, labels: None) -> torch.Tensor:
+        # A step's start is evaluated after the trial point that the step before may have put at the same noise level.
+        starts[float(sigma)] = x
+        return denoise(x, sigma, labels)
+
+    with torch.no_grad():
+        samples = edm_sampler(
+            recorded,
+            x_init / sigma_max,
+            gnet=None if gnet is None else _denoiser(gnet),
+            guidance=guidance,
+            num_steps=num_steps,
+            sigma_min=sigma_min,
+            sigma_max=sigma_max,
+            rho=rho,
+            dtype=x_init.dtype,
+        )
+    return torch.stack([*starts.values(), samples])
+
+
+def _denoiser(net: Density) -> Callable[..., torch.Tensor]:
+    def denoise(x: torch.Tensor, sigma: torch.Tensor, labels: None) -> torch.Tensor:
+        return x + sigma.square() * net.score(x, sigma)
+
+    return denoise
+
+
+def thin(points: torch.Tensor, spacing: float) -> torch.Tensor:
+    """The points [N, 2] without those that lie closer than `spacing` to one kept before."""
+    kept = points[:0]
+    for point in points:
+        if not len(kept) or bool((kept - point).square().sum(1).min() >= spacing**2):
+            kept = torch.cat([kept, point[None]])
+    return kept
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fidelity:
+    """How well samples keep to the true distribution; all numbers are shares from 0 to 1."""
+
+    off_tree: float  # of samples, at a lower true density than all but 0.1 % of the true samples
+    components: float  # of mixture components, hit by at least one sample on the tree
+    branches: float  # of branches, likewise
+
+
+def density_threshold(truth: Mixture) -> float:
+    """The log density, without noise, that `THRESHOLD_SHARE` of the true samples exceed."""
+    generator = torch.Generator(truth.device).manual_seed(0)
+    logp = truth.logp(truth.sample(_THRESHOLD_SAMPLES, generator=generator))
+    return float(logp.sort().values[round(_THRESHOLD_SAMPLES * (1 - THRESHOLD_SHARE))])
+
+
+def fidelity(truth: Mixture, samples: torch.Tensor, threshold: float | None = None) -> Fidelity:
+    """Measure `samples` [N, 2]. A sample hits the component that most likely made it, unless it is off the tree.
+
+    `threshold` is `density_threshold(truth)`, for callers that need it several times.
+    """
+    threshold = density_threshold(truth) if threshold is None else threshold
+    on_tree = truth.logp(samples) >= threshold
+    hit = truth.component(samples[on_tree]).unique()
+    num_components = len(truth.phi)
+    branches = (hit // (num_components // truth.num_branches)).unique()
+    return Fidelity(
+        off_tree=1 - float(on_tree.double().mean()),
+        components=len(hit) / num_components,
+        branches=len(branches) / truth.num_branches,
+    )

@@ -1,0 +1,110 @@
+"""Training of the toy networks: regression to the true score of noisy points (arXiv 2406.02507, Appendix C)."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dnnlib.errors import ConfigError
+from dnnlib.folders import make_folder
+from training.phema import PowerFunctionEMA
+from training.toy import gt
+from training.toy_files import save_toy_model
+from training.toy_model import ToyModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyConfig:
+    """What is trained, and how. Raises ConfigError for values that cannot work."""
+
+    classes: str = "A"
+    num_layers: int = 4
+    hidden_dim: int = 64
+    num_iters: int = 4096
+    batch: int = 4096
+    lr: float = 0.01
+    lr_decay: int = 512  # iterations before the learning rate falls, with the inverse square root
+    P_mean: float = -2.3  # of ln(sigma)
+    P_std: float = 1.5
+    ema_std: float = 0.010  # relative length of the average
+    snapshot: int = 256  # iterations between files
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "hidden_dim", "num_iters", "batch", "lr_decay", "snapshot"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} trains no toy network; it must be 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyStep:
+    """One iteration is done."""
+
+    iteration: int  # how many are done
+    loss: torch.Tensor  # scalar; reading it waits for the device
+    net: ToyModel | None  # the average, where it is time for a file
+    path: Path | None  # that file
+
+
+class ToyRun:
+    """One training run: as many ToySteps as there are iterations. `outdir` None writes no files."""
+
+    def __init__(
+        self,
+        config: ToyConfig,
+        outdir: Path | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        suffix: str = ".pkl",
+    ) -> None:
+        self.config = config
+        self.outdir = outdir
+        self.device = torch.device(device)
+        self.truth = gt(config.classes, self.device)
+        self._suffix = suffix
+
+    def __len__(self) -> int:
+        return self.config.num_iters
+
+    def __iter__(self) -> Iterator[ToyStep]:
+        config = self.config
+        if self.outdir is not None:
+            make_folder(self.outdir)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            net = ToyModel(num_layers=config.num_layers, hidden_dim=config.hidden_dim).to(self.device).train()
+        generator = torch.Generator(self.device).manual_seed(config.seed)
+        ema = PowerFunctionEMA(net, stds=[config.ema_std])
+        optimizer = torch.optim.Adam(net.parameters(), betas=(0.9, 0.99))
+        for index in range(config.num_iters):
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr / math.sqrt(max(index / config.lr_decay, 1))
+            loss = self._loss(net, generator)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            ema.update(index + 1, 1)
+            average: Any = None
+            if (index + 1) % config.snapshot == 0 or index + 1 == config.num_iters:
+                ((average, _),) = ema.get()
+            path = None if average is None else self._save(average, index + 1)
+            yield ToyStep(iteration=index + 1, loss=loss.detach(), net=average, path=path)
+
+    def _loss(self, net: ToyModel, generator: torch.Generator) -> torch.Tensor:
+        """Mean of sigma**2 times the mean square error of the score, over noisy points of the true distribution."""
+        config = self.config
+        normal = torch.randn([config.batch], device=self.device, generator=generator)
+        sigma = (config.P_mean + config.P_std * normal).exp()
+        x = self.truth.sample([config.batch], sigma, generator)
+        error = (net.score(x, sigma) - self.truth.score(x, sigma)).square().mean(-1)
+        return (sigma.square() * error).mean()
+
+    def _save(self, net: ToyModel, iteration: int) -> Path | None:
+        if self.outdir is None:
+            return None
+        path = self.outdir / f"iter{iteration:04d}{self._suffix}"
+        save_toy_model(net, path, info=asdict(self.config) | {"iteration": iteration})
+        return path
