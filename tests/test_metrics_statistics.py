@@ -97,7 +97,10 @@ def test_the_pass_gives_the_statistics_of_all_images_and_their_features_in_order
     features = StandInDetector()(everything).numpy()
     assert stats["num_images"] == 50 and np.array_equal(stats["features"]["inception"], features)
     np.testing.assert_allclose(stats["fid"]["sigma"], np.cov(features.astype(np.float64), rowvar=False), rtol=1e-9)
-    assert stats["sfid"]["mu"].shape == (7,) and stats["logits"]["inception"].shape == (50, 20)
+    spatial = StandInDetector().outputs(everything).spatial.double().numpy()
+    np.testing.assert_allclose(stats["sfid"]["sigma"], np.cov(spatial, rowvar=False), rtol=1e-9)
+    np.testing.assert_allclose(stats["sfid"]["mu"], spatial.mean(0), rtol=1e-12)
+    assert stats["logits"]["inception"].shape == (50, 20)
 
 
 @pytest.mark.parametrize("batch", [1, 7, 49])

@@ -106,5 +106,5 @@ def _tiles(a: _Points, b: _Points, tile: int) -> Iterator[tuple[slice, slice, to
             norms = first_norms + second.square().sum(1)
             squared = torch.addmm(norms, first, second.T, alpha=-2)
             # Copies are at distance 0, and not at what rounding leaves of the norms.
-            squared[squared < 1e-12 * norms] = 0
+            squared.masked_fill_(squared < norms.mul_(1e-12), 0)
             yield rows, columns, squared
