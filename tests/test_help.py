@@ -6,6 +6,7 @@ import click
 import click.testing
 import pytest
 
+import calculate_metrics
 import dataset_tool
 import generate_images
 import reconstruct_phema
@@ -18,6 +19,7 @@ PAGES = {
     "generate-help.txt": ("generate_images.py", generate_images.cmdline),
     "dataset-help.txt": ("dataset_tool.py", dataset_tool.cmdline),
     "phema-help.txt": ("reconstruct_phema.py", reconstruct_phema.cmdline),
+    "metrics-help.txt": ("calculate_metrics.py", calculate_metrics.cmdline),
     "toy-help.txt": ("toy_example.py", toy_example.cmdline),
 }
 
