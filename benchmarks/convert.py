@@ -3,7 +3,7 @@
 Makes JPEGs of 500x375 in a temporary folder, converts them with one worker and with two in turns, checks that both
 write the same bytes, and prints the medians and their ratio. Needs two free cores.
 
-    python benchmarks/convert.py --images=1500
+    python benchmarks/convert.py --images=5000
 """
 
 import datetime
@@ -33,7 +33,7 @@ def make_photographs(folder: Path, count: int) -> None:
     smooth = np.asarray(canvas.filter(PIL.ImageFilter.GaussianBlur(3)), dtype=np.float32)
     canvas = PIL.Image.fromarray(((smooth - 128) * 6 + 128).clip(0, 255).astype(np.uint8))
     for i in range(count):
-        left, top = rng.integers(0, 400), rng.integers(0, 500)
+        left, top = int(rng.integers(400)), int(rng.integers(500))
         path = folder / f"{i % NUM_CLASSES}" / f"{i:05d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         canvas.crop((left, top, left + 500, top + 375)).save(path, quality=90)
@@ -59,7 +59,7 @@ def convert(source: Path, dest: Path, size: int, workers: int) -> float:
 
 
 @click.command()
-@click.option("--images", type=click.IntRange(min=100), default=1500, show_default=True)
+@click.option("--images", type=click.IntRange(min=100), default=5000, show_default=True)
 @click.option("--size", type=click.IntRange(min=8), default=64, show_default=True, help="Of the results")
 @click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True)
 def benchmark(images: int, size: int, repeats: int) -> None:
