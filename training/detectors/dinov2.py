@@ -54,6 +54,7 @@ class DINOv2Detector(Detector):
     """
 
     name: ClassVar[str] = "dinov2"
+    group_cpu: ClassVar[int] = 2
 
     def __init__(self, resize_mode: str = "torch", weights: str | Path | None = None) -> None:
         if resize_mode not in RESIZE_MODES:

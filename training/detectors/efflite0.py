@@ -135,7 +135,7 @@ class EfficientNetLite0Detector(Detector):
     def __init__(self, weights: str | Path | None = None) -> None:
         path = _locate(weights)
         published = is_published(path, DIGEST)
-        tensors = {_own_name(name): value for name, value in read_tensors(path).items()}
+        tensors = {own_name(name): value for name, value in read_tensors(path).items()}
         net = filled(EfficientNetLite0, tensors, path, "EfficientNet-Lite0")
         fold_batch_norms(net)
         super().__init__(net, HEAD_CHANNELS, path, published)
@@ -156,7 +156,7 @@ _ADVICE = (
 )
 
 
-def _own_name(name: str) -> str:
+def own_name(name: str) -> str:
     """The name here of what the weights file calls `name`; itself where there is none."""
     first, _, rest = name.partition(".")
     if first == "_blocks":
