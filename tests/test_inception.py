@@ -199,7 +199,7 @@ def test_without_a_connection_the_error_says_which_file_from_where_and_where_to_
         raise requests.ConnectionError("no route")
 
     monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr("requests.get", refuse)
+    monkeypatch.setattr("requests.Session.request", refuse)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     assert not InceptionV3Detector.has_weights()
     with pytest.raises(ConfigError) as error:
