@@ -7,6 +7,7 @@ import click.testing
 import pytest
 
 import calculate_metrics
+import count_flops
 import dataset_tool
 import generate_images
 import reconstruct_phema
@@ -20,6 +21,7 @@ PAGES = {
     "dataset-help.txt": ("dataset_tool.py", dataset_tool.cmdline),
     "phema-help.txt": ("reconstruct_phema.py", reconstruct_phema.cmdline),
     "metrics-help.txt": ("calculate_metrics.py", calculate_metrics.cmdline),
+    "flops-help.txt": ("count_flops.py", count_flops.cmdline),
     "toy-help.txt": ("toy_example.py", toy_example.cmdline),
 }
 
