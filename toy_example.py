@@ -206,8 +206,8 @@ def train(outdir: str, layers: int, dim: int, iters: int, device: str, **options
 def plot(net: str | None, gnet: str | None, guidance: float, save: str | None, device: str) -> None:
     """Draw samples, densities and trajectories without and with guidance, and print how well samples keep to the tree.
 
-    A sample is off the tree where the true density is lower than 99.9 percent of the true samples have. The other samples
-    hit the mixture's components and the tree's branches; as many true samples miss a few components too.
+    A sample is off the tree where the true density is lower than 99.9 percent of the true samples have. The others hit
+    the mixture's components and the tree's branches; as many true samples miss a few components too.
 
     \b
     # The published networks: downloaded once and cached

@@ -3,6 +3,7 @@
 Computing (`compare`) and drawing (`draw_comparison`, `draw_progress`) are apart; the caller brings matplotlib's Figure.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +42,7 @@ _NUM_WIDE = 16384
 _NUM_CLOSE = 4096
 _SPACING = 0.045  # between the starting points of trajectories
 _NUM_CELLS = 200  # per side of a density's picture
+_NUM_LEVELS = 16  # of colour in it
 _NUM_ARROWS = 20  # per side
 
 _COLOUR_A, _COLOUR_B, _COLOUR_PATH = "#c05010", "#808080", "#2040a0"
@@ -124,13 +126,14 @@ def _prepare(ax: Any, view: View, title: str) -> None:
 
 
 def _outline(ax: Any, truth: Mixture, view: View, colour: str) -> None:
-    """Where the true distribution has most of its mass, as a pale area."""
+    """The smallest area with 99 % of the true distribution's mass, of the noise level that the view resolves."""
+    sigma = view.half_size / 100
+    generator = torch.Generator(truth.device).manual_seed(0)
+    level = truth.logp(truth.sample(_NUM_CLOSE, sigma, generator), sigma).quantile(0.01)
     points = view.grid(_NUM_CELLS, truth.device)
-    logp = truth.logp(points, view.half_size / 100)
     x, y = points.cpu().unbind(2)
-    # A point of the trunk has a density of about e; the tips have about a thousandth of it.
-    levels = [float(logp.max()) - 5.5, float(logp.max()) + 1]
-    ax.contourf(x.numpy(), y.numpy(), logp.cpu().numpy(), levels=levels, colors=[colour], alpha=0.25)
+    excess = (truth.logp(points, sigma) - level).cpu()
+    ax.contourf(x.numpy(), y.numpy(), excess.numpy(), levels=[0, math.inf], colors=[colour], alpha=0.25)
 
 
 def _dots(ax: Any, points: torch.Tensor) -> None:
@@ -139,8 +142,9 @@ def _dots(ax: Any, points: torch.Tensor) -> None:
 
 def _paths(ax: Any, trajectories: torch.Tensor) -> None:
     paths = trajectories.cpu().numpy()
-    ax.plot(paths[..., 0], paths[..., 1], linewidth=0.6, color=_COLOUR_PATH)
-    ax.plot(*paths[-1].T, ".", markersize=3, color="black")
+    ax.plot(paths[..., 0], paths[..., 1], linewidth=0.8, color=_COLOUR_PATH)
+    ax.plot(*paths[0].T, "o", markersize=2, color=_COLOUR_PATH, markerfacecolor="none", markeredgewidth=0.5)
+    ax.plot(*paths[-1].T, ".", markersize=4, color="black")
 
 
 def _density(ax: Any, density: Density, view: View = CLOSE_UP) -> None:
@@ -148,7 +152,7 @@ def _density(ax: Any, density: Density, view: View = CLOSE_UP) -> None:
     device = _device_of(density)
     with torch.no_grad():
         logp = density.logp(view.grid(_NUM_CELLS, device), _SIGMA_CLOSE)
-        _picture(ax, (logp - logp.max()).exp(), view, cmap="Oranges", vmin=0, vmax=1)
+        _picture(ax, (logp - logp.max()).exp(), view, "Oranges", (0, 1))
         _arrows(ax, view, lambda points: density.score(points, _SIGMA_CLOSE), device)
 
 
@@ -160,12 +164,14 @@ def _ratio(ax: Any, net: Density, gnet: Density) -> None:
         ratio = net.logp(points, _SIGMA_CLOSE) - gnet.logp(points, _SIGMA_CLOSE)
         ratio = ratio - ratio.median()  # both are known up to a constant
         limit = float(ratio.abs().quantile(0.98))
-        _picture(ax, ratio, CLOSE_UP, cmap="RdBu_r", vmin=-limit, vmax=limit)
+        _picture(ax, ratio, CLOSE_UP, "RdBu_r", (-limit, limit))
         _arrows(ax, CLOSE_UP, lambda p: net.score(p, _SIGMA_CLOSE) - gnet.score(p, _SIGMA_CLOSE), device)
 
 
-def _picture(ax: Any, values: torch.Tensor, view: View, **style: Any) -> None:
-    ax.imshow(values.cpu().numpy(), origin="lower", extent=view.extent(), interpolation="bilinear", **style)
+def _picture(ax: Any, values: torch.Tensor, view: View, colours: str, limits: tuple[float, float]) -> None:
+    x, y = view.grid(len(values), torch.device("cpu")).unbind(2)
+    levels = torch.linspace(*limits, _NUM_LEVELS + 1).tolist()
+    ax.contourf(x.numpy(), y.numpy(), values.cpu().numpy(), levels=levels, cmap=colours, extend="both")
 
 
 def _arrows(ax: Any, view: View, field: Any, device: torch.device) -> None:
