@@ -18,6 +18,10 @@ from dnnlib.cli import main
 _BYTES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30}
 
 
+# Processes that share the work finish far apart, and wait for each other at the end alone.
+PATIENCE_HOURS = 48
+
+
 class _ResolutionType(click.ParamType):
     name = "WxH"
 
@@ -105,7 +109,7 @@ def convert(workers: int | None, **options: Any) -> None:
     # So that `kill`, and torchrun when another process fails, leave no unfinished files behind.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     request = ConvertOptions(**options, workers=workers or default_workers())
-    world = distributed.init("cpu")
+    world = distributed.init("cpu", patience_hours=PATIENCE_HOURS)
     try:
         conversion = Conversion(request, world)
         left_out, num_unreadable = 0, 0
@@ -249,7 +253,7 @@ def run_transcoding(
     encoder = make_encoder(dataset, batch)
     if grid is not None:
         require_sheet(grid)
-    world = distributed.init(device)
+    world = distributed.init(device, patience_hours=PATIENCE_HOURS)
     try:
         work = transcode.Transcoding(
             dataset, dest, encoder, source_path=source, world=world, num_shards=shards, **options

@@ -66,13 +66,8 @@ def convert(source: Path, dest: Path, size: int, workers: int) -> float:
     return time.perf_counter() - start
 
 
-@click.command()
-@click.option("--images", type=click.IntRange(min=100), default=2000, show_default=True)
-@click.option("--width", type=click.IntRange(min=8), default=1000, show_default=True, help="Of the JPEGs")
-@click.option("--size", type=click.IntRange(min=8), default=256, show_default=True, help="Of the results")
-@click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True)
-def benchmark(images: int, width: int, size: int, repeats: int) -> None:
-    """Compare one worker with two."""
+def compare(images: int, width: int, size: int, repeats: int) -> None:
+    """Convert with one worker and with two in turns, and print the rates and their ratio."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_photographs(folder / "source", images, width)
@@ -83,12 +78,30 @@ def benchmark(images: int, width: int, size: int, repeats: int) -> None:
                 times.append(convert(folder / "source", folder / f"{workers}.zip", size, workers))
         assert (folder / "1.zip").read_bytes() == (folder / "2.zip").read_bytes()
     one, two = (statistics.median(times) for times in seconds.values())
-    click.echo(f"1 worker:  {images / one:6.0f} images/s")
-    click.echo(f"2 workers: {images / two:6.0f} images/s")
     work = f"{images} JPEGs of {width}x{width * 3 // 4} to {size}x{size}"
-    click.echo(f"ratio: {one / two:.2f}, {work}, median of {repeats}, same bytes")
-    versions = f"Python {platform.python_version()}, NumPy {np.__version__}, Pillow {PIL.__version__}"
-    click.echo(f"{datetime.date.today()}, {platform.machine()}, {versions}")
+    print(
+        f"convert {work}: 1 worker {images / one:.0f}/s, 2 workers {images / two:.0f}/s, ratio {one / two:.2f}x, "
+        f"median of {repeats}, same bytes"
+    )
+
+
+def versions() -> str:
+    """What the figures were measured with."""
+    return (
+        f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
+        f"NumPy {np.__version__}, Pillow {PIL.__version__}"
+    )
+
+
+@click.command()
+@click.option("--images", type=click.IntRange(min=100), default=2000, show_default=True)
+@click.option("--width", type=click.IntRange(min=8), default=1000, show_default=True, help="Of the JPEGs")
+@click.option("--size", type=click.IntRange(min=8), default=256, show_default=True, help="Of the results")
+@click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True)
+def benchmark(images: int, width: int, size: int, repeats: int) -> None:
+    """Compare one worker with two."""
+    compare(images, width, size, repeats)
+    print(versions())
 
 
 if __name__ == "__main__":

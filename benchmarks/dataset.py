@@ -1,26 +1,30 @@
-"""How fast a data set is read, against a reader that calls zipfile for each item and copies.
+"""Data sets: how fast they are read and made.
 
-`python -m benchmarks.dataset` prints the items a second of both in one process and one thread, their ratio, and the
-batches a second of a loader with two workers. The items of both are compared first. The archives are made in a
-temporary folder.
+    python benchmarks/dataset.py
+
+prints the items a second of a reader that calls zipfile for each item and copies, and of ours, in one process and one
+thread, with the batches a second of a loader with two workers; the items of both are compared first. Then the rates of
+`dataset_tool.py convert` with one worker and with two. Everything is made in a temporary folder. Needs two free cores.
 """
 
-import datetime
 import io
-import platform
+import sys
 import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import click
 import numpy as np
 import PIL.Image
-import torch
 
-from training.dataset import BatchReader, ImageFolderDataset
-from training.dataset_png import encode_plain_png
+from benchmarks import convert
+
+# Worker processes import this file when they start. What needs torch is imported by the functions.
 
 BATCH = 32
 
@@ -77,8 +81,12 @@ def items_per_sec(read: Callable[[range], np.ndarray], num_items: int) -> float:
     return num_items / (time.perf_counter() - start)
 
 
-def loader_batches_per_sec(dataset: ImageFolderDataset, num_workers: int) -> float:
+def loader_batches_per_sec(dataset: Any, num_workers: int) -> float:
     """Batches of a DataLoader, its workers' start left out."""
+    import torch
+
+    from training.dataset import BatchReader
+
     order = [list(range(i, i + BATCH)) for i in range(0, len(dataset) - BATCH + 1, BATCH)] * 4
     loader = torch.utils.data.DataLoader(
         BatchReader(dataset),
@@ -98,6 +106,8 @@ def loader_batches_per_sec(dataset: ImageFolderDataset, num_workers: int) -> flo
 
 def measure(label: str, path: Path, repeats: int) -> None:
     """Print a line of the table."""
+    from training.dataset import ImageFolderDataset
+
     dataset = ImageFolderDataset(path)
     num_items = len(dataset)
     ours: Callable[[range], np.ndarray] = lambda indices: dataset.read_batch(indices)[0]  # noqa: E731
@@ -117,19 +127,21 @@ def measure(label: str, path: Path, repeats: int) -> None:
 
 @click.command()
 @click.option("--items", default=2000, show_default=True, help="Items of the small kinds; a quarter of the large one")
+@click.option("--images", default=2000, show_default=True, help="Pictures to convert; 0 = leave this out")
 @click.option("--repeats", default=5, show_default=True, help="Times that both ways take turns; medians are printed")
-def main(items: int, repeats: int) -> None:
-    """Compare the two readers on latents and on PNGs of two sizes, as dataset_tool.py and as Pillow writes them."""
+def main(items: int, images: int, repeats: int) -> None:
+    """Compare readers on latents and on PNGs, as dataset_tool.py and as Pillow writes them; then convert."""
+    import torch
+
+    from training.dataset import ImageFolderDataset
+    from training.dataset_png import encode_plain_png
+
     torch.set_num_threads(1)
-    print(f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, {datetime.date.today()}")
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         latents = Path(folder, "latents.zip")
-        write_archive(
-            latents,
-            ".npy",
-            (npy_bytes(rng.standard_normal((8, 64, 64), dtype=np.float32)) for _ in range(items)),
-        )
+        arrays = (rng.standard_normal((8, 64, 64), dtype=np.float32) for _ in range(items))
+        write_archive(latents, ".npy", map(npy_bytes, arrays))
         measure("latents 8x64x64", latents, repeats)
         for size, count in ((64, items), (256, items // 4)):
             for label, encode in (("unfiltered", encode_plain_png), ("as Pillow writes", pillow_png)):
@@ -141,6 +153,9 @@ def main(items: int, repeats: int) -> None:
         start = time.perf_counter()
         ImageFolderDataset(many)
         print(f"opening a ZIP of 20,000 items: {time.perf_counter() - start:.2f} s")
+    if images:
+        convert.compare(images, 1000, 256, 3)
+    print(f"{convert.versions()}, PyTorch {torch.__version__}")
 
 
 if __name__ == "__main__":

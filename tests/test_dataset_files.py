@@ -108,6 +108,15 @@ def test_unusual_compression_is_named(tmp_path, method):
         ImageFolderDataset(path)
 
 
+def test_a_bomb_is_refused_by_its_size(tmp_path):
+    path = write_zip(tmp_path / "a.zip", {"a.png": bytes(100)}, compression=zipfile.ZIP_DEFLATED)
+    data = path.read_bytes()
+    entry = data.index(b"PK\1\2")  # in the central directory: the unpacked size
+    path.write_bytes(data[: entry + 24] + (2**31).to_bytes(4, "little") + data[entry + 28 :])
+    with pytest.raises(ConfigError, match=r"a\.png cannot be read: it claims 2147483648 bytes unpacked"):
+        ImageFolderDataset(path)
+
+
 def test_a_file_cut_off_after_its_index_was_read(tmp_path):
     path = write_zip(tmp_path / "a.zip", {f"{i}.npy": npy(item) for i, item in enumerate(latents(8))})
     dataset = ImageFolderDataset(path)

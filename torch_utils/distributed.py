@@ -4,6 +4,7 @@ One process on a CPU is the normal case; under torchrun, or any launcher that se
 same code runs over NCCL on GPUs and over gloo elsewhere.
 """
 
+import datetime
 import os
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -78,10 +79,11 @@ def resolve_device(name: str | None = None) -> torch.device:
     return device
 
 
-def init(device: str | None = None) -> World:
+def init(device: str | None = None, *, patience_hours: float = 0.5) -> World:
     """Join the run that torchrun's environment variables describe; without them, be the only process.
 
-    `device` as in `resolve_device`. Call `close` on the result before the program ends.
+    `device` as in `resolve_device`. A process that waits for the others longer than `patience_hours` gives up: they
+    have failed, or were dealt much more work. Call `close` on the result before the program ends.
     """
     resolved = resolve_device(device)
     if resolved.type == "cuda":
@@ -90,5 +92,6 @@ def init(device: str | None = None) -> World:
     if size == 1:
         return World(device=resolved)
     if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if resolved.type == "cuda" else "gloo")
+        backend = "nccl" if resolved.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(backend, timeout=datetime.timedelta(hours=patience_hours))
     return World(rank=torch.distributed.get_rank(), size=torch.distributed.get_world_size(), device=resolved)

@@ -21,6 +21,7 @@ from training.dataset_index import STORED, NameTable, one_line, read_index
 __all__ = ["Files", "FolderFiles", "ShardedFiles", "ZipFiles", "one_line", "open_files"]
 
 _DEFLATED = 8
+_MAX_UNPACKED_BYTES = 1 << 30  # of one entry that is compressed
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, ..., lengths of the name and of the extra field
 
 
@@ -123,8 +124,11 @@ class ZipFiles:
     def _unpack(self, row: int, data: memoryview | bytes) -> bytes:
         if self._index.methods[row] != _DEFLATED:
             raise self._damaged(row, "it is encrypted, or compressed in an unusual way; store entries uncompressed")
+        unpacked_size = int(self._index.sizes[row])
+        if unpacked_size > _MAX_UNPACKED_BYTES:
+            raise self._damaged(row, f"it claims {unpacked_size} bytes unpacked, more than any picture has")
         try:
-            return zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, int(self._index.sizes[row]) + 1)
+            return zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, unpacked_size + 1)
         except zlib.error as error:
             raise self._damaged(row, one_line(error)) from None
 

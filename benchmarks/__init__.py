@@ -1,0 +1,1 @@
+"""Comparisons of two ways in one run, with the ratio printed; none of them is a test."""
