@@ -163,7 +163,7 @@ def _ratio(ax: Any, net: Density, gnet: Density) -> None:
         points = CLOSE_UP.grid(_NUM_CELLS, device)
         ratio = net.logp(points, _SIGMA_CLOSE) - gnet.logp(points, _SIGMA_CLOSE)
         ratio = ratio - ratio.median()  # both are known up to a constant
-    XX
+        limit = max(float(ratio.abs().quantile(0.98)), 1e-6)  # a network and itself have no contours
         _picture(ax, ratio, CLOSE_UP, "RdBu_r", (-limit, limit))
         _arrows(ax, CLOSE_UP, lambda p: net.score(p, _SIGMA_CLOSE) - gnet.score(p, _SIGMA_CLOSE), device)
 
