@@ -158,7 +158,7 @@ def inspect(path: Path, grid: Path | None, json_file: Path | None) -> None:
     if grid is not None:
         write_sheet(grid, inspection.sample(), num_columns=8)
     if not report.accepted:
-        raise click.exceptions.Exit(1)
+        sys.exit(1)  # click would make a return value of it
 
 
 _TRANSCODE_OPTIONS = [

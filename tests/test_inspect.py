@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 import dataset_tool
+from dnnlib.cli import main
 from training.conversion.inspect import Inspection, describe
 from training.dataset import ImageFolderDataset
 
@@ -100,7 +101,7 @@ def test_a_damaged_entry_of_an_archive(sound):
         data[archive.getinfo("3.png").header_offset + 30 + 5 + 60] ^= 255
     sound.write_bytes(data)
     report = inspected(sound)
-    assert report.damaged == ["3.png: cannot be read: its checksum does not fit"] and not report.accepted
+    assert report.damaged == ["3.png: its checksum does not fit"] and not report.accepted
 
 
 @pytest.mark.parametrize(("scale", "told"), [(1.0, False), (3.0, True)])
@@ -127,6 +128,31 @@ def test_many_classes_are_summed_up(tmp_path):
     assert "30 classes, by how many images they have" in describe(
         inspected(write(tmp_path / "a.zip", {**files, "dataset.json": labels}))
     )
+
+
+@pytest.mark.parametrize("name", ["../a.png", "/a.png", "x/../../a.png"])
+def test_names_that_lead_out_of_the_archive(sound, name):
+    with zipfile.ZipFile(sound, "a") as archive:
+        archive.writestr(name, picture())
+    report = inspected(sound)
+    assert not report.accepted and any("leads out of its folder" in text for text in report.problems)
+
+
+def test_what_only_opening_shows(tmp_path):
+    for i in range(2):
+        files = {f"{i}.png": picture(), "dataset.json": {"labels": [[f"{i}.png", 0]], "shard": [i, 3]}}
+        write(tmp_path / f"a-{i:05d}.zip", files)
+    report = inspected(tmp_path / "a.zip")
+    assert not report.accepted and "2 of 3 shards" in report.problems[0]
+
+
+def test_the_exit_code_as_a_shell_sees_it(sound, tmp_path):
+    bad = write(tmp_path / "bad.zip", {"a.png": b"?"})
+    for path, code in [(sound, 0), (bad, 1), (tmp_path / "no.zip", 2)]:
+        with pytest.raises(SystemExit) as end:
+            main(dataset_tool.cmdline, ["inspect", str(path)])
+            raise SystemExit(0)
+        assert end.value.code == code
 
 
 def test_the_command_says_by_its_exit_code(sound, tmp_path):

@@ -15,9 +15,15 @@ import numpy as np
 import torch.utils.data
 
 from dnnlib.errors import ConfigError
-from training.dataset_files import Files, one_line, open_files
+from training.dataset_files import Files, FolderFiles, one_line, open_files
 from training.dataset_items import CONVERT_HINT, ItemDecoder, is_item, is_latents
-from training.dataset_labels import LABELS_FILE, labels_array, read_file_labels, require_all_shards
+from training.dataset_labels import (
+    LABELS_FILE,
+    labels_array,
+    read_file_labels,
+    require_all_shards,
+    require_inside,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,7 +236,10 @@ class BatchReader(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]):
 
 
 def _item_rows(files: Files) -> np.ndarray:
-    """Rows of the images or latents among the files, int64; ConfigError when there are none, or both."""
+    """Rows of the images or latents among the files, int64; ConfigError when there are none, or both, or where a name
+    in an archive leads out of it."""
+    if not isinstance(files, FolderFiles):
+        require_inside(files.names, str(files.path))
     rows = [row for row, name in enumerate(files.names) if is_item(name)]
     if not rows:
         raise ConfigError(f"data set {files.path} holds no images; it has {len(files.names)} other files")

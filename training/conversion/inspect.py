@@ -19,9 +19,9 @@ import numpy as np
 from dnnlib.errors import ConfigError
 from training.conversion.transforms import require_trainable_size
 from training.dataset import ImageFolderDataset
-from training.dataset_files import Files, open_files
+from training.dataset_files import Files, FolderFiles, open_files
 from training.dataset_items import ItemDecoder, Shape, is_item, is_latents
-from training.dataset_labels import Label, read_file_labels
+from training.dataset_labels import Label, read_file_labels, require_inside
 from training.encoders import StabilityVAEEncoder
 from training.latents import LatentStatistics, encoder_of
 
@@ -88,6 +88,11 @@ class Inspection:
                 f"{num_latents} .npy files and {len(self._rows) - num_latents} pictures are mixed;"
                 " move one kind to a data set of its own"
             )
+        if not isinstance(self._files, FolderFiles):
+            try:
+                require_inside(self._files.names, str(path))
+            except ConfigError as error:
+                self.report.problems.append(str(error))
         self._by_shape: dict[Shape, list[int]] = defaultdict(list)
 
     def __len__(self) -> int:
@@ -164,8 +169,20 @@ class Inspection:
                 f"{len(report.damaged)} items cannot be read, such as {report.damaged[0]}; replace or remove them"
                 " (dataset_tool.py convert --on-error=skip leaves them out)"
             )
-        if not ordered:
-            return
+        if ordered:
+            self._check_shapes(ordered, totals)
+        if report.accepted:
+            self._open_as_training_does()
+
+    def _open_as_training_does(self) -> None:
+        report = self.report
+        try:
+            encoder_of(ImageFolderDataset(report.path, use_labels=report.labels != "none"))
+        except ConfigError as error:
+            report.problems.append(str(error))
+
+    def _check_shapes(self, ordered: list[Shape], totals: "_Totals") -> None:
+        report = self.report
         report.mean, report.std = totals.moments(ordered[0])
         if len(ordered) > 1:
             odd = [self._files.names[rows[0]] for rows in (self._by_shape[shape] for shape in ordered[1:])]
@@ -194,7 +211,7 @@ class Inspection:
             return
         assert isinstance(encoder, StabilityVAEEncoder)
         scale, bias = np.array(encoder.scale), np.array(encoder.bias)
-        mean, std = -bias / scale, 0.5 / scale
+        mean, std = 0 - bias / scale, 0.5 / scale
         report.latents |= {"assumed mean": mean.tolist(), "assumed std": std.tolist()}
         distance = np.abs(np.array(statistics.mean) - mean) / std
         ratio = np.array(statistics.std) / std
@@ -256,7 +273,8 @@ def _look_at(files: Files, row: int) -> Item:
     try:
         decoder, array = _decode(files, row)
     except ConfigError as error:
-        return Item(reason=str(error).removeprefix(f"{files.describe(row)} ").removeprefix("is damaged: "))
+        reason = str(error).removeprefix(f"{files.describe(row)} ")
+        return Item(reason=reason.removeprefix("is damaged: ").removeprefix("cannot be read: "))
     array = np.ascontiguousarray(array)
     if decoder.latents and not np.isfinite(array).all():
         return Item(reason="it holds numbers that are not finite")
