@@ -166,7 +166,11 @@ def _load_vae(name: str) -> Any:
             f'VAE {name!r} needs the diffusers library, which is not installed; try: pip install "edm2[vae]"'
         ) from None
     try:
-        return AutoencoderKL.from_pretrained(name, use_safetensors=True)  # weights are data, never a pickle
+        return AutoencoderKL.from_pretrained(
+            name,
+            use_safetensors=True,  # weights are data, never a pickle
+            low_cpu_mem_usage=False,  # needs a further library, and says so at length where that is missing
+        )
     except (OSError, ValueError) as error:  # not found, no network, foreign or damaged files
         reason = " ".join(str(error).split())
         raise _user_error(f"VAE {name!r} cannot be loaded as a hub name or a local folder: {reason}") from None
