@@ -243,3 +243,16 @@ def test_the_shipped_networks_are_small(name) -> None:
     path = Path(locate(name))
     assert path.stat().st_size < 100_000
     assert load_toy_model(path).gain != 0
+
+
+def test_with_the_shipped_networks_guidance_leaves_fewer_samples_off_the_tree_and_no_large_branch_empty() -> None:
+    truth = gt("A")
+    net, guide = (load_toy_model(locate(name)) for name in (toy_example.NET, toy_example.GNET))
+    x_init = truth.sample(4096, 5.0, torch.Generator().manual_seed(1))
+    threshold = density_threshold(truth)
+    samples = {guidance: do_sample(net, x_init, guide, guidance)[-1] for guidance in (1, 3)}
+    assert fidelity(truth, samples[3], threshold).off_tree < 0.75 * fidelity(truth, samples[1], threshold).off_tree
+    # A branch and what grows out of it are listed together: 31 to each branch of the third generation.
+    branch = truth.component(samples[3][truth.logp(samples[3]) > threshold]) // 8
+    trees = [start for side in (1, 64) for start in (side + 1, side + 32)]
+    assert all(((branch >= start) & (branch < start + 31)).sum() > 100 for start in trees)
