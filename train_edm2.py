@@ -10,14 +10,16 @@ import click
 import tqdm
 
 from dnnlib.cli import INT_LIST, NIMG, STD_LIST, main
+from dnnlib.cli_metrics import given_metrics, training_metrics_options
 from dnnlib.errors import ConfigError
 from dnnlib.parse import format_nimg
 from torch_utils import distributed
-from training.config import TrainingConfig
+from training.config import MetricsConfig, TrainingConfig
 from training.latents import PUBLISHED_VAE
 from training.presets import locate, training_preset
 from training.run_folder import RunFolder
 from training.training_loop import Iteration, Saved, Status, TrainingRun, open_dataset
+from training.training_metrics import check_metrics
 from training.training_state import check_network, network_shape
 
 # Options that are fields of TrainingConfig.network under another name or their own.
@@ -45,12 +47,12 @@ class Log:
             with open(self._folder.log_file, "a", encoding="utf-8") as file:
                 file.write(text + "\n")
 
-    def record(self, stats: dict[str, float]) -> None:
+    def record(self, stats: dict[str, float], texts: dict[str, str]) -> None:
         """Append a line to stats.jsonl and say the same in short."""
         if self.is_main:
             with open(self._folder.stats_file, "a", encoding="utf-8") as file:
-                file.write(json.dumps(stats) + "\n")
-            self.say(_status_line(stats))
+                file.write(json.dumps(stats | texts) + "\n")
+            self.say(_status_line(stats, texts))
 
 
 @click.command()
@@ -92,6 +94,7 @@ class Log:
 @click.option("--snapshot", metavar="NIMG", type=NIMG, help="Interval of network snapshots; 0 = none  [default: 8Mi]")
 @click.option("--checkpoint", metavar="NIMG", type=NIMG, help="Interval of checkpoints; 0 = none  [default: 128Mi]")
 @click.option("--format", "snapshot_format", type=click.Choice(["pkl", "safetensors", "both"]), help="Of snapshots")
+@training_metrics_options
 @click.option("--seed", metavar="INT", type=int, help="Random seed  [default: 0]")
 @click.option("--allow-changes", is_flag=True, help="Continue a run even where options differ that change its result")
 @click.option("-n", "--dry-run", is_flag=True, help="Print the training options and exit")
@@ -118,6 +121,7 @@ def train_edm2(
     config = dataclasses.replace(config, network=config.network.fitted_to(resolution))
     config.share_of(int(os.environ.get("WORLD_SIZE", "1")))
     check_network(config, dataset)
+    check_metrics(config, dataset)
     folder = RunFolder(outdir)
     folder.check(config, allow_changes=allow_changes)
     if dry_run:
@@ -149,6 +153,7 @@ def train_edm2(
 def configure(preset: str, options: dict[str, Any]) -> TrainingConfig:
     """The preset with every option that was given put in its place. Raises ConfigError for values that cannot work."""
     base = training_preset(preset)
+    metrics = given_metrics(options)
     encode, vae = options.pop("encode_on_the_fly"), options.pop("model_url")
     if vae is not None and not encode:
         raise ConfigError(f"--model-url={vae} needs --encode-on-the-fly; latents that are stored need no VAE")
@@ -158,6 +163,8 @@ def configure(preset: str, options: dict[str, Any]) -> TrainingConfig:
     network: dict[str, Any] = {
         _NETWORK_FIELDS[name]: given.pop(name) for name in list(given) if name in _NETWORK_FIELDS
     }
+    if metrics is not None:
+        given["metrics"] = MetricsConfig(**metrics)
     config = dataclasses.replace(base, network=dataclasses.replace(base.network, **network), **given)
     if not config.data:
         raise ConfigError(f"--data is missing; --preset={preset} brings no data set of its own")
@@ -174,6 +181,8 @@ def _train(run: TrainingRun, log: Log) -> None:
     if len(run) == 0:
         log.say(f"The run is finished: {run.state.nimg / 1e3:.1f} kimg. A larger --duration continues it.")
         return
+    for note in run.metrics.notes if run.metrics is not None else ():
+        log.say(note)
     log.say(f"Training for {len(run)} iterations on {run.world.size} process(es), {run.world.device.type}.")
     batch = run.config.batch
     with tqdm.tqdm(
@@ -189,7 +198,7 @@ def _train(run: TrainingRun, log: Log) -> None:
                 case Iteration():
                     bar.update(batch)
                 case Status():
-                    log.record(event.stats)
+                    log.record(event.stats, event.texts)
                     bar.set_postfix(loss=f"{event.stats['Loss/loss']:.4f}")
                 case Saved():
                     log.say(f"Saved {', '.join(path.name for path in event.paths)}")
@@ -218,7 +227,14 @@ def _describe(config: TrainingConfig, folder: RunFolder, dataset: Any) -> str:
     )
 
 
-def _status_line(stats: dict[str, float]) -> str:
+def _status_line(stats: dict[str, float], texts: dict[str, str]) -> str:
+    prefix = "Metrics/"
+    scores = [f"{key.removeprefix(prefix)} {value:.4g}" for key, value in stats.items() if key.startswith(prefix)]
+    best = [
+        f"{key.removeprefix(prefix).replace('_', ' ', 1)}: {name}"
+        for key, name in texts.items()
+        if key.startswith(f"{prefix}best_")
+    ]
     return "  ".join(
         [
             f"kimg {stats['Progress/kimg']:<9.1f}",
@@ -230,6 +246,8 @@ def _status_line(stats: dict[str, float]) -> str:
             f"gpumem {stats['Resources/peak_gpu_mem_gb']:<6.2f}",
             f"reserved {stats['Resources/peak_gpu_mem_reserved_gb']:<6.2f}",
             f"loss {stats['Loss/loss']:.4f}",
+            *scores,
+            *best,
         ]
     )
 

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import click
 
 from dnnlib.cli import NIMG
+from dnnlib.errors import ConfigError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -43,6 +44,21 @@ _WEIGHTS = {
 }
 
 
+_WHILE_TRAINING: dict[str, Callable[[Any], Any]] = {
+    "metrics": click.option("--metrics", metavar="LIST", help="Measure the averaged networks: fd_efflite0, fid, ..."),
+    "every": click.option(
+        "--metrics-every", metavar="NIMG", type=NIMG, help="Interval, each time with a snapshot  [default: --snapshot]"
+    ),
+    "num": click.option(
+        "--metrics-num", metavar="NIMG", type=NIMG, help="Images that each network generates  [default: 5000]"
+    ),
+    "ref": click.option("--metrics-ref", metavar="PATH|URL", help="Reference statistics to compare them with"),
+    "batch": click.option("--metrics-batch", metavar="INT", type=COUNT, help="At once per process  [default: 32]"),
+    "steps": click.option("--metrics-steps", metavar="INT", type=COUNT, help="Sampling steps  [default: 32]"),
+    "weights": lambda command: _weights_options(command),
+}
+
+
 def measuring_options(command: F) -> F:
     """Add --ref, --metrics, --num, --seed, --repeat and --json (`json_path`) to a command function."""
     for option in reversed(_MEASURING):
@@ -53,7 +69,36 @@ def measuring_options(command: F) -> F:
 def detector_options(command: F) -> F:
     """Add --inception-weights and its like, and --device; `given_weights` takes the former apart."""
     device_help = "cpu, cuda, cuda:N or mps [default: the best one here]"
-    command = click.option("--device", metavar="NAME", help=device_help)(command)
+    return _weights_options(click.option("--device", metavar="NAME", help=device_help)(command))
+
+
+def training_metrics_options(command: F) -> F:
+    """Add what a training run measures: --metrics, --metrics-every and so on, which `given_metrics` collects."""
+    for option in reversed(_WHILE_TRAINING.values()):
+        command = option(command)
+    return command
+
+
+def given_metrics(options: dict[str, Any]) -> dict[str, Any] | None:
+    """Take the options of `training_metrics_options` out of `options`: arguments for MetricsConfig, None = no metrics.
+
+    Raises ConfigError where there are others than --metrics without it.
+    """
+    weights = given_weights(options)
+    for name in _WEIGHTS:
+        del options[f"{name}_weights"]
+    given = {name: options.pop(f"metrics_{name}") for name in ("every", "num", "ref", "batch", "steps")}
+    given = {name: value for name, value in given.items() if value is not None}
+    names = options.pop("metrics")
+    if names is None:
+        idle = [f"--metrics-{name}" for name in given] + [f"--{name}-weights" for name in weights]
+        if idle:
+            raise ConfigError(f"{idle[0]} needs --metrics, e.g. --metrics=fd_efflite0")
+        return None
+    return {"names": tuple(name.strip() for name in names.split(",")), "weights": weights, **given}
+
+
+def _weights_options(command: F) -> F:
     for name in reversed(_WEIGHTS):
         command = click.option(f"--{name}-weights", metavar="PATH", help=_WEIGHTS[name])(command)
     return command

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dnnlib.errors import ConfigError
+from training.metrics.table import parse_metrics
 
 
 def _neutral(**kwargs: Any) -> Any:
@@ -50,6 +51,29 @@ class NetworkConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MetricsConfig:
+    """What is measured while a run trains; see training/training_metrics.py."""
+
+    names: tuple[str, ...]  # of training.metrics.table, or ("all",)
+    ref: str | None = None  # reference statistics, path or URL
+    every: int | None = None  # images between measurements, each with a snapshot; None = whenever one is taken
+    num: int = 5000  # images that each average generates, from the seeds 0, 1, ...
+    batch: int = 32  # images at once and process
+    steps: int = 32  # of Heun's method
+    weights: dict[str, str] = field(default_factory=dict)  # files by detector, in place of the published ones
+
+    def __post_init__(self) -> None:
+        parse_metrics(self.names)
+        positive = {"every": 1 if self.every is None else self.every, "batch": self.batch}
+        for name, value in positive.items():
+            if value < 1:
+                raise ConfigError(f"--metrics-{name}={value} must be a number above 0")
+        for name, value in {"num": self.num, "steps": self.steps}.items():
+            if value < 2:
+                raise ConfigError(f"--metrics-{name}={value} is too small; 2 is the least")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """All options of a training run. Image counts are numbers of images, over all processes."""
 
@@ -77,6 +101,7 @@ class TrainingConfig:
     snapshot_format: str = _neutral(default="pkl")  # pkl, safetensors or both
     bench: bool = _neutral(default=True)  # let cuDNN time its algorithms
     workers: int = _neutral(default=0)  # processes that read data, a rank
+    metrics: MetricsConfig | None = field(default=None, metadata={"neutral": True})  # None = nothing is measured
 
     def __post_init__(self) -> None:
         positive: dict[str, float] = {"batch": self.batch, "duration": self.duration, "channels": self.network.channels}
@@ -104,6 +129,10 @@ class TrainingConfig:
             raise ConfigError("--channel-mult needs one whole number above 0 for each level, e.g. 1,2,3,4")
         if len({f"{std:.3f}" for std in self.ema_stds}) != len(self.ema_stds) or not self.ema_stds:
             raise ConfigError("--ema-stds needs at least one length, and no two that are equal to three decimals")
+        if self.metrics is not None and self.metrics.every is None and self.snapshot == 0:
+            raise ConfigError(
+                "--metrics measures whenever a snapshot is taken; with --snapshot=0, give --metrics-every"
+            )
 
     def share_of(self, num_ranks: int) -> tuple[int, int]:
         """Images a process and iteration, and rounds of accumulation that they are split into."""

@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from dnnlib.atomic import write_text
 from dnnlib.errors import ConfigError
@@ -56,11 +57,20 @@ class RunFolder:
         try:
             write_text(self.options_file, config.to_json())
             if self.stats_file.exists():
-                lines = self.stats_file.read_text(encoding="utf-8", errors="replace").splitlines()
-                kept = [line for line in lines if _nimg(line) <= nimg]
-                write_text(self.stats_file, "".join(line + "\n" for line in kept))
+                write_text(self.stats_file, "".join(line + "\n" for line in self._stats_lines(nimg)))
         except OSError as error:
             raise ConfigError(f"--outdir={self.path} cannot be written: {error.strerror or error}") from None
+
+    def recorded_stats(self, nimg: int) -> list[dict[str, Any]]:
+        """The records of stats.jsonl up to `nimg` images."""
+        try:
+            return [json.loads(line) for line in self._stats_lines(nimg)] if self.stats_file.exists() else []
+        except OSError as error:
+            raise ConfigError(f"{self.stats_file} cannot be read: {error.strerror or error}") from None
+
+    def _stats_lines(self, nimg: int) -> list[str]:
+        lines = self.stats_file.read_text(encoding="utf-8", errors="replace").splitlines()
+        return [line for line in lines if _nimg(line) <= nimg]
 
 
 def _nimg(line: str) -> float:

@@ -6,7 +6,7 @@ Source: Karras et al., arXiv 2312.02696, Section 2 and Appendix B.
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from training.run_folder import RunFolder
 from training.schedule import learning_rate_schedule
 from training.snapshot import Snapshot, save_snapshot
 from training.streams import BatchPositions, DataOrder
+from training.training_metrics import TrainingMetrics
 from training.training_state import TrainingState, make_encoder
 
 __all__ = ["EDM2Loss", "Iteration", "Saved", "Status", "TrainingRun", "learning_rate_schedule", "open_dataset"]
@@ -46,10 +47,11 @@ class Iteration:
 
 @dataclass(frozen=True, kw_only=True)
 class Status:
-    """A status interval has passed. `stats` has the keys of stats.jsonl."""
+    """A status interval has passed, or the metrics were computed. `stats` and `texts` have the keys of stats.jsonl."""
 
     nimg: int
     stats: dict[str, float]
+    texts: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +106,9 @@ class TrainingRun:
         self.world = world
         self.dataset = open_dataset(config)
         config.share_of(world.size)
+        self.metrics = None
+        if config.metrics is not None:
+            self.metrics = TrainingMetrics(config.metrics, snapshot=config.snapshot, folder=folder, world=world)
         self.resumed_from = folder.newest_checkpoint()
         resumed = self.resumed_from is not None
         encoder = load_vae_encoder(config, self.dataset, folder, world)
@@ -113,6 +118,8 @@ class TrainingRun:
             data = load_checkpoint(self.resumed_from)
             self.state.load_state_dict(data, source=str(self.resumed_from))
             self._means.load_state_dict(data.get("stats", {}) if world.size == 1 else {})
+        if self.metrics is not None:
+            self.metrics.prepare(self.state.encoder, self.state.nimg)
 
     def close(self) -> None:
         """Let go of the other processes. To be called before the World's own `close`."""
@@ -137,21 +144,30 @@ class TrainingRun:
             self._means.add("Loss/learning_rate", torch.tensor(learning_rate))
             yield Iteration(nimg=state.nimg)
 
-            if self._due(config.status):
+            measures = self.metrics is not None and self._due(self.metrics.every)
+            reports = self._due(config.status) or measures
+            if reports:
                 stats = self._means.collect()  # waits for the device, so that the time below is that of finished work
-                now = time.monotonic()
-                state.elapsed_sec = elapsed_before + now - session_start
-                stats |= self._timing(now - tick_start, state.nimg - tick_nimg, maintenance_sec)
-                yield Status(nimg=state.nimg, stats=stats)
-            maintenance_start = time.monotonic()
-            state.elapsed_sec = elapsed_before + maintenance_start - session_start
-            if self._due(config.snapshot):
+            now = time.monotonic()
+            state.elapsed_sec = elapsed_before + now - session_start
+            if reports:
+                stats |= self._timing(now - tick_start - maintenance_sec, state.nimg - tick_nimg, maintenance_sec)
+                tick_start, tick_nimg, maintenance_sec = now, state.nimg, 0.0
+            if self._due(config.snapshot) or measures:
                 yield Saved(nimg=state.nimg, paths=self._save_snapshots())
+            if reports:
+                yield self._status(stats, measures=measures)
             if self._due(config.checkpoint):
+                state.elapsed_sec = elapsed_before + time.monotonic() - session_start
                 yield Saved(nimg=state.nimg, paths=self._save_checkpoint())
-            if self._due(config.status):
-                tick_start, tick_nimg = time.monotonic(), state.nimg
-                maintenance_sec = tick_start - maintenance_start
+            maintenance_sec += time.monotonic() - now
+
+    def _status(self, stats: dict[str, float], *, measures: bool) -> Status:
+        """The event that reports `stats`, with metrics if it `measures`: of the snapshots that were just taken."""
+        if self.metrics is None or not measures:
+            return Status(nimg=self.state.nimg, stats=stats)
+        found = self.metrics.measure(self.state.ema.get(), self.state.encoder, self.state.nimg)
+        return Status(nimg=self.state.nimg, stats=stats | found.stats, texts=found.texts)
 
     def _due(self, interval: int) -> bool:
         """Whether the iteration just taken crossed a multiple of `interval` images, or was the last one."""
