@@ -7,12 +7,16 @@ not hold is refused. `torch_utils.pickle_values` has the vocabulary, `torch_util
 
 import os
 import pickletools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-# Published network files have up to a hundred thousand opcodes; this many empty lists take about 200 MB.
-MAX_OPCODES = 3_000_000
+# The largest published network has about forty thousand opcodes; CIFAR-100 has two hundred thousand;
+# this many empty sets take about 130 MB.
+MAX_OPCODES = 600_000
+_MAX_DEPTH = 100  # of containers in one another; networks have about 20
+_MAX_SIZE = 4 * MAX_OPCODES  # of the tree in values, counting what is shared at each of its places
+_MAX_COPIES = 4  # times the file's size that may be copied out of it; honest files need 2 or 3
 _MAX_LONG_BYTES = 32  # the longest integer that torch or NumPy write has 10
 _KEY_TYPES = (str, int, float, bool, type(None))
 
@@ -40,7 +44,7 @@ class StoredObject:
     source: str | None = None
 
     def __repr__(self) -> str:
-        return f"<stored {self.class_name}>"
+        return f"<stored {self.class_name[:80]!r}>"
 
 
 Vocabulary = Mapping[str, Callable[..., Any] | None]
@@ -69,10 +73,15 @@ class Machine:
         self._marked: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
         self._steps = 0
+        self._allowance = _MAX_COPIES * self._file.remaining() + 4096  # bytes that calls may still copy
 
     def remaining(self) -> int:
         """How many bytes follow what was read so far."""
         return self._file.remaining()
+
+    def read(self, count: int) -> bytes:
+        """The bytes that follow, as they are. Raises Refused where fewer are left."""
+        return self._file.read(count)
 
     def load(self) -> Any:
         """Read one pickle and leave the file behind it. Raises Refused; any other exception means a damaged file."""
@@ -154,10 +163,17 @@ class Machine:
             raise Refused("it refers to a global that is not named by text")
         self._global(f"{module}.{name}")
 
+    def _spend(self, arguments: tuple[Any, ...]) -> None:
+        # A few bytes can hand over the same large text or list again and again; each time it may be copied.
+        self._allowance -= sum(len(value) for value in arguments if type(value) in _SIZED)
+        if self._allowance < 0:
+            raise Refused("it uses the same bytes again and again, to fill the memory")
+
     def _call(self, _: Any) -> None:
         arguments, function = self._stack.pop(), self._stack.pop()
         if type(function) is not Word or type(arguments) is not tuple:
             raise Refused(f"it calls {describe(function)}")
+        self._spend(arguments)
         stand_in = self._vocabulary[function.name]
         if stand_in is None:
             raise Refused(f"it calls {function.name!r}")
@@ -170,12 +186,17 @@ class Machine:
 
     def _build(self, _: Any) -> None:
         state = self._stack.pop()
+        self._spend(state if type(state) is tuple else (state,))
         self._give_state(self._stack[-1], state)
 
     def _persistent(self, _: Any) -> None:
         if self._resolve_persistent is None:
             raise Refused("it refers to an object outside of it by a persistent id")
         self._stack.append(self._resolve_persistent(self._stack.pop()))
+
+    def _frame(self, length: int) -> None:
+        if length > self._file.remaining():
+            raise Refused(f"it is cut short: a frame of {length} bytes where {self._file.remaining()} are left")
 
     def _put(self, index: int | None) -> None:
         self._memo[len(self._memo) if index is None else index] = self._stack[-1]
@@ -186,6 +207,52 @@ def describe(value: Any) -> str:
     if isinstance(value, Word):
         return repr(value.name)
     return repr(value) if isinstance(value, StoredObject) else f"a value of type {type(value).__name__}"
+
+
+def require_tree(root: Any) -> None:
+    """Raise Refused unless `root` is a tree of bounded depth and size, with no container inside itself.
+
+    Shared values count at each place: a list of twice a list of twice a list is endless for whoever walks or prints it.
+    """
+    measured: dict[int, tuple[int, int]] = {}  # size and depth of each container; _OPEN while inside of it
+    num_open, waiting = 0, [root]
+    while waiting:
+        current = waiting[-1]
+        values = _inside(current)
+        inside = [value for value in values if isinstance(value, _CONTAINERS)]
+        if id(current) not in measured:
+            measured[id(current)] = _OPEN
+            num_open += 1
+            if num_open > _MAX_DEPTH:
+                raise Refused(f"its values are nested more than {_MAX_DEPTH} deep")
+            if any(measured.get(id(value)) == _OPEN for value in inside):
+                raise Refused("it holds a value that is inside itself")
+            waiting += [value for value in inside if id(value) not in measured]
+            continue
+        waiting.pop()
+        if measured[id(current)] == _OPEN:
+            num_open -= 1
+            known = [measured[id(value)] for value in inside]
+            texts = sum(len(value) for value in values if type(value) in (str, bytes))
+            size = 1 + len(values) + texts // 64 + sum(size for size, _ in known)
+            depth = 1 + max((depth for _, depth in known), default=0)
+            if size > _MAX_SIZE or depth > _MAX_DEPTH:
+                raise Refused("its values are nested too deep, or shared so often that there is no end to them")
+            measured[id(current)] = size, depth
+
+
+_OPEN = (0, 0)
+_CONTAINERS = (list, tuple, dict, StoredObject)
+_SIZED = (str, bytes, list, tuple, set, dict)
+
+
+def _inside(value: Any) -> Collection[Any]:
+    """The values in a container; keys are text and numbers."""
+    if isinstance(value, StoredObject):
+        return value.state.values()
+    if isinstance(value, dict):
+        return value.values()
+    return value if type(value) in (list, tuple) else ()
 
 
 def plain_set(items: Any) -> set[Any]:
@@ -200,24 +267,27 @@ class _Bounded:
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        start = file.tell()
+        self._position = file.tell()  # kept as a number: asking the file takes longer than most opcodes
         self._size = file.seek(0, os.SEEK_END)
-        file.seek(start)
+        file.seek(self._position)
 
     def remaining(self) -> int:
-        return self._size - self._file.tell()
+        return self._size - self._position
 
     def tell(self) -> int:
-        return self._file.tell()
+        return self._position
 
     def read(self, count: int) -> bytes:
-        if not 0 <= count <= self.remaining():
+        if not 0 <= count <= self._size - self._position:
             raise Refused(f"it is cut short: {count} bytes are announced where {self.remaining()} are left")
-        return self._file.read(count)
+        data = self._file.read(count)
+        self._position += len(data)
+        return data
 
     def readline(self) -> bytes:
         # Only the names in protocol 2's GLOBAL and the numbers of text opcodes are lines.
         line = self._file.readline(1024)
+        self._position += len(line)
         if not line.endswith(b"\n"):
             raise Refused("it is cut short, or has a line of more than 1024 bytes")
         return line
@@ -240,7 +310,7 @@ _VALUES: dict[str, Callable[[Any], Any]] = {
 # Everything else that plain data needs. Opcodes that are not here, such as INST, OBJ, NEWOBJ_EX, EXT1, are refused.
 _ACTIONS: dict[str, Callable[[Machine, Any], None]] = {
     "PROTO": lambda machine, _: None,
-    "FRAME": lambda machine, _: None,
+    "FRAME": Machine._frame,
     "MARK": Machine._mark,
     "POP": Machine._pop,
     "POP_MARK": Machine._drop_mark,

@@ -7,6 +7,7 @@ objects become `StoredObject`s. Nothing here calls anything that a file could ch
 import io
 import math
 from collections import OrderedDict
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,9 @@ _STORAGE_DTYPES = {
     "IntStorage": torch.int32,
     "LongStorage": torch.int64,
 }
+
+
+_DTYPE_CODES = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1")
 
 
 class _Storage:
@@ -77,9 +81,10 @@ def _reconstruct(meta: dict[str, Any]) -> StoredObject:
     """An object of a project class; its source text is kept as text."""
     kind, version, name = meta.get("type"), meta.get("version"), meta.get("class_name")
     source, state = meta.get("module_src"), meta.get("state")
-    if kind != "class" or version != 6:
-        raise Refused(f"an object of type {kind!r}, version {version!r}; 'class', 6 is known")
-    if type(name) is not str or type(source) is not str:
+    if type(kind) is not str or kind != "class" or type(version) is not int or version != 6:
+        found = [value if type(value) in (str, int) else describe(value) for value in (kind, version)]
+        raise Refused(f"an object of type {found[0]!r}, version {found[1]!r}; 'class', 6 is known")
+    if type(name) is not str or not name.isidentifier() or type(source) is not str:
         raise Refused("an object without the text of its class name and module source")
     if not isinstance(state, dict) or not all(type(key) is str for key in state):
         raise Refused(f"an object of class {name!r} without attributes by name")
@@ -93,33 +98,41 @@ def _load_storage(payload: bytes, values: bool = True) -> _Storage:
     """
     if type(payload) is not bytes:
         raise Refused("a storage that is not given as bytes")
-    file = io.BytesIO(payload)
-    machine = Machine(file, _STORAGE_WORDS, build, _describe_storage)
+    machine = Machine(io.BytesIO(payload), _STORAGE_WORDS, build, _describe_storage)
     if machine.load() != _TORCH_MAGIC or machine.load() != _TORCH_PROTOCOL:
         raise Refused("a storage in a form of torch.save that is not known")
     system = machine.load()
     if type(system) is not dict or system.get("little_endian") is not True:
         raise Refused("a storage written on a big-endian machine")
     described, keys = machine.load(), machine.load()
-    if type(described) is not tuple or keys != [described[0]]:
+    if type(described) is not _Described or type(keys) is not list or len(keys) != 1 or keys[0] != described.key:
         raise Refused("a payload that is not one storage")
-    _, dtype, count = described
-    head = file.read(8)
-    if len(head) != 8 or int.from_bytes(head, "little") != count or machine.remaining() != count * dtype.itemsize:
+    dtype, count = described.dtype, described.count
+    head = machine.read(8)
+    if int.from_bytes(head, "little") != count or machine.remaining() != count * dtype.itemsize:
         raise Refused(f"a storage of {count} values with {machine.remaining()} bytes")
     if count == 0 or not values:
         return _Storage(torch.empty(count, dtype=dtype, device="cpu" if values else "meta"))
-    return _Storage(torch.frombuffer(bytearray(memoryview(payload)[file.tell() :]), dtype=dtype))
+    return _Storage(torch.frombuffer(bytearray(memoryview(payload)[len(payload) - machine.remaining() :]), dtype=dtype))
 
 
-def _describe_storage(reference: Any) -> tuple[str, torch.dtype, int]:
+@dataclass(frozen=True)
+class _Described:
+    """What torch.save says of a storage; `count` values."""
+
+    key: str
+    dtype: torch.dtype
+    count: int
+
+
+def _describe_storage(reference: Any) -> _Described:
     """Key, dtype and number of values of the storage that torch.save refers to."""
     tag, word, key, _location, count, view = reference
     if tag != "storage" or type(word) is not Word or type(key) is not str or view is not None:
         raise Refused("a payload that is not a plain storage")
     if type(count) is not int or count < 0:
-        raise Refused(f"a storage of {count!r} values")
-    return key, _STORAGE_DTYPES[word.name.rsplit(".", 1)[-1]], count
+        raise Refused("a storage of an unknown number of values")
+    return _Described(key, _STORAGE_DTYPES[word.name.rsplit(".", 1)[-1]], count)
 
 
 def _tensor(
@@ -147,8 +160,9 @@ def _parameter(data: Any, requires_grad: Any, hooks: Any) -> torch.Tensor:
 
 
 def _dtype(code: Any, align: Any = False, copy: Any = True) -> _Dtype:
-    if code not in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"):
-        raise Refused(f"a NumPy dtype {str(code)[:20]!r}; plain numbers are known")
+    if type(code) is not str or code not in _DTYPE_CODES:
+        shown = repr(code[:20]) if type(code) is str else describe(code)
+        raise Refused(f"a NumPy dtype given by {shown}; plain numbers are known")
     return _Dtype(code)
 
 

@@ -11,7 +11,7 @@ import torch
 from dnnlib.atomic import atomic_path
 from dnnlib.download import open_url
 from dnnlib.errors import ConfigError
-from torch_utils.safe_pickle import read_pickle
+from torch_utils.safe_pickle import printable, read_pickle
 from training import snapshot_pickle, snapshot_safetensors
 from training.encoders import Encoder
 from training.loss import EDM2Loss
@@ -97,7 +97,7 @@ def _read_fields(name: str, values: bool) -> dict[str, Any]:
         else:
             raise ConfigError("it is neither a pickle nor a safetensors file")
     except ConfigError as error:
-        raise ConfigError(f"{name}: {str(error)[:400]}") from error  # names in the file may be of any length
+        raise ConfigError(f"{name}: {printable(error)}") from error
     fields = {"nimg": None, "ema_std": None, "info": {}} | fields
     nimg, ema_std = parse_name(name) or (None, None)
     fields["nimg"] = nimg if fields["nimg"] is None else fields["nimg"]

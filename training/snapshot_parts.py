@@ -43,6 +43,8 @@ def _plain(value: Any, what: str, depth: int, budget: list[int]) -> Any:
         raise ConfigError(f"{what} is nested too deep or too large")
     if isinstance(value, np.generic | np.ndarray) and value.size <= _MAX_ITEMS:
         value = value.tolist()
+    if isinstance(value, str):  # long ones count more: many places may share one
+        budget[0] -= len(value) // 100
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float) and math.isfinite(value):
@@ -50,7 +52,7 @@ def _plain(value: Any, what: str, depth: int, budget: list[int]) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item, what, depth - 1, budget) for item in value]
     if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        return {key: _plain(item, what, depth - 1, budget) for key, item in value.items()}
+        return {_plain(key, what, depth, budget): _plain(item, what, depth - 1, budget) for key, item in value.items()}
     shown = value if isinstance(value, float) else f"a value of type {type(value).__name__}"
     raise ConfigError(f"{what} holds {shown}; plain numbers, text, lists and dictionaries are allowed")
 

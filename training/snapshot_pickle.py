@@ -13,6 +13,7 @@ from torch_utils.safe_pickle import StoredObject
 from training.snapshot_parts import build_encoder, build_loss, build_network, network_arguments, plain
 
 _PROTOCOL = 4  # what the published files have; readable from Python 3.4 on
+_MAX_NAME = 200  # characters
 
 
 def parts_of(tree: Any, file_bytes: int) -> dict[str, Any]:
@@ -40,9 +41,11 @@ def parts_of(tree: Any, file_bytes: int) -> dict[str, Any]:
 def flatten(module: StoredObject) -> dict[str, torch.Tensor]:
     """Parameters and buffers of a stored module and of all modules in it, by their names in a state dictionary.
 
-    A module that occurs twice is refused: no network has one, and a few bytes could make an endless or huge tree.
+    A module that occurs twice is refused, and so are tensors that share their memory: no network has them, and a few
+    bytes could make an endless or huge network.
     """
     tensors: dict[str, torch.Tensor] = {}
+    storages: dict[int, int] = {}  # sizes in bytes
     seen = {id(module)}
     waiting = [("", module)]
     while waiting:
@@ -51,15 +54,18 @@ def flatten(module: StoredObject) -> dict[str, torch.Tensor]:
             for name, value in _attributes(current, kind).items():
                 if isinstance(value, torch.Tensor):
                     tensors[prefix + name] = value
+                    storages[value.untyped_storage()._cdata] = value.untyped_storage().nbytes()
                 elif value is not None:
                     raise ConfigError(f"{prefix}{name} is no tensor")
         for name, child in _attributes(current, "_modules").items():
             if child is None:
                 continue
-            if not isinstance(child, StoredObject) or id(child) in seen or len(prefix) > 200:
-                raise ConfigError(f"{prefix[:200]}{name} is no module, or one that occurs twice")
+            if not isinstance(child, StoredObject) or id(child) in seen or len(prefix) > _MAX_NAME:
+                raise ConfigError(f"{prefix}{name} is no module, or one that occurs twice")
             seen.add(id(child))
             waiting.append((f"{prefix}{name}.", child))
+    if sum(value.nbytes for value in tensors.values()) > sum(storages.values()):
+        raise ConfigError("its tensors share their memory, and would take more than the file has")
     return tensors
 
 
@@ -75,6 +81,8 @@ def _attributes(module: StoredObject, kind: str) -> dict[str, Any]:
     values = module.state.get(kind)
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise ConfigError(f"{module.class_name} is stored without its {kind}")
+    if not all(len(name) <= _MAX_NAME and name.isprintable() for name in values):
+        raise ConfigError(f"{module.class_name} has {kind} with names that are no names")
     return values
 
 

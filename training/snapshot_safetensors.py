@@ -102,7 +102,7 @@ def _entry(metadata: Mapping[str, str], key: str, kind: type) -> Any:
     """The JSON value under `key`, None or of type `kind`."""
     try:
         value = plain(json.loads(metadata.get(key, "null")), f"header entry {key!r}")
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # damaged, too long a number, nested too deep
         raise ConfigError(f"its header entry {key!r} is no JSON: {error}") from error
     if kind is float and type(value) is int:
         value = float(value)
