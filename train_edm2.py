@@ -11,12 +11,14 @@ import tqdm
 
 from dnnlib.cli import INT_LIST, NIMG, STD_LIST, main
 from dnnlib.cli_metrics import given_metrics, training_metrics_options
+from dnnlib.cli_streaming import streaming_options
 from dnnlib.errors import ConfigError
 from dnnlib.parse import format_nimg
 from torch_utils import distributed
 from training.config import MetricsConfig, TrainingConfig
 from training.latents import PUBLISHED_VAE
 from training.presets import locate, training_preset
+from training.remote_files import is_remote
 from training.run_folder import RunFolder
 from training.training_loop import Iteration, Saved, Status, TrainingRun, open_dataset
 from training.training_metrics import check_metrics
@@ -59,7 +61,7 @@ class Log:
 @click.option(
     "--outdir", metavar="DIR", required=True, help="Where to save the results; a run found there is continued"
 )
-@click.option("--data", metavar="ZIP|DIR", help="Path to the data set  [required, unless the preset brings one]")
+@click.option("--data", metavar="ZIP|DIR|URL", help="The data set  [required, unless the preset brings one]")
 @click.option("--cond", metavar="BOOL", type=bool, help="Train a class-conditional model  [default: True]")
 @click.option("--preset", metavar="STR", default="edm2-img512-s", show_default=True, help="Configuration to start from")
 @click.option("--duration", metavar="NIMG", type=NIMG, help="Training duration")
@@ -95,6 +97,7 @@ class Log:
 @click.option("--checkpoint", metavar="NIMG", type=NIMG, help="Interval of checkpoints; 0 = none  [default: 128Mi]")
 @click.option("--format", "snapshot_format", type=click.Choice(["pkl", "safetensors", "both"]), help="Of snapshots")
 @training_metrics_options
+@streaming_options
 @click.option("--seed", metavar="INT", type=int, help="Random seed  [default: 0]")
 @click.option("--allow-changes", is_flag=True, help="Continue a run even where options differ that change its result")
 @click.option("-n", "--dry-run", is_flag=True, help="Print the training options and exit")
@@ -169,7 +172,8 @@ def configure(preset: str, options: dict[str, Any]) -> TrainingConfig:
     if not config.data:
         raise ConfigError(f"--data is missing; --preset={preset} brings no data set of its own")
     data = options["data"] or locate(config.data)  # a preset's own data set is in the repository
-    return dataclasses.replace(config, data=data, vae=(vae or PUBLISHED_VAE) if encode else None)
+    buffer = config.shuffle_images if is_remote(data) else None
+    return dataclasses.replace(config, data=data, shuffle_buffer=buffer, vae=(vae or PUBLISHED_VAE) if encode else None)
 
 
 def _train(run: TrainingRun, log: Log) -> None:

@@ -8,6 +8,9 @@ from typing import Any
 
 from dnnlib.errors import ConfigError
 from training.metrics.table import parse_metrics
+from training.remote_files import is_remote
+
+SHUFFLE_BUFFER = 10_000  # images of a data set behind a URL
 
 
 def _neutral(**kwargs: Any) -> Any:
@@ -77,7 +80,8 @@ class MetricsConfig:
 class TrainingConfig:
     """All options of a training run. Image counts are numbers of images, over all processes."""
 
-    data: str  # path of the data set
+    data: str  # path or URL of the data set
+    shuffle_buffer: int | None = None  # images to shuffle over, for a URL; None = SHUFFLE_BUFFER
     cond: bool = True
     xflip: bool = False
     vae: str | None = None  # encode pixels with this VAE while training: hub name or local folder
@@ -101,12 +105,15 @@ class TrainingConfig:
     snapshot_format: str = _neutral(default="pkl")  # pkl, safetensors or both
     bench: bool = _neutral(default=True)  # let cuDNN time its algorithms
     workers: int = _neutral(default=0)  # processes that read data, a rank
+    data_cache: str | None = _neutral(default=None)  # folder for what is read from a URL; None = the usual one
+    data_cache_size: int = _neutral(default=50 * 10**9)  # bytes of shards in it, at most
     metrics: MetricsConfig | None = field(default=None, metadata={"neutral": True})  # None = nothing is measured
 
     def __post_init__(self) -> None:
         positive: dict[str, float] = {"batch": self.batch, "duration": self.duration, "channels": self.network.channels}
         positive |= {"batch-gpu": self.batch_gpu if self.batch_gpu is not None else 1, "lr": self.lr, "ls": self.ls}
         positive |= {"P_std": self.P_std, "num-blocks": self.network.num_blocks}
+        positive |= {"shuffle-buffer": self.shuffle_images, "data-cache-size": self.data_cache_size}
         for name, value in positive.items():
             if not 0 < value < math.inf:
                 raise ConfigError(f"--{name}={value} must be a number above 0")
@@ -119,6 +126,10 @@ class TrainingConfig:
         for name, value in not_negative.items():
             if not 0 <= value < math.inf:
                 raise ConfigError(f"--{name}={value} must be a number, and not negative")
+        if self.shuffle_buffer is not None and not is_remote(self.data):
+            raise ConfigError(
+                f"--shuffle-buffer={self.shuffle_buffer} is for data behind a URL; --data={self.data} is shuffled whole"
+            )
         if not math.isfinite(self.P_mean):
             raise ConfigError(f"--P_mean={self.P_mean} must be a number")
         if self.seed >= 1 << 63:
@@ -133,6 +144,11 @@ class TrainingConfig:
             raise ConfigError(
                 "--metrics measures whenever a snapshot is taken; with --snapshot=0, give --metrics-every"
             )
+
+    @property
+    def shuffle_images(self) -> int:
+        """Images of a data set behind a URL that are shuffled among each other, at least."""
+        return SHUFFLE_BUFFER if self.shuffle_buffer is None else self.shuffle_buffer
 
     def share_of(self, num_ranks: int) -> tuple[int, int]:
         """Images a process and iteration, and rounds of accumulation that they are split into."""

@@ -6,6 +6,7 @@ rounds of accumulation, and not on whether the run was interrupted. There is no 
 """
 
 from collections.abc import Iterator
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,6 +19,12 @@ _CHUNK = 16
 def derive_seed(*numbers: int) -> int:
     """A seed for torch's generators, in [0, 2^63), that is a well-mixed function of all `numbers` (each >= 0)."""
     return int(np.random.SeedSequence(list(numbers)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+class Order(Protocol):
+    """Which data set item every position of a run is."""
+
+    def __getitem__(self, position: int) -> int: ...
 
 
 class DataOrder:
@@ -41,7 +48,7 @@ class DataOrder:
 class BatchPositions:
     """Batch sampler for torch's DataLoader: this process's share of each batch, from position `start` on, endlessly."""
 
-    def __init__(self, order: DataOrder, *, start: int, batch_size: int, rank: int = 0, num_ranks: int = 1) -> None:
+    def __init__(self, order: Order, *, start: int, batch_size: int, rank: int = 0, num_ranks: int = 1) -> None:
         assert batch_size % num_ranks == 0
         self._order = order
         self._start = start

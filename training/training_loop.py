@@ -22,13 +22,14 @@ from torch_utils.precision import numerics
 from torch_utils.training_stats import RunningMeans
 from training.config import TrainingConfig
 from training.dataset import BatchReader, ImageFolderDataset
+from training.dataset_stream import StreamedDataset, data_order, is_remote
 from training.encoders import Encoder, StabilityVAEEncoder
 from training.latents import PUBLISHED_VAE, encoder_entry, measured_encoder, read_encoder
 from training.loss import EDM2Loss
 from training.run_folder import RunFolder
 from training.schedule import learning_rate_schedule
 from training.snapshot import Snapshot, save_snapshot
-from training.streams import BatchPositions, DataOrder
+from training.streams import BatchPositions, Order
 from training.training_metrics import TrainingMetrics
 from training.training_state import TrainingState, make_encoder
 
@@ -64,7 +65,17 @@ class Saved:
 
 def open_dataset(config: TrainingConfig) -> ImageFolderDataset:
     """The run's data set. Raises ConfigError where it cannot be trained on as `config` says."""
-    dataset = ImageFolderDataset(config.data, use_labels=config.cond, xflip=config.xflip)
+    if is_remote(config.data):
+        dataset: ImageFolderDataset = StreamedDataset(
+            config.data,
+            use_labels=config.cond,
+            xflip=config.xflip,
+            buffer=config.shuffle_images,
+            cache_dir=config.data_cache,
+            cache_bytes=config.data_cache_size,
+        )
+    else:
+        dataset = ImageFolderDataset(config.data, use_labels=config.cond, xflip=config.xflip)
     if config.cond and not dataset.has_labels:
         raise ConfigError(
             f"{config.data} has no labels, which a conditional network needs; add them, or use --cond=False"
@@ -178,9 +189,13 @@ class TrainingRun:
 
     def _batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """This process's share of each batch, on the device, from the run's position on."""
+        with data_order(self.dataset, self.config.seed) as order:
+            yield from self._batches_in(order)
+
+    def _batches_in(self, order: Order) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         world, device = self.world, self.world.device
         positions = BatchPositions(
-            DataOrder(len(self.dataset), self.config.seed),
+            order,
             start=self.state.nimg,
             batch_size=self.config.batch,
             rank=world.rank,

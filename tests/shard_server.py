@@ -1,0 +1,83 @@
+"""A web server for tests, on the loopback, that gives parts of files and can be told to misbehave."""
+
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+
+class ShardServer(ThreadingHTTPServer):
+    """Serves the files of `folder`. `requests` are those that it has had: method, name, first byte, bytes sent."""
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.folder = folder
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.requests: list[tuple[str, str, int, int]] = []
+        self.drops = 0  # of the next answers to GET, break off so many after half of the bytes
+        self.busy = 0  # answer so many requests by 503
+        self.ranges = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Clients that go away are no news."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: ShardServer
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self._answer()
+
+    def do_GET(self) -> None:
+        self._answer()
+
+    def _answer(self) -> None:
+        server, name = self.server, self.path.lstrip("/").partition("?")[0]
+        path = server.folder / name
+        if server.busy > 0:
+            server.busy -= 1
+            self.send_error(503)
+            return
+        if not path.is_file():
+            self.send_error(404)
+            return
+        data = path.read_bytes()
+        span = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")) if server.ranges else None
+        begin, end = (int(span[1]), min(int(span[2]) + 1, len(data))) if span else (0, len(data))
+        self.send_response(206 if span else 200)
+        if span:
+            self.send_header("Content-Range", f"bytes {begin}-{end - 1}/{len(data)}")
+        self.send_header("Content-Length", str(end - begin))
+        self.send_header("ETag", f'"{path.stat().st_mtime_ns}"')
+        self.end_headers()
+        if self.command == "HEAD":
+            server.requests.append(("HEAD", name, 0, 0))
+            return
+        if server.drops > 0 and end - begin > 1:
+            server.drops -= 1
+            end = (begin + end) // 2
+            self.close_connection = True
+        server.requests.append(("GET", name, begin, end - begin))
+        self.wfile.write(data[begin:end])
+
+
+@contextmanager
+def serve(folder: Path) -> Iterator[ShardServer]:
+    """A server of `folder` while the block lasts."""
+    with ShardServer(folder) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()

@@ -1,0 +1,555 @@
+"""Data sets behind URLs: the same items and labels as from the disk, in an order that only the position decides."""
+
+import builtins
+import dataclasses
+import functools
+import importlib
+import io
+import itertools
+import json
+import os
+import sys
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import click.testing
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+import train_edm2
+from dnnlib.errors import ConfigError
+from tests.shard_server import ShardServer, serve
+from tests.tiny import assert_same_state, tiny_config, train, write_dataset
+from torch_utils.distributed import World
+from training import remote_files
+from training.dataset import BatchReader, ImageFolderDataset
+from training.dataset_stream import StreamedDataset, data_order, expand_url
+from training.remote_files import find_file
+from training.run_folder import RunFolder
+from training.shard_cache import ShardCache
+from training.stream_order import StreamOrder, most_in_a_window
+from training.streams import BatchPositions
+from training.training_loop import Saved, TrainingRun
+
+COUNTS = (7, 5, 0, 9, 6)  # images in each shard
+TOTAL = sum(COUNTS)
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(remote_files, "_FIRST_WAIT_SEC", 0.01)
+    monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path / "cache"))
+
+
+def png(rng: np.random.Generator, size: int = 8) -> bytes:
+    data = io.BytesIO()
+    PIL.Image.fromarray(rng.integers(0, 256, [size, size, 3], dtype=np.uint8)).save(data, format="PNG")
+    return data.getvalue()
+
+
+def write_shards(
+    folder: Path, *, counts: tuple[int, ...] = COUNTS, number: bool = True, padding: int = 0, labels: bool = True
+) -> Path:
+    """Files set-00000.zip, ... in `folder`, with images numbered from one to the next; `padding` bytes in each."""
+    folder.mkdir(exist_ok=True)
+    rng = np.random.default_rng(0)
+    names = iter(f"00000/img{i:08d}.png" for i in range(sum(counts)))
+    for shard, count in enumerate(counts):
+        with zipfile.ZipFile(folder / f"set-{shard:05d}.zip", "w") as file:
+            entries = [(next(names), int(rng.integers(4))) for _ in range(count)]
+            for name, _ in entries:
+                file.writestr(name, png(rng))
+            file.writestr(f"padding{shard}.txt", bytes(padding))
+            about: dict[str, Any] = {"labels": entries if labels else None}
+            if number:
+                about["shard"] = [shard, len(counts)]
+            file.writestr("dataset.json", json.dumps(about))
+    return folder
+
+
+def write_tar(path: Path, entries: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as file:
+        for name, data in entries.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            file.addfile(member, io.BytesIO(data))
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_shards(tmp_path / "data")
+
+
+@pytest.fixture
+def server(folder: Path) -> Iterator[ShardServer]:
+    with serve(folder) as running:
+        yield running
+
+
+def stream(url: str, *, buffer: int = 8, cache_bytes: int = 1 << 30, **options: Any) -> StreamedDataset:
+    return StreamedDataset(url, buffer=buffer, cache_bytes=cache_bytes, **options)
+
+
+def cached(cache: ShardCache) -> list[str]:
+    return sorted(path.name.partition("-")[2] for path in cache.folder.glob("*") if path.name[0] != ".")
+
+
+def leftovers(cache: ShardCache) -> list[str]:
+    return [path.name for path in cache.folder.iterdir() if path.suffix == ".part"]
+
+
+def assert_same_items(actual: ImageFolderDataset, expected: ImageFolderDataset, indices: Sequence[int]) -> None:
+    for a, b in zip(actual.read_batch(indices), expected.read_batch(indices), strict=True):
+        assert np.array_equal(a, b)
+
+
+# The order, computed once more in the plain way from its description.
+
+
+def plain_order(counts: tuple[int, ...], seed: int, buffer: int, copies: int, epoch: int) -> list[list[int]]:
+    starts = [sum(counts[:i]) for i in range(len(counts))]
+    filled = [shard for shard, count in enumerate(counts) if count]
+    shards = [filled[i] for i in np.random.default_rng([seed, epoch]).permutation(len(filled))]
+    windows: list[list[int]] = [[]]
+    for shard in shards:
+        if len(windows[-1]) >= buffer:
+            windows.append([])
+        windows[-1] += range(starts[shard], starts[shard] + counts[shard])
+    result = []
+    for number, images in enumerate(windows):
+        items = [image + copy * sum(counts) for copy in range(copies) for image in images]
+        permutation = np.random.default_rng([seed, epoch, number]).permutation(len(items))
+        result.append([items[i] for i in permutation])
+    return result
+
+
+@pytest.mark.parametrize(("buffer", "copies"), [(1, 1), (8, 1), (8, 2), (12, 1), (1000, 2)])
+def test_the_order_is_the_described_one_and_has_every_image_once_an_epoch(buffer: int, copies: int):
+    order = StreamOrder(COUNTS, seed=5, buffer=buffer, copies=copies)
+    size = TOTAL * copies
+    for epoch in range(3):
+        items = [order[epoch * size + i] for i in range(size)]
+        assert items == list(itertools.chain(*plain_order(COUNTS, 5, buffer, copies, epoch)))
+        assert sorted(items) == list(range(size))
+        windows = order.windows(epoch)
+        assert all(sum(COUNTS[s] for s in window) >= buffer for window in windows[:-1])
+    backwards = StreamOrder(COUNTS, seed=5, buffer=buffer, copies=copies)
+    assert [backwards[i] for i in reversed(range(3 * size))] == [order[i] for i in reversed(range(3 * size))]
+    other = StreamOrder(COUNTS, seed=6, buffer=buffer, copies=copies)
+    assert [other[i] for i in range(size)] != [order[i] for i in range(size)]
+
+
+def test_the_order_tells_which_shards_are_needed_and_soon():
+    told: list[tuple[Any, ...]] = []
+    order = StreamOrder(COUNTS, seed=5, buffer=8, enter=lambda *windows: told.append(windows))
+    for position in range(2 * TOTAL):
+        shard = int(np.searchsorted(np.cumsum(COUNTS), order[position], side="right"))
+        assert shard in told[-1][1]
+    expected = [window.tolist() for epoch in range(3) for window in order.windows(epoch)]
+    assert [each[1] for each in told] == expected[: len(told)]
+    assert [each[2] for each in told] == expected[1 : len(told) + 1]
+    assert [each[0] for each in told] == [[], *expected[: len(told) - 1]]
+
+
+@pytest.mark.parametrize("buffer", [1, 4, 10, 30, 100])
+def test_no_window_is_larger_than_the_bound(buffer: int):
+    rng = np.random.default_rng(buffer)
+    for _ in range(50):
+        counts = rng.integers(0, 12, 6)
+        counts[0] += 1
+        sizes = rng.integers(1, 1000, 6)
+        bound = most_in_a_window(sizes, counts, buffer)
+        for shards in itertools.permutations(np.flatnonzero(counts)):
+            needed = np.searchsorted(np.cumsum(counts[list(shards)]), buffer) + 1
+            assert sizes[list(shards[:needed])].sum() <= bound
+        assert bound <= sizes[np.flatnonzero(counts)].sum()
+
+
+# Items and labels.
+
+
+@pytest.mark.parametrize("xflip", [False, True])
+@pytest.mark.parametrize("scheme", ["http", "file"])
+def test_items_and_labels_are_those_of_the_same_files_on_the_disk(
+    folder: Path, server: ShardServer, scheme: str, xflip: bool
+):
+    url = f"{server.url}/set-{{00000..00004}}.zip" if scheme == "http" else f"{folder.as_uri()}/set-*.zip"
+    expected = ImageFolderDataset(folder, xflip=xflip)
+    actual = stream(url, xflip=xflip)
+    assert len(actual) == len(expected) == TOTAL * (1 + xflip)
+    for name in ("image_shape", "image_dtype", "resolution", "num_channels", "label_dim", "has_labels"):
+        assert getattr(actual, name) == getattr(expected, name), name
+    assert (actual.holds_latents, actual.encoder_entry, actual.has_onehot_labels) == (False, None, True)
+    indices = np.random.default_rng(0).permutation(len(expected)).tolist()
+    assert_same_items(actual, expected, indices)
+    for idx in (0, TOTAL - 1, len(expected) - 1):
+        assert all(np.array_equal(a, b) for a, b in zip(actual[idx], expected[idx], strict=True))
+        assert np.array_equal(actual.get_label(idx), expected.get_label(idx))
+        assert str(actual.get_details(idx)) == str(expected.get_details(idx))
+    assert stream(url, use_labels=False).label_dim == 0
+
+
+def test_opening_downloads_no_shard_and_the_second_time_reads_no_index(tmp_path: Path):
+    folder = write_shards(tmp_path / "data", padding=1 << 20)
+    with serve(folder) as server:
+        dataset = stream(f"{server.url}/set.zip")
+        assert [file.name for file in dataset.shards] == [f"set-{i:05d}.zip" for i in range(5)]
+        assert not dataset.cache.folder.exists()
+        assert sum(size for *_, size in server.requests) < 5 * (600 << 10)
+        server.requests.clear()
+        assert len(stream(f"{server.url}/set.zip")) == TOTAL
+        # All that is asked for anew is which versions there are, and the first item.
+        assert sum(size for *_, size in server.requests) <= 600 << 10
+
+
+def test_a_single_zip_is_one_shard_and_may_hold_latents(tmp_path: Path):
+    path = write_dataset(tmp_path / "latents.zip", channels=8, num=10)
+    dataset = stream(path.as_uri(), buffer=1000)
+    expected = ImageFolderDataset(path)
+    assert dataset.holds_latents
+    assert dataset.name == "latents"
+    assert_same_items(dataset, expected, range(10))
+
+
+def tar_entries(num: int, seed: int, label: Callable[[int], dict[str, bytes]]) -> dict[str, bytes]:
+    rng = np.random.default_rng(seed)
+    entries: dict[str, bytes] = {}
+    for i in reversed(range(num)):  # not in the order of their names
+        entries[f"./s{i:03d}.png"] = png(rng)
+        entries |= {f"./s{i:03d}.{suffix}": data for suffix, data in label(i).items()}
+    return entries
+
+
+@pytest.mark.parametrize(
+    "label",
+    [lambda i: {"cls": b"%d\n" % (i % 3)}, lambda i: {"json": b'{"width": 8, "label": %d}' % (i % 3)}],
+    ids=["cls", "json"],
+)
+@pytest.mark.parametrize("scheme", ["http", "file"])
+def test_webdataset_tars_are_read_in_the_order_of_their_names(
+    tmp_path: Path, scheme: str, label: Callable[[int], dict[str, bytes]]
+):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    parts = [tar_entries(num, seed, label) for seed, num in enumerate((4, 6))]
+    for number, entries in enumerate(parts):
+        write_tar(folder / f"set-{number:06d}.tar", entries)
+    with serve(folder) as server:
+        base = server.url if scheme == "http" else folder.as_uri()
+        dataset = stream(f"{base}/set-{{000000..000001}}.tar")
+        images, labels = dataset.read_batch(range(10))
+    expected = [part[name] for part in parts for name in sorted(part) if name.endswith("png")]
+    for image, data in zip(images, expected, strict=True):
+        assert np.array_equal(image.transpose(1, 2, 0), np.asarray(PIL.Image.open(io.BytesIO(data))))
+    assert labels.argmax(1).tolist() == [i % 3 for num in (4, 6) for i in range(num)]
+    assert dataset.name == "set-000000"
+
+
+def test_a_tar_of_a_data_set_folder_has_the_labels_of_its_dataset_json(tmp_path: Path):
+    with zipfile.ZipFile(write_dataset(tmp_path / "a.zip", channels=8, num=6)) as file:
+        entries = {name: file.read(name) for name in file.namelist()}
+    dataset = stream(write_tar(tmp_path / "a.tar", entries).as_uri())
+    expected = ImageFolderDataset(tmp_path / "a.zip")
+    assert_same_items(dataset, expected, range(6))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_brings_the_batches_of_the_order(folder: Path, workers: int):
+    dataset = stream(f"{folder.as_uri()}/set-*.zip", xflip=True)
+    expected = ImageFolderDataset(folder, xflip=True)
+    plain = [i for epoch in range(3) for i in itertools.chain(*plain_order(COUNTS, 3, 8, 2, epoch))]
+    with data_order(dataset, 3) as order:
+        loader = torch.utils.data.DataLoader(
+            BatchReader(dataset),
+            batch_size=None,
+            sampler=BatchPositions(order, start=16, batch_size=8),
+            num_workers=workers,
+            multiprocessing_context="spawn" if workers else None,
+        )
+        for number, (images, labels) in enumerate(itertools.islice(loader, 14)):
+            indices = plain[16 + 8 * number : 24 + 8 * number]
+            for a, b in zip((images, labels), expected.read_batch(indices), strict=True):
+                assert np.array_equal(a.numpy(), b)
+
+
+# The cache.
+
+
+def test_a_set_larger_than_the_cache_streams_through_it(tmp_path: Path):
+    folder = write_shards(tmp_path / "data", counts=(4,) * 12, padding=50_000)
+    shard_bytes = max(path.stat().st_size for path in folder.iterdir())
+    dataset = stream(f"{folder.as_uri()}/set-*.zip", buffer=4, cache_bytes=4 * shard_bytes)
+    expected = ImageFolderDataset(folder)
+    most = 0
+    with data_order(dataset, 0) as order:
+        for position in range(2 * len(dataset)):
+            item = order[position]
+            assert np.array_equal(dataset[item][0], expected[item][0])
+            on_disk = 0
+            for path in dataset.cache.folder.iterdir():
+                try:
+                    on_disk += path.stat().st_size
+                except FileNotFoundError:
+                    continue
+            most = max(most, on_disk)
+            assert len(dataset._opened) <= 4
+    assert 2 * shard_bytes < most <= 4 * shard_bytes < sum(path.stat().st_size for path in folder.iterdir())
+
+
+def test_a_shard_is_downloaded_once_for_all_who_read_it(server: ShardServer):
+    dataset = stream(f"{server.url}/set.zip")
+    opened = len(server.requests)
+    with data_order(dataset, 0) as order:
+        other = stream(f"{server.url}/set.zip")  # such as another process has
+        for position in range(2 * TOTAL):
+            item = order[position]
+            assert np.array_equal(dataset[item][0], other[item][0])
+    size = sum(file.size for file, count in zip(dataset.shards, dataset.counts, strict=True) if count)
+    wholes = [r for r in server.requests[opened:] if r[2:] in {(0, f.size) for f in dataset.shards}]
+    assert sum(sent for *_, sent in wholes) <= size + dataset.shards[0].size  # which is small enough to be read whole
+    assert cached(dataset.cache) == [f"set-{i:05d}.zip" for i in (0, 1, 3, 4)]
+
+
+def test_what_was_used_longest_ago_makes_room(tmp_path: Path):
+    for name in "abcd":
+        (tmp_path / f"{name}.zip").write_bytes(bytes(100))
+    files = {name: find_file((tmp_path / f"{name}.zip").as_uri()) for name in "abcd"}
+    cache = ShardCache(tmp_path / "shards", 300)
+    for age, name in enumerate("abc"):
+        cache.fetch(files[name])
+        os.utime(cache.path(files[name]), (age, age))
+    cache.fetch(files["a"])
+    cache.fetch(files["d"])
+    assert cached(cache) == ["a.zip", "c.zip", "d.zip"]
+    assert cache.fetch(files["b"], keep=[files[name] for name in "acd"]) is None
+    assert cached(cache) == ["a.zip", "c.zip", "d.zip"]
+    cache.fetch(files["b"], keep=[files[name] for name in "ac"])
+    assert cached(cache) == ["a.zip", "b.zip", "c.zip"]
+
+
+def test_a_window_that_the_cache_cannot_hold_is_refused(folder: Path):
+    sizes = [path.stat().st_size for path in sorted(folder.iterdir())]
+    with pytest.raises(ConfigError, match=r"--shuffle-buffer=20 images lie in shards of up to \d+ bytes, more than"):
+        stream(f"{folder.as_uri()}/set-*.zip", buffer=20, cache_bytes=max(sizes))
+    stream(f"{folder.as_uri()}/set-*.zip", buffer=20, cache_bytes=sum(sizes))
+
+
+def test_a_damaged_copy_is_fetched_anew(folder: Path):
+    dataset = stream(f"{folder.as_uri()}/set-*.zip")
+    expected = ImageFolderDataset(folder)
+    dataset.cache.fetch(dataset.shards[0])
+    path = dataset.cache.path(dataset.shards[0])
+    path.write_bytes(bytes(path.stat().st_size))
+    assert np.array_equal(dataset[0][0], expected[0][0])
+    assert path.read_bytes() == (folder / "set-00000.zip").read_bytes()
+
+
+def test_a_killed_download_leaves_nothing_that_counts(folder: Path):
+    dataset = stream(f"{folder.as_uri()}/set-*.zip")
+    dataset.cache.folder.mkdir(parents=True)
+    for file in dataset.shards[:2]:  # as a process leaves them that is killed; the system lets go of its locks
+        path = dataset.cache.path(file)
+        path.with_name(f".{path.name}.part").write_bytes(bytes(file.size + 10))
+    expected = ImageFolderDataset(folder)
+    assert np.array_equal(dataset[0][0], expected[0][0])
+    assert leftovers(dataset.cache) == []
+    assert cached(dataset.cache) == ["set-00000.zip"]
+
+
+# Trouble.
+
+
+def test_connections_that_break_and_a_server_that_is_busy_cost_time_only(server: ShardServer, folder: Path):
+    server.busy = 2
+    server.drops = 3
+    dataset = stream(f"{server.url}/set.zip")
+    expected = ImageFolderDataset(folder)
+    server.drops = 4
+    assert_same_items(dataset, expected, range(TOTAL))
+    assert (server.drops, server.busy) == (0, 0)
+    assert leftovers(dataset.cache) == []
+
+
+def one_line_error(action: Callable[[], Any]) -> str:
+    with pytest.raises(ConfigError) as failure:
+        action()
+    assert "\n" not in str(failure.value)
+    return str(failure.value)
+
+
+def test_a_server_that_stays_busy_ends_in_one_line(server: ShardServer):
+    dataset = stream(f"{server.url}/set.zip")
+    server.busy = 1 << 30
+    message = one_line_error(lambda: dataset[0])
+    assert message.startswith(f"cannot read {server.url}/set-00000.zip: 503")
+    assert message.endswith("check the address and the network connection")
+    assert leftovers(dataset.cache) == []
+
+
+def test_a_server_without_ranges_is_named(server: ShardServer, tmp_path: Path):
+    write_shards(tmp_path / "data", padding=1 << 20)
+    server.ranges = False
+    message = one_line_error(lambda: stream(f"{server.url}/set.zip"))
+    assert message == (
+        f"the server of {server.url}/set-00000.zip gives whole files only; use one that knows HTTP range requests"
+    )
+
+
+def test_missing_shards_are_named(server: ShardServer, folder: Path):
+    missing = f"{server.url}/nothing"
+    assert one_line_error(lambda: stream(f"{missing}.zip")) == (
+        f"{missing}.zip does not exist, nor does {missing}-00000.zip; check the address"
+    )
+    (folder / "set-00003.zip").unlink()
+    assert one_line_error(lambda: stream(f"{server.url}/set.zip")) == f"{server.url}/set-00003.zip does not exist"
+    assert "there are 4 of 5 shards" in one_line_error(lambda: stream(f"{folder.as_uri()}/set-*.zip"))
+    assert "matches no files" in one_line_error(lambda: stream(f"{folder.as_uri()}/none-*.zip"))
+
+
+def test_shards_that_do_not_say_how_many_there_are_want_a_range(tmp_path: Path):
+    folder = write_shards(tmp_path / "data", number=False)
+    message = one_line_error(lambda: stream(f"{folder.as_uri()}/set.zip"))
+    assert message.endswith(f"does not say how many shards there are; give {folder.as_uri()}/set-{{00000..00063}}.zip")
+    assert len(stream(f"{folder.as_uri()}/set-{{00000..00004}}.zip")) == TOTAL
+
+
+def test_a_shard_that_changes_during_the_run_is_refused(server: ShardServer, folder: Path):
+    dataset = stream(f"{server.url}/set.zip")
+    os.utime(folder / "set-00003.zip", (1, 1))
+    message = one_line_error(lambda: dataset.read_batch(range(TOTAL)))
+    assert message.startswith(f"{server.url}/set-00003.zip has changed since the data set was opened")
+    assert "set-00003.zip" not in cached(dataset.cache)
+
+
+def test_a_damaged_shard_is_named_by_its_url(folder: Path):
+    url = f"{folder.as_uri()}/set-*.zip"
+    data = (folder / "set-00001.zip").read_bytes()
+    at = data.index(b"IDAT", data.index(b"IDAT") + 4) + 10  # of the second image
+    (folder / "set-00001.zip").write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+    dataset = stream(url)
+    message = one_line_error(lambda: dataset.read_batch(range(TOTAL)))
+    name = "00000/img00000008.png"
+    assert message == f"{folder.as_uri()}/set-00001.zip: {name} cannot be read: its checksum does not fit"
+
+
+def change(path: Path, entries: dict[str, bytes]) -> None:
+    with zipfile.ZipFile(path, "w") as file:
+        for name, data in entries.items():
+            file.writestr(name, data)
+
+
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        ({"a.png": png(np.random.default_rng(0), 16), "dataset.json": b'{"labels": [["a.png", 0]]}'}, "must be alike"),
+        ({"a.png": png(np.random.default_rng(0))}, "has no labels"),
+        ({"a.png": png(np.random.default_rng(0)), "dataset.json": b'{"labels": [["a.png", [1, 2]]]}'}, "of one kind"),
+        ({"a.png": png(np.random.default_rng(0)), "dataset.json": b"{"}, "is not JSON"),
+        ({"a.png": b"", "b.npy": b""}, "mixes 1 .npy files and 1 pictures"),
+    ],
+)
+def test_shards_that_do_not_go_together_are_refused(folder: Path, entries: dict[str, bytes], words: str):
+    change(folder / "set-00001.zip", entries)
+    message = one_line_error(lambda: stream(f"{folder.as_uri()}/set-*.zip"))
+    assert words in message
+    assert f"{folder.as_uri()}/set-00001.zip" in message
+
+
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        ({"a.png": png(np.random.default_rng(0)), "a.cls": b"1", "b.png": png(np.random.default_rng(0))}, "1 of 2"),
+        ({"a.png": png(np.random.default_rng(0)), "a.cls": b"cat"}, "a.cls holds no label"),
+        ({"a.png": b"", "a.jpg": b""}, "in one sample"),
+        ({"../a.png": b""}, "leads out of its folder"),
+    ],
+)
+def test_tars_that_cannot_be_used_are_refused(tmp_path: Path, entries: dict[str, bytes], words: str):
+    path = write_tar(tmp_path / "a.tar", entries)
+    message = one_line_error(lambda: stream(path.as_uri()))
+    assert words in message
+    assert path.as_uri() in message
+
+
+def test_files_of_other_kinds_are_refused(tmp_path: Path):
+    for name in ("a.zip", "a.tar"):
+        (tmp_path / name).write_bytes(b"not an archive" * 100)
+        url = (tmp_path / name).as_uri()
+        assert "is no readable" in one_line_error(functools.partial(stream, url))
+    assert "neither a .zip nor an uncompressed .tar" in one_line_error(lambda: stream("https://host/a.tar.gz"))
+    assert "is no range" in one_line_error(lambda: expand_url("https://host/a-{5..3}.zip"))
+    assert "Install s3fs" in one_line_error(lambda: stream("s3://bucket/a.zip"))
+    assert expand_url("https://host/a-{08..10}.zip?b") == [f"https://host/a-{i}.zip?b" for i in ("08", "09", "10")]
+
+
+def test_without_aiohttp_the_extra_is_named(monkeypatch: pytest.MonkeyPatch):
+    def refuse(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.partition(".")[0] == "aiohttp":
+            raise ImportError("No module named 'aiohttp'")
+        return real(name, *args, **kwargs)
+
+    real = builtins.__import__
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    # As if no file system had been made in this process.
+    monkeypatch.delitem(sys.modules, "fsspec.implementations.http", raising=False)
+    for protocol in ("http", "https"):
+        monkeypatch.delitem(importlib.import_module("fsspec.registry")._registry, protocol, raising=False)
+    message = one_line_error(lambda: stream("https://host/set.zip"))
+    assert message == ("https://host/set.zip needs packages that are not installed; try: pip install -e '.[streaming]'")
+
+
+# Training.
+
+
+def test_a_run_cut_at_a_checkpoint_ends_bitwise_as_one_that_was_not(server: ShardServer, tmp_path: Path):
+    data = f"{server.url}/set.zip"
+    config = tiny_config(Path(), shuffle_buffer=None, checkpoint=8, duration=64, xflip=True)
+    config = dataclasses.replace(config, data=data, shuffle_buffer=8)
+
+    def start(name: str) -> TrainingRun:
+        (tmp_path / name).mkdir(exist_ok=True)
+        return TrainingRun(config, RunFolder(tmp_path / name), world=World())
+
+    whole = train(start("whole"))
+    for event in start("parts"):
+        if isinstance(event, Saved) and event.nimg == 40:
+            break
+    resumed = start("parts")
+    assert resumed.state.nimg == 40
+    train(resumed)
+    assert_same_state(resumed.state.state_dict(), whole.state.state_dict())
+
+
+def run_script(outdir: Path, *args: str) -> click.testing.Result:
+    small = ["--batch=8", "--duration=16", "--channels=4", "--channel-mult=1,2", "--num-blocks=1", "--status=8"]
+    options = [f"--outdir={outdir}", "--attn-resolutions=4", "--snapshot=0", "--checkpoint=16", "--device=cpu", *small]
+    return click.testing.CliRunner().invoke(train_edm2.train_edm2, [*options, *args])
+
+
+def test_the_script_trains_from_a_url_with_the_same_option(folder: Path, tmp_path: Path):
+    data = f"--data={folder.as_uri()}/set-*.zip"
+    outdir, cache = tmp_path / "run", tmp_path / "other"
+    result = run_script(outdir, data, f"--data-cache={cache}", "--data-cache-size=1MB", "--shuffle-buffer=8")
+    assert result.exit_code == 0, result.output
+    assert f"{TOTAL} of 8x8, 3 channels" in result.output
+    assert len(list((cache / "shards").glob("*.zip"))) > 0
+    again = run_script(outdir, data, "--shuffle-buffer=9")
+    assert "shuffle_buffer: 8 in the run, 9 asked for" in str(again.exception)
+    result = run_script(outdir, data, "--shuffle-buffer=8", "--duration=24", "--data-cache-size=2MB")
+    assert result.exit_code == 0, result.output
+    assert "Continuing from" in result.output
+    for args, words in [
+        ([data, "--shuffle-buffer=0"], "--shuffle-buffer=0 must be a number above 0"),
+        ([data, "--data-cache-size=1kB"], "'1kB' is no size"),
+        ([data, "--data-cache-size=1K"], "--data-cache-size=1000"),
+        ([f"--data={folder}", "--shuffle-buffer=8"], "is for data behind a URL"),
+    ]:
+        result = run_script(tmp_path / "refused", *args)
+        assert words in str(result.exception) + result.output
+        assert not (tmp_path / "refused").exists()
