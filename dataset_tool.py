@@ -251,6 +251,7 @@ def run_transcoding(
 
     dataset = ImageFolderDataset(source)
     encoder = make_encoder(dataset, batch)
+    dataset.check_headers(1000)  # what differs from the rest is told now, not after hours
     if grid is not None:
         require_sheet(grid)
     world = distributed.init(device, patience_hours=PATIENCE_HOURS)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -18,8 +19,9 @@ import train_edm2
 from dnnlib.errors import ConfigError
 from torch_utils.distributed import World
 from training.conversion import transcode
-from training.conversion.transcode import Transcoding
+from training.conversion.transcode import Transcoding, own_encoder
 from training.dataset import ImageFolderDataset
+from training.dataset_png import encode_plain_png
 from training.encoders import StabilityVAEEncoder
 from training.generation import generate_images
 from training.latents import LatentStatistics, encoder_of, read_encoder, vae_encoder, vae_geometry
@@ -194,6 +196,74 @@ def test_other_work_in_progress_is_left_alone(vae, pictures, tmp_path, small_chu
         run("encode", "--source", pictures, "--dest", tmp_path / "z.zip", "--model-url", vae, "--max-images=5")
 
 
+def test_a_source_that_changed_is_another_one(vae, pictures, tmp_path, small_chunks):
+    steps = iter(encoded(pictures, tmp_path / "z.zip", vae))
+    next(steps)
+    steps.close()
+    source = ImageFolderDataset(pictures)
+    names = [f"00000/img{i:08d}.png" for i in range(20)]
+    with zipfile.ZipFile(tmp_path / "new.zip", "w") as archive:
+        for i, name in enumerate(names):
+            archive.writestr(name, encode_plain_png(255 - source[i][0]))
+    os.replace(tmp_path / "new.zip", pictures)
+    with pytest.raises(ConfigError, match="unfinished work of another command"):
+        list(encoded(pictures, tmp_path / "z.zip", vae))
+
+
+def test_decoding_differently_is_other_work(vae, pictures, tmp_path, small_chunks):
+    run("encode", "--source", pictures, "--dest", tmp_path / "z.zip", "--model-url", vae)
+    shutil.copytree(vae, tmp_path / "other")
+
+    def work(**kwargs):
+        latents = ImageFolderDataset(tmp_path / "z.zip")
+        encoder = own_encoder(latents, kwargs.get("vae"), batch=kwargs.get("batch", 2))
+        place = {"source_path": tmp_path / "z.zip", "world": World()}
+        return Transcoding(latents, tmp_path / "p.zip", encoder, to_latents=False, **place)
+
+    steps = iter(work())
+    next(steps)
+    steps.close()
+    for change in ({"batch": 3}, {"vae": str(tmp_path / "other")}):
+        with pytest.raises(ConfigError, match="unfinished work of another command"):
+            list(work(**change))
+    assert sum(step.num_images for step in work()) == 20
+
+
+def test_fewer_shards_than_before_remain(vae, pictures, tmp_path):
+    command = ["encode", "--source", pictures, "--dest", tmp_path / "z.zip", "--model-url", vae]
+    run(*command, "--shards=4")
+    run(*command, "--shards=2", "--overwrite")
+    assert len(list(tmp_path.glob("z-*.zip"))) == 2
+    assert len(ImageFolderDataset(tmp_path / "z.zip")) == 20
+
+
+def test_a_source_does_not_overwrite_itself(vae, pictures, tmp_path):
+    pictures.rename(tmp_path / "p-00000.zip")
+    with pytest.raises(ConfigError, match=r"p-00000\.zip is part of --source"):
+        run(
+            *("encode", "--source", tmp_path / "p-*.zip", "--dest", tmp_path / "p.zip", "--model-url", vae),
+            *("--shards=1", "--overwrite"),
+        )
+
+
+def test_a_local_vae_is_found_from_elsewhere(vae, pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(vae).parent)
+    run("encode", "--source", pictures, "--dest", tmp_path / "z.zip", "--model-url", Path(vae).name)
+    monkeypatch.chdir(tmp_path)
+    run("decode", "--source", "z.zip", "--dest", "p.zip")
+    assert encoder_of(ImageFolderDataset(tmp_path / "z.zip")).vae_name == vae
+
+
+def test_an_early_mistake_leaves_nothing_behind(vae, tmp_path):
+    image = encode_plain_png(np.zeros((3, 32, 32), np.uint8))
+    with zipfile.ZipFile(tmp_path / "p.zip", "w") as archive:
+        archive.writestr("0.png", image)
+        archive.writestr("1.png", image[:300] + image[400:])
+    with pytest.raises(ConfigError, match=r"1\.png is damaged"):
+        run("encode", "--source", tmp_path / "p.zip", "--dest", tmp_path / "z.zip", "--model-url", vae)
+    assert [path.name for path in tmp_path.iterdir()] == ["p.zip"]
+
+
 def test_damaged_work_is_computed_anew(vae, pictures, tmp_path, small_chunks):
     work = encoded(pictures, tmp_path / "z.zip", vae)
     steps = iter(work)
@@ -279,20 +349,35 @@ def test_statistics_add_up_whatever_the_batches():
 
 def test_bad_input_ends_in_one_line_and_writes_nothing(vae, pictures, tmp_path):
     run("encode", "--source", pictures, "--dest", tmp_path / "z.zip", "--model-url", vae)
+    odd, four = tmp_path / "odd.zip", "stabilityai/sd-vae-ft-mse"
+    with zipfile.ZipFile(odd, "w") as archive:
+        archive.writestr("0.png", encode_plain_png(np.zeros((3, 24, 24), np.uint8)))
     before = sorted(tmp_path.rglob("*"))
     for args, message in [
         (["encode", "--source", tmp_path / "z.zip", "--dest", tmp_path / "y.zip"], "holds latents already"),
         (["decode", "--source", pictures, "--dest", tmp_path / "y.zip"], "holds pictures, not latents"),
         (["encode", "--source", pictures, "--dest", tmp_path / "z.zip", "--model-url", vae], "exists already"),
         (["encode", "--source", pictures, "--dest", pictures, "--model-url", vae], "lies inside of"),
-        (["encode", "--source", pictures, "--dest", tmp_path / "y.zip", "--model-url", tmp_path / "no"], "cannot be loaded"),
+        (
+            ["encode", "--source", pictures, "--dest", tmp_path / "y.zip", "--model-url", tmp_path / "no"],
+            "cannot be loaded",
+        ),
         (["encode", "--source", pictures, "--dest", tmp_path / "y", "--shards=2", "--model-url", vae], "ZIP files"),
+        (
+            ["decode", "--source", tmp_path / "z.zip", "--dest", tmp_path / "y.zip", "--model-url", four],
+            "4 latent channels",
+        ),
+        (
+            ["encode", "--source", odd, "--dest", tmp_path / "y.zip", "--model-url", vae],
+            "24x24, which is no power of two",
+        ),
         (["encode", "--source", tmp_path / "no.zip", "--dest", tmp_path / "y.zip"], "does not exist"),
     ]:
         with pytest.raises(ConfigError, match=message):
             run(*args)
     for args, message in [
         (["--data", tmp_path / "z.zip", "--encode-on-the-fly"], "holds latents already"),
+        (["--data", odd, "--cond=False"], "24x24, which is no power of two"),
         (["--data", pictures, "--model-url", vae], "needs --encode-on-the-fly"),
     ]:
         with pytest.raises(ConfigError, match=message):

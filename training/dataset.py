@@ -139,6 +139,10 @@ class ImageFolderDataset(torch.utils.data.Dataset[tuple[np.ndarray, np.ndarray]]
         for raw_idx in np.linspace(0, len(self._rows) - 1, min(len(self._rows), max_items)).astype(int):
             self._decoder.check(self._read(raw_idx), self._describe(raw_idx))
 
+    def fingerprint(self) -> int:
+        """A number that is another one, most likely, for other files: of archives by content, of folders by names."""
+        return self._files.fingerprint()
+
     def keep_items(self) -> None:
         """Keep decoded items in memory from now on, as `cache=True` does."""
         if self._cache is None:

@@ -50,6 +50,10 @@ class FolderFiles:
         except OSError as error:
             raise ConfigError(f"{self.describe(row)} cannot be read: {error.strerror or error}") from None
 
+    def fingerprint(self) -> int:
+        """A number made of the names, since the content would take long."""
+        return zlib.crc32(self.names.text)
+
     def close(self) -> None:
         """Nothing stays open between reads."""
 
@@ -108,6 +112,10 @@ class ZipFiles:
             self._sound[row] = True
         return data
 
+    def fingerprint(self) -> int:
+        """A number made of the names and the checksums of the content."""
+        return zlib.crc32(self._index.checksums.tobytes(), zlib.crc32(self.names.text))
+
     def close(self) -> None:
         """Let go of the file, which is closed when the last view of it is gone; reading again opens it again."""
         self._map = None
@@ -161,6 +169,10 @@ class ShardedFiles:
     def read(self, row: int) -> memoryview | bytes:
         """The bytes of the file; ConfigError if it is damaged."""
         return self.parts[self._part_of[row]].read(int(self._row_of[row]))
+
+    def fingerprint(self) -> int:
+        """A number made of those of the parts."""
+        return zlib.crc32(str([part.fingerprint() for part in self.parts]).encode())
 
     def close(self) -> None:
         """Let go of the files; reading again opens them again."""

@@ -3,6 +3,7 @@
 N images, C latent channels, H x W latent pixels.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 
 from dnnlib.errors import ConfigError
 from training.dataset import ImageFolderDataset
+from training.dataset_items import CONVERT_HINT
 from training.encoders import Encoder, StabilityVAEEncoder, StandardRGBEncoder
 from training.snapshot_parts import build_encoder, described, plain
 
@@ -130,10 +132,24 @@ def vae_encoder(
         raise ConfigError(f"{dataset.name} has {dataset.num_channels} channels; a VAE takes grey (1) or RGB (3) images")
     geometry = vae_geometry(vae)
     geometry.resolution(dataset.resolution)
+    _require_power_of_two(dataset)
     if vae == PUBLISHED_VAE:
         return StabilityVAEEncoder(batch_size=batch_size, pixel_min=pixel_min)
     mean, std = [0.0] * geometry.channels, [1.0] * geometry.channels
-    return StabilityVAEEncoder(vae, mean, std, batch_size=batch_size, pixel_min=pixel_min)
+    return StabilityVAEEncoder(full_name(vae), mean, std, batch_size=batch_size, pixel_min=pixel_min)
+
+
+def full_name(vae: str) -> str:
+    """The name of a VAE as a data set or snapshot remembers it: a local folder is found from elsewhere too."""
+    return os.path.abspath(vae) if os.path.isdir(vae) else vae
+
+
+def _require_power_of_two(dataset: ImageFolderDataset) -> None:
+    side = dataset.resolution
+    if side & (side - 1):
+        raise ConfigError(
+            f"{dataset.name} holds images of {side}x{side}, which is no power of two, as networks need: {CONVERT_HINT}"
+        )
 
 
 def rgb(pixels: np.ndarray) -> np.ndarray:
@@ -146,6 +162,7 @@ def encoder_of(dataset: ImageFolderDataset) -> Encoder:
 
     Raises ConfigError where a data set of latents is none that this encoder knows.
     """
+    _require_power_of_two(dataset)
     if not dataset.holds_latents:
         return StandardRGBEncoder()
     entry = dataset.encoder_entry

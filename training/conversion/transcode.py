@@ -34,6 +34,7 @@ from training.conversion.archive import (
     writing,
 )
 from training.dataset import ImageFolderDataset
+from training.dataset_files import find_shards
 from training.dataset_index import one_line
 from training.dataset_png import encode_plain_png
 from training.encoders import StabilityVAEEncoder
@@ -42,7 +43,10 @@ from training.latents import (
     LatentStatistics,
     encoder_entry,
     encoder_of,
+    full_name,
+    read_encoder,
     rgb,
+    vae_geometry,
 )
 
 _REQUEST = "request.json"
@@ -88,6 +92,7 @@ class Transcoding:
         self.workdir = dest.with_name(f"{dest.name}.partial")
         self._request = {
             "source": str(source_path),
+            "content": source.fingerprint(),
             "images": self.num_images,
             "shape": list(source.image_shape),
             "encoder": encoder_entry(encoder),
@@ -95,6 +100,7 @@ class Transcoding:
         }
         self.parts = plan_parts(dest, self.num_images, num_shards=num_shards, per_shard=None)
         self._chunk = max(_CHUNK_IMAGES // encoder.batch_size, 1) * encoder.batch_size
+        self._stale = existing_shards(dest) if num_shards is not None else []  # of an earlier, larger number
         self._require_places(source_path, sharded=num_shards is not None, overwrite=overwrite)
 
     def __len__(self) -> int:
@@ -106,19 +112,20 @@ class Transcoding:
         world = self._world
         try:
             self._start()
-            for number, chunk in self._chunks():
-                path = self._chunk_path(number)
-                if not path.is_file():
-                    result = self._compute(chunk)
-                    with atomic_path(path) as temp, open(temp, "wb") as file:
-                        np.save(file, result)
-                yield Step(num_images=len(chunk))
+            yield from self._compute_missing()
             world.barrier()
             self._put_together()
             world.barrier()
         except OSError as error:
-            raise ConfigError(f"{self._dest} cannot be written: {error.strerror or error}") from None
+            raise ConfigError(
+                f"{self._dest} cannot be written: {error.strerror or error}; what is done stays in {self.workdir}, and"
+                " the same command again goes on from there"
+            ) from None
         if world.is_main:
+            written = {part.path for part in self.parts}
+            for path in self._stale:
+                if path not in written:
+                    path.unlink(missing_ok=True)
             shutil.rmtree(self.workdir, ignore_errors=True)
 
     @property
@@ -144,6 +151,19 @@ class Transcoding:
             return self._encoder.encode_pixels(pixels).cpu().numpy()
         raw = torch.from_numpy(stored).to(self._world.device)
         return self._encoder.decode(most_likely(self._encoder, raw)).cpu().numpy()
+
+    def _compute_missing(self) -> Iterator[Step]:
+        try:
+            for number, chunk in self._chunks():
+                path = self._chunk_path(number)
+                if not path.is_file():
+                    result = self._compute(chunk)
+                    with atomic_path(path) as temp, open(temp, "wb") as file:
+                        np.save(file, result)
+                yield Step(num_images=len(chunk))
+        finally:
+            if self._world.size == 1 and not any(self.workdir.glob("*.npy")):
+                shutil.rmtree(self.workdir, ignore_errors=True)  # an early mistake leaves nothing behind
 
     def _start(self) -> None:
         """Make the working folder, or make sure that an existing one holds the same work."""
@@ -200,6 +220,12 @@ class Transcoding:
         require_folder(dest.parent)
         if is_zip(dest):
             found = existing_shards(dest) if sharded else [dest] if dest.exists() else []
+            inputs = {source.resolve()} if source.is_file() else {path.resolve() for path in find_shards(source)}
+            for path in found:
+                if path.is_dir():
+                    raise ConfigError(f"{path} is a folder; choose another --dest")
+                if path.resolve() in inputs:
+                    raise ConfigError(f"{path} is part of --source={source}; choose another --dest")
             resumed = (self.workdir / _REQUEST).is_file()
             if found and not overwrite and not resumed:
                 raise ConfigError(f"{found[0]} exists already; choose another --dest, or add --overwrite to replace it")
@@ -215,9 +241,11 @@ def own_encoder(source: ImageFolderDataset, vae: str | None, *, batch: int) -> S
         raise ConfigError(f"{source.name} holds pictures, not latents; `encode` makes those")
     encoder = encoder_of(source)
     assert isinstance(encoder, StabilityVAEEncoder)
-    encoder.vae_name = vae or encoder.vae_name
-    encoder.batch_size = batch
-    return encoder
+    entry = encoder_entry(encoder)
+    entry["arguments"] |= {"vae_name": full_name(vae or encoder.vae_name), "batch_size": batch}
+    if vae is not None and (channels := vae_geometry(vae).channels) != len(encoder.scale):
+        raise ConfigError(f"VAE {vae!r} has {channels} latent channels, but {source.name} {len(encoder.scale)}")
+    return read_encoder(entry, f"{source.name}: dataset.json")
 
 
 def _spread(dataset: ImageFolderDataset, count: int) -> list[int]:
