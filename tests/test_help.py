@@ -7,6 +7,7 @@ import click.testing
 import pytest
 
 import calculate_metrics
+import convert_snapshot
 import count_flops
 import dataset_tool
 import generate_images
@@ -19,6 +20,7 @@ PAGES = {
     "train-help.txt": ("train_edm2.py", train_edm2.train_edm2),
     "generate-help.txt": ("generate_images.py", generate_images.cmdline),
     "dataset-help.txt": ("dataset_tool.py", dataset_tool.cmdline),
+    "convert-help.txt": ("convert_snapshot.py", convert_snapshot.cmdline),
     "phema-help.txt": ("reconstruct_phema.py", reconstruct_phema.cmdline),
     "metrics-help.txt": ("calculate_metrics.py", calculate_metrics.cmdline),
     "flops-help.txt": ("count_flops.py", count_flops.cmdline),

@@ -31,7 +31,7 @@ class Snapshot:
     loss_fn: EDM2Loss | None = None
     nimg: int | None = None  # images seen in training
     ema_std: float | None = None  # relative length of the average, Eq. 123 of arXiv 2312.02696
-    info: dict[str, Any] = field(default_factory=dict)  # provenance, as JSON has it; not kept by pickles
+    info: dict[str, Any] = field(default_factory=dict)  # provenance, as JSON has it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +110,8 @@ def save_snapshot(snapshot: Snapshot, path: str | os.PathLike[str]) -> None:
 
     Parameters and buffers are stored as float16. The network, encoder and loss are written as if newly made from
     their constructor arguments: no hooks, compiled code or loaded VAE come along. The published code can read the
-    pickle; image count, EMA length and `info` are only in the .safetensors header.
+    pickle, which has an entry more than published ones where there is `info`, or its name does not tell the image
+    count and the EMA length.
     """
     path = Path(path)
     if path.suffix not in SUFFIXES:
@@ -124,13 +125,16 @@ def save_snapshot(snapshot: Snapshot, path: str | os.PathLike[str]) -> None:
         "loss_fn": None if snapshot.loss_fn is None else _fresh(snapshot.loss_fn, build_loss),
         "dataset_kwargs": None if options is None else plain(_with_text_paths(options), "dataset_kwargs"),
     }
+    info = plain(dict(snapshot.info), "info")
+    nimg, ema_std = snapshot.nimg, None if snapshot.ema_std is None else float(snapshot.ema_std)
     try:
         with atomic_path(path) as temp:
             if path.suffix == ".pkl":
-                snapshot_pickle.write(temp, **parts)
+                told = bool(info) or (nimg, ema_std) not in (parse_name(path), (None, None))
+                extra = {"nimg": nimg, "ema_std": ema_std, "info": info} if told else None
+                snapshot_pickle.write(temp, **parts, provenance=extra)
             else:
-                info = plain(dict(snapshot.info), "info")
-                snapshot_safetensors.write(temp, **parts, nimg=snapshot.nimg, ema_std=snapshot.ema_std, info=info)
+                snapshot_safetensors.write(temp, **parts, nimg=nimg, ema_std=ema_std, info=info)
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror or error}") from error
 

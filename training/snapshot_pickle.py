@@ -34,7 +34,8 @@ def parts_of(tree: Any, file_bytes: int) -> dict[str, Any]:
         "net": build_network(arguments, flatten(stored), file_bytes),
         "encoder": _rebuild(tree, "encoder", build_encoder),
         "loss_fn": _rebuild(tree, "loss_fn", build_loss),
-        "dataset_kwargs": None if dataset_kwargs is None else _dictionary(dataset_kwargs),
+        "dataset_kwargs": None if dataset_kwargs is None else _dictionary(dataset_kwargs, "dataset_kwargs"),
+        **_provenance(tree.get("provenance")),
     }
 
 
@@ -69,10 +70,20 @@ def flatten(module: StoredObject) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def write(path: Path, *, net: Any, encoder: Any, dataset_kwargs: Mapping[str, Any] | None, loss_fn: Any) -> None:
-    """Write the parts to `path`."""
+def write(
+    path: Path,
+    *,
+    net: Any,
+    encoder: Any,
+    dataset_kwargs: Mapping[str, Any] | None,
+    loss_fn: Any,
+    provenance: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the parts to `path`. `provenance`, which the published reader passes over, has nimg, ema_std and info."""
     options = None if dataset_kwargs is None else EasyDict(dataset_kwargs)
     content = EasyDict(encoder=encoder, dataset_kwargs=options, loss_fn=loss_fn, ema=net)
+    if provenance is not None:
+        content.provenance = dict(provenance)
     with open(path, "wb") as file:
         pickle.dump(content, file, protocol=_PROTOCOL)
 
@@ -102,7 +113,18 @@ def _rebuild(tree: dict[str, Any], key: str, build: Any) -> Any:
     return build(stored.class_name, *_init_arguments(stored))
 
 
-def _dictionary(value: Any) -> dict[str, Any]:
+def _dictionary(value: Any, key: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ConfigError(f"its dataset_kwargs is a value of type {type(value).__name__}, not a dictionary")
-    return plain(value, "its dataset_kwargs")
+        raise ConfigError(f"its {key} is a value of type {type(value).__name__}, not a dictionary")
+    return plain(value, f"its {key}")
+
+
+def _provenance(value: Any) -> dict[str, Any]:
+    """The fields of a Snapshot that published files don't have."""
+    if value is None:
+        return {}
+    given = _dictionary(value, "provenance")
+    nimg, ema_std, info = given.get("nimg"), given.get("ema_std"), given.get("info")
+    if type(nimg) not in (int, type(None)) or type(ema_std) not in (float, type(None)) or type(info) is not dict:
+        raise ConfigError("its provenance is not an image count, a length and a dictionary")
+    return {"nimg": nimg, "ema_std": ema_std, "info": info}
