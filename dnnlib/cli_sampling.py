@@ -30,41 +30,46 @@ class _Numbers(click.ParamType):
         return numbers
 
 
-# In the order of the help page. What is left out is None, or () for --gnet.
-_OPTIONS = (
-    click.option(
+# Numbers separated by commas, as a tuple.
+NUMBERS = _Numbers("1,1.5,2")
+
+# By name, in the order of the help page. What is left out is None, or () for --gnet.
+_OPTIONS: dict[str, Callable[[Any], Any]] = {
+    "preset": click.option(
         "--preset", metavar="NAME", help="Networks and guidance of a published result; other options win over it"
     ),
-    click.option("--net", metavar="PATH|URL", help="Network snapshot, .pkl or .safetensors"),
-    click.option(
+    "net": click.option("--net", metavar="PATH|URL", help="Network snapshot, .pkl or .safetensors"),
+    "gnet": click.option(
         "--gnet",
         metavar="PATH|URL",
         multiple=True,
         help="Guiding network, used where guidance is not 1; several share the guidance",
     ),
-    click.option(
+    "gnet-shares": click.option(
         "--gnet-shares",
         metavar="LIST",
         type=_Numbers("0.7,0.3"),
         help="Share of each --gnet, 1 in all [default: equal]",
     ),
-    click.option("--guidance", type=float, help="Guidance strength; 1 = none [default: 1]"),
-    click.option(
+    "guidance": click.option("--guidance", type=float, help="Guidance strength; 1 = none [default: 1]"),
+    "interval": click.option(
         "--interval",
         metavar="LO,HI",
         type=_Numbers("0.28,2.90", count=2),
         help="Guide only the steps that start at noise levels in (LO, HI] [default: all]",
     ),
-    click.option("--solver", metavar="NAME", help="heun, euler or dpmpp2m [default: heun]"),
-    click.option("--steps", "num_steps", type=int, help="Sampling steps [default: 32]"),
-    click.option("--sigma_min", type=float, help="Lowest noise level [default: 0.002]"),
-    click.option("--sigma_max", type=float, help="Highest noise level [default: 80]"),
-    click.option("--rho", type=float, help="Exponent of the noise levels [default: 7]"),
-    click.option("--S_churn", "S_churn", type=float, help="Strength of added noise; heun, euler [default: 0]"),
-    click.option("--S_min", "S_min", type=float, help="Add noise from this noise level ... [default: 0]"),
-    click.option("--S_max", "S_max", type=float, help="... up to this one [default: inf]"),
-    click.option("--S_noise", "S_noise", type=float, help="Inflation of added noise [default: 1]"),
-)
+    "solver": click.option("--solver", metavar="NAME", help="heun, euler or dpmpp2m [default: heun]"),
+    "steps": click.option("--steps", "num_steps", type=int, help="Sampling steps [default: 32]"),
+    "sigma_min": click.option("--sigma_min", type=float, help="Lowest noise level [default: 0.002]"),
+    "sigma_max": click.option("--sigma_max", type=float, help="Highest noise level [default: 80]"),
+    "rho": click.option("--rho", type=float, help="Exponent of the noise levels [default: 7]"),
+    "S_churn": click.option(
+        "--S_churn", "S_churn", type=float, help="Strength of added noise; heun, euler [default: 0]"
+    ),
+    "S_min": click.option("--S_min", "S_min", type=float, help="Add noise from this noise level ... [default: 0]"),
+    "S_max": click.option("--S_max", "S_max", type=float, help="... up to this one [default: inf]"),
+    "S_noise": click.option("--S_noise", "S_noise", type=float, help="Inflation of added noise [default: 1]"),
+}
 
 
 def sampling_options(command: F) -> F:
@@ -73,6 +78,16 @@ def sampling_options(command: F) -> F:
     Their names there: preset, net, gnet (a tuple), gnet_shares, guidance, interval, solver, num_steps, sigma_min,
     sigma_max, rho, S_churn, S_min, S_max, S_noise.
     """
-    for option in reversed(_OPTIONS):
-        command = option(command)
-    return command
+    return sampling_options_without()(command)
+
+
+def sampling_options_without(*names: str) -> Callable[[F], F]:
+    """The same, apart from the options `--{name}` in `names`."""
+
+    def decorator(command: F) -> F:
+        for flag, option in reversed(_OPTIONS.items()):
+            if flag not in names:
+                command = option(command)
+        return command
+
+    return decorator

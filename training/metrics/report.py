@@ -117,7 +117,7 @@ def result_record(
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
     """Write `record` to `path`, whole or not at all."""
     try:
-        write_text(path, json.dumps(_for_json(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        write_text(path, json.dumps(for_json(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror or error}") from None
 
@@ -159,12 +159,12 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def _for_json(value: Any) -> Any:
+def for_json(value: Any) -> Any:
     """`value` with numbers that JSON lacks (inf, nan) as texts, and tuples as lists."""
     if isinstance(value, Mapping):
-        return {str(key): _for_json(item) for key, item in value.items()}
+        return {str(key): for_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_for_json(item) for item in value]
+        return [for_json(item) for item in value]
     return str(value) if isinstance(value, Path) or (isinstance(value, float) and not math.isfinite(value)) else value
 
 

@@ -1,0 +1,223 @@
+"""Measure a training run over EMA lengths and guidance weights, without writing networks or images."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import tqdm
+
+import dnnlib.cli
+from dnnlib.cli import STD_LIST
+from dnnlib.cli_metrics import COUNT, batch_option, detector_options, given_weights, measuring_options
+from dnnlib.cli_sampling import NUMBERS, sampling_options_without
+from dnnlib.errors import ConfigError
+from dnnlib.folders import make_folder, require_folder
+from torch_utils import distributed
+from torch_utils.distributed import World
+from torch_utils.precision import numerics
+from training.metrics import report, sweep
+from training.metrics.plan import Plan, plan_metrics
+from training.metrics.reference import load_stats
+from training.metrics.sweep import Point, Sweep
+from training.metrics.sweep_plot import plot_sweep
+from training.posthoc_inputs import choose_inputs, list_input_pickles
+from training.posthoc_plot import SUFFIXES
+from training.sampling_request import SamplingRequest, resolve_sampling
+from training.snapshot import nimg_from_kimg
+
+
+@click.command()
+@click.option("--indir", metavar="DIR", required=True, help="Folder with the snapshots of a training run")
+@click.option("--inprefix", metavar="STR", help="Take only inputs named {this}-{kimg}-{std}")
+@click.option("--instd", metavar="LIST", type=STD_LIST, help="Take only inputs with these EMA lengths")
+@click.option("--outkimg", metavar="KIMG", type=COUNT, help="Training time of the networks [default: newest input]")
+@click.option(
+    "--outstd", metavar="LIST", type=STD_LIST, required=True, help="EMA lengths to measure: 0.05 or 0.01,0.02,...,0.25"
+)
+@click.option("--guidance", metavar="LIST", type=NUMBERS, default="1", help="Guidance weights to measure [default: 1]")
+@sampling_options_without("preset", "net", "guidance")
+@measuring_options
+@click.option("--plot", metavar="FILE", type=click.Path(path_type=Path), help="Draw the curves (png, pdf, svg)")
+@batch_option(32)
+@click.option("--build", type=COUNT, default=8, show_default=True, help="Networks to reconstruct at a time")
+@detector_options
+def cmdline(
+    indir: str,
+    inprefix: str | None,
+    instd: list[float] | None,
+    outkimg: int | None,
+    outstd: list[float],
+    guidance: tuple[float, ...],
+    json_path: Path | None,
+    plot: Path | None,
+    **options: Any,
+) -> None:
+    """Measure a training run over EMA lengths, guidance weights, or pairs of them.
+
+    Networks are reconstructed in memory from the run's snapshots. With --json, a sweep that was interrupted is taken
+    up again by the same command, and one with further lengths or weights adds them to the curve.
+
+    \b
+    # The shipped data, with nothing to download
+    python calculate_metrics.py ref --data=data/fashion-mnist-32.zip \\
+        --dest=out/ref.safetensors --metrics=fd_efflite0
+    python sweep.py --indir=training-runs/fashion --outstd=0.02,0.04,...,0.24 \\
+        --metrics=fd_efflite0 --ref=out/ref.safetensors --num=1000 \\
+        --json=out/sweep.json --plot=out/sweep.png
+
+    \b
+    # EMA length and guidance weight together, on 8 GPUs
+    torchrun --standalone --nproc_per_node=8 sweep.py \\
+        --indir=raw-snapshots/edm2-img512-xs --outstd=0.02,0.04,...,0.20 \\
+        --gnet=guide.pkl --guidance=1,1.2,1.4,1.6 --json=sweep.json --plot=sweep.png \\
+        --ref=https://nvlabs-fi-cdn.nvidia.com/edm2/dataset-refs/img512.pkl
+    """
+    _require_places(json_path, plot)
+    inputs = list_input_pickles(indir, in_prefix=inprefix, in_std=instd)
+    nimg, inputs = choose_inputs(inputs, None if outkimg is None else nimg_from_kimg(outkimg))
+    rest = {name: options.pop(name) for name in _OF_MEASURE}
+    requests = _requests(guidance, options)
+    lists = None if instd is None else ",".join(f"{std:g}" for std in instd)
+    origin = {"indir": indir, "inprefix": inprefix, "instd": lists, "outkimg": outkimg}
+    _sweep(inputs, nimg, outstd, requests, origin, json_path=json_path, plot=plot, **rest)
+
+
+def _require_places(json_path: Path | None, plot: Path | None) -> None:
+    """Raise ConfigError, before anything is computed, if the results cannot be written."""
+    for path in (json_path, plot):
+        if path is not None:
+            require_folder(path.parent)
+            if path.is_dir():
+                raise ConfigError(f"{path} cannot be written: it is a folder; name a file")
+    if plot is not None and plot.suffix.lower() not in SUFFIXES:
+        raise ConfigError(f"{plot} has none of the suffixes {', '.join(SUFFIXES)} of figures")
+
+
+# The options that `_sweep` takes as they are.
+_OF_MEASURE = (
+    "ref", "metrics", "num", "seed", "repeat", "batch", "build", "device",
+    "inception_weights", "dinov2_weights", "efflite0_weights",
+)  # fmt: skip
+
+
+def _requests(guidance: Sequence[float], options: dict[str, Any]) -> list[SamplingRequest]:
+    """How to sample with each weight; the network is still to be made."""
+    return [resolve_sampling(net="", guidance=weight, **options) for weight in sorted(set(guidance))]
+
+
+def _sweep(
+    inputs: list[Any],
+    nimg: int,
+    stds: list[float],
+    requests: list[SamplingRequest],
+    origin: dict[str, Any],
+    *,
+    ref: str | None,
+    metrics: str,
+    num: int,
+    seed: int,
+    repeat: int,
+    batch: int,
+    build: int,
+    json_path: Path | None,
+    plot: Path | None,
+    device: str | None,
+    **weights: str | None,
+) -> None:
+    if num < 2:
+        raise ConfigError(f"--num={num} images cannot be measured; two are the least")
+    reference = None if ref is None else load_stats(ref)
+    world = distributed.init(device)
+    try:
+        plan = plan_metrics(metrics, reference, device=world.device, weights=given_weights(weights))
+        _say(report.notes(plan.skipped, plan.detectors), world)
+        settings = sweep.settings_of(
+            sweep.described_inputs(inputs, nimg), requests, plan, ref=ref, num=num, seed=seed, repeat=repeat
+        )
+        points = [] if json_path is None else _from_main(world, json_path, settings)
+        work = Sweep(
+            inputs, stds, requests, out_nimg=nimg, plan=plan, reference=reference, world=world, num=num, seed=seed,
+            repeat=repeat, batch=batch, build=build, done=frozenset(point.key for point in points),
+        )  # fmt: skip
+        if points:
+            _say([f"{json_path} has {len(points)} points already"], world)
+        for path in (json_path, plot):
+            if path is not None and world.is_main:
+                make_folder(path.parent)
+        _carry_out(work, points, settings, plan, json_path, world)
+        if world.is_main:
+            seeds = range(seed, seed + num)
+            _tell(points, requests, plan, origin, nimg, seeds)
+            if plot is not None:
+                plot_sweep(plot, points, plan.metrics, title=f"{len(inputs)} snapshots, {num} images a point")
+        world.barrier()
+    finally:
+        world.close()
+
+
+def _from_main(world: World, path: Path, settings: dict[str, Any]) -> list[Point]:
+    """The points of an earlier sweep as the main process reads them, since it is the one that writes."""
+    found: list[Point] | str = []
+    if world.is_main:
+        try:
+            found = sweep.read_points(path, settings)
+        except ConfigError as error:
+            found = str(error)
+    shared = world.all_gather_objects(found)[0]
+    if isinstance(shared, str):
+        raise ConfigError(shared)
+    return shared
+
+
+def _carry_out(
+    work: Sweep, points: list[Point], settings: dict[str, Any], plan: Plan, json_path: Path | None, world: World
+) -> None:
+    """Measure what is left, add it to `points`, and keep the file up to date."""
+    more = {"device": str(world.device), "processes": world.size}
+    bar = tqdm.tqdm(total=len(work), unit="batch", dynamic_ncols=True, disable=not world.is_main or not len(work))
+    with bar, numerics(cudnn_benchmark=False):
+        for step in work:
+            bar.set_description(f"{step.std:.3f} x {step.guidance:g}", refresh=False)
+            bar.update()
+            if step.point is None:
+                continue
+            points.append(step.point)
+            if world.is_main:
+                scores = ", ".join(f"{name} {step.point.mean(name):.4f}" for name in plan.metrics)
+                bar.write(f"EMA length {step.std:.3f}, guidance {step.guidance:g}: {scores}")
+            if json_path is not None and world.is_main:
+                report.write_json(json_path, sweep.sweep_record(points, settings, plan, more))
+
+
+def _tell(
+    points: list[Point],
+    requests: list[SamplingRequest],
+    plan: Plan,
+    origin: dict[str, Any],
+    nimg: int,
+    seeds: range,
+) -> None:
+    """The best point of each metric, and how to get its network and its images."""
+    for metric in plan.metrics:
+        best = sweep.best_point(points, metric)
+        if best is None:
+            click.echo(f"No {metric} is finite.")
+            continue
+        click.echo(f"Best {metric}: {best.mean(metric):.4f} at EMA length {best.std:.3f}, guidance {best.guidance:g}")
+        for what in sweep.at_the_edge(points, best):
+            click.echo(f"  It is at the edge of the {what}; a wider range may hold a better one.")
+        request = next((r for r in requests if abs(r.guidance - best.guidance) < 1e-6), None)
+        if request is not None:
+            for line in sweep.commands_for(best, request, reconstruct=origin, nimg=nimg, seeds=seeds):
+                click.echo(f"  {line}")
+
+
+def _say(lines: Sequence[str], world: World) -> None:
+    if world.is_main:
+        for line in lines:
+            click.echo(line)
+
+
+if __name__ == "__main__":
+    dnnlib.cli.main(cmdline)
