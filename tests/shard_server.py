@@ -2,6 +2,7 @@
 
 import re
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -22,6 +23,8 @@ class ShardServer(ThreadingHTTPServer):
         self.drops = 0  # of the next answers to GET, break off so many after half of the bytes
         self.busy = 0  # answer so many requests by 503
         self.ranges = True
+        self.stall = False  # send half of the bytes and then nothing, as long as this holds
+        self.stalled = threading.Event()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Clients that go away are no news."""
@@ -62,6 +65,13 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "HEAD":
             server.requests.append(("HEAD", name, 0, 0))
             return
+        if server.stall:
+            self.wfile.write(data[begin : (begin + end) // 2])
+            server.stalled.set()
+            while server.stall:
+                time.sleep(0.01)
+            self.close_connection = True
+            return
         if server.drops > 0 and end - begin > 1:
             server.drops -= 1
             end = (begin + end) // 2
@@ -79,5 +89,6 @@ def serve(folder: Path) -> Iterator[ShardServer]:
         try:
             yield server
         finally:
+            server.stall = False
             server.shutdown()
             thread.join()

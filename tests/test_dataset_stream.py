@@ -6,16 +6,15 @@ import functools
 import importlib
 import io
 import itertools
-import json
 import os
 import sys
-import tarfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import click.testing
+import fsspec
 import numpy as np
 import PIL.Image
 import pytest
@@ -24,61 +23,31 @@ import torch
 import train_edm2
 from dnnlib.errors import ConfigError
 from tests.shard_server import ShardServer, serve
+from tests.shards import (
+    COUNTS,
+    TOTAL,
+    cached,
+    leftovers,
+    one_line_error,
+    plain_order,
+    png,
+    write_shards,
+    write_tar,
+)
 from tests.tiny import assert_same_state, tiny_config, train, write_dataset
 from torch_utils.distributed import World
 from training import remote_files
 from training.dataset import BatchReader, ImageFolderDataset
 from training.dataset_stream import StreamedDataset, data_order, expand_url
-from training.remote_files import find_file
 from training.run_folder import RunFolder
-from training.shard_cache import ShardCache
-from training.stream_order import StreamOrder, most_in_a_window
 from training.streams import BatchPositions
 from training.training_loop import Saved, TrainingRun
-
-COUNTS = (7, 5, 0, 9, 6)  # images in each shard
-TOTAL = sum(COUNTS)
 
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(remote_files, "_FIRST_WAIT_SEC", 0.01)
     monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path / "cache"))
-
-
-def png(rng: np.random.Generator, size: int = 8) -> bytes:
-    data = io.BytesIO()
-    PIL.Image.fromarray(rng.integers(0, 256, [size, size, 3], dtype=np.uint8)).save(data, format="PNG")
-    return data.getvalue()
-
-
-def write_shards(
-    folder: Path, *, counts: tuple[int, ...] = COUNTS, number: bool = True, padding: int = 0, labels: bool = True
-) -> Path:
-    """Files set-00000.zip, ... in `folder`, with images numbered from one to the next; `padding` bytes in each."""
-    folder.mkdir(exist_ok=True)
-    rng = np.random.default_rng(0)
-    names = iter(f"00000/img{i:08d}.png" for i in range(sum(counts)))
-    for shard, count in enumerate(counts):
-        with zipfile.ZipFile(folder / f"set-{shard:05d}.zip", "w") as file:
-            entries = [(next(names), int(rng.integers(4))) for _ in range(count)]
-            for name, _ in entries:
-                file.writestr(name, png(rng))
-            file.writestr(f"padding{shard}.txt", bytes(padding))
-            about: dict[str, Any] = {"labels": entries if labels else None}
-            if number:
-                about["shard"] = [shard, len(counts)]
-            file.writestr("dataset.json", json.dumps(about))
-    return folder
-
-
-def write_tar(path: Path, entries: dict[str, bytes]) -> Path:
-    with tarfile.open(path, "w") as file:
-        for name, data in entries.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            file.addfile(member, io.BytesIO(data))
-    return path
 
 
 @pytest.fixture
@@ -96,79 +65,9 @@ def stream(url: str, *, buffer: int = 8, cache_bytes: int = 1 << 30, **options: 
     return StreamedDataset(url, buffer=buffer, cache_bytes=cache_bytes, **options)
 
 
-def cached(cache: ShardCache) -> list[str]:
-    return sorted(path.name.partition("-")[2] for path in cache.folder.glob("*") if path.name[0] != ".")
-
-
-def leftovers(cache: ShardCache) -> list[str]:
-    return [path.name for path in cache.folder.iterdir() if path.suffix == ".part"]
-
-
 def assert_same_items(actual: ImageFolderDataset, expected: ImageFolderDataset, indices: Sequence[int]) -> None:
     for a, b in zip(actual.read_batch(indices), expected.read_batch(indices), strict=True):
         assert np.array_equal(a, b)
-
-
-# The order, computed once more in the plain way from its description.
-
-
-def plain_order(counts: tuple[int, ...], seed: int, buffer: int, copies: int, epoch: int) -> list[list[int]]:
-    starts = [sum(counts[:i]) for i in range(len(counts))]
-    filled = [shard for shard, count in enumerate(counts) if count]
-    shards = [filled[i] for i in np.random.default_rng([seed, epoch]).permutation(len(filled))]
-    windows: list[list[int]] = [[]]
-    for shard in shards:
-        if len(windows[-1]) >= buffer:
-            windows.append([])
-        windows[-1] += range(starts[shard], starts[shard] + counts[shard])
-    result = []
-    for number, images in enumerate(windows):
-        items = [image + copy * sum(counts) for copy in range(copies) for image in images]
-        permutation = np.random.default_rng([seed, epoch, number]).permutation(len(items))
-        result.append([items[i] for i in permutation])
-    return result
-
-
-@pytest.mark.parametrize(("buffer", "copies"), [(1, 1), (8, 1), (8, 2), (12, 1), (1000, 2)])
-def test_the_order_is_the_described_one_and_has_every_image_once_an_epoch(buffer: int, copies: int):
-    order = StreamOrder(COUNTS, seed=5, buffer=buffer, copies=copies)
-    size = TOTAL * copies
-    for epoch in range(3):
-        items = [order[epoch * size + i] for i in range(size)]
-        assert items == list(itertools.chain(*plain_order(COUNTS, 5, buffer, copies, epoch)))
-        assert sorted(items) == list(range(size))
-        windows = order.windows(epoch)
-        assert all(sum(COUNTS[s] for s in window) >= buffer for window in windows[:-1])
-    backwards = StreamOrder(COUNTS, seed=5, buffer=buffer, copies=copies)
-    assert [backwards[i] for i in reversed(range(3 * size))] == [order[i] for i in reversed(range(3 * size))]
-    other = StreamOrder(COUNTS, seed=6, buffer=buffer, copies=copies)
-    assert [other[i] for i in range(size)] != [order[i] for i in range(size)]
-
-
-def test_the_order_tells_which_shards_are_needed_and_soon():
-    told: list[tuple[Any, ...]] = []
-    order = StreamOrder(COUNTS, seed=5, buffer=8, enter=lambda *windows: told.append(windows))
-    for position in range(2 * TOTAL):
-        shard = int(np.searchsorted(np.cumsum(COUNTS), order[position], side="right"))
-        assert shard in told[-1][1]
-    expected = [window.tolist() for epoch in range(3) for window in order.windows(epoch)]
-    assert [each[1] for each in told] == expected[: len(told)]
-    assert [each[2] for each in told] == expected[1 : len(told) + 1]
-    assert [each[0] for each in told] == [[], *expected[: len(told) - 1]]
-
-
-@pytest.mark.parametrize("buffer", [1, 4, 10, 30, 100])
-def test_no_window_is_larger_than_the_bound(buffer: int):
-    rng = np.random.default_rng(buffer)
-    for _ in range(50):
-        counts = rng.integers(0, 12, 6)
-        counts[0] += 1
-        sizes = rng.integers(1, 1000, 6)
-        bound = most_in_a_window(sizes, counts, buffer)
-        for shards in itertools.permutations(np.flatnonzero(counts)):
-            needed = np.searchsorted(np.cumsum(counts[list(shards)]), buffer) + 1
-            assert sizes[list(shards[:needed])].sum() <= bound
-        assert bound <= sizes[np.flatnonzero(counts)].sum()
 
 
 # Items and labels.
@@ -215,6 +114,17 @@ def test_a_single_zip_is_one_shard_and_may_hold_latents(tmp_path: Path):
     assert dataset.holds_latents
     assert dataset.name == "latents"
     assert_same_items(dataset, expected, range(10))
+
+
+def test_other_stores_of_fsspec_will_do(folder: Path):
+    store = fsspec.filesystem("memory")
+    for path in folder.iterdir():
+        store.pipe(f"/bucket/{path.name}", path.read_bytes())
+    try:
+        for url in ("memory://bucket/set-*.zip", "memory://bucket/set.zip"):
+            assert_same_items(stream(url), ImageFolderDataset(folder), range(TOTAL))
+    finally:
+        store.rm("/bucket", recursive=True)
 
 
 def tar_entries(num: int, seed: int, label: Callable[[int], dict[str, bytes]]) -> dict[str, bytes]:
@@ -316,23 +226,6 @@ def test_a_shard_is_downloaded_once_for_all_who_read_it(server: ShardServer):
     assert cached(dataset.cache) == [f"set-{i:05d}.zip" for i in (0, 1, 3, 4)]
 
 
-def test_what_was_used_longest_ago_makes_room(tmp_path: Path):
-    for name in "abcd":
-        (tmp_path / f"{name}.zip").write_bytes(bytes(100))
-    files = {name: find_file((tmp_path / f"{name}.zip").as_uri()) for name in "abcd"}
-    cache = ShardCache(tmp_path / "shards", 300)
-    for age, name in enumerate("abc"):
-        cache.fetch(files[name])
-        os.utime(cache.path(files[name]), (age, age))
-    cache.fetch(files["a"])
-    cache.fetch(files["d"])
-    assert cached(cache) == ["a.zip", "c.zip", "d.zip"]
-    assert cache.fetch(files["b"], keep=[files[name] for name in "acd"]) is None
-    assert cached(cache) == ["a.zip", "c.zip", "d.zip"]
-    cache.fetch(files["b"], keep=[files[name] for name in "ac"])
-    assert cached(cache) == ["a.zip", "b.zip", "c.zip"]
-
-
 def test_a_window_that_the_cache_cannot_hold_is_refused(folder: Path):
     sizes = [path.stat().st_size for path in sorted(folder.iterdir())]
     with pytest.raises(ConfigError, match=r"--shuffle-buffer=20 images lie in shards of up to \d+ bytes, more than"):
@@ -376,13 +269,6 @@ def test_connections_that_break_and_a_server_that_is_busy_cost_time_only(server:
     assert leftovers(dataset.cache) == []
 
 
-def one_line_error(action: Callable[[], Any]) -> str:
-    with pytest.raises(ConfigError) as failure:
-        action()
-    assert "\n" not in str(failure.value)
-    return str(failure.value)
-
-
 def test_a_server_that_stays_busy_ends_in_one_line(server: ShardServer):
     dataset = stream(f"{server.url}/set.zip")
     server.busy = 1 << 30
@@ -401,6 +287,28 @@ def test_a_server_without_ranges_is_named(server: ShardServer, tmp_path: Path):
     )
 
 
+def test_a_server_that_sends_nothing_more_is_asked_again(
+    server: ShardServer, folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(remote_files, "_TIMEOUT_SEC", 0.3)
+    dataset = stream(f"{server.url}/set.zip")
+    server.stall = True
+    message = one_line_error(lambda: dataset[0])
+    assert message.startswith(f"cannot read {server.url}/set-00000.zip: ")
+    server.stall = False
+    assert_same_items(dataset, ImageFolderDataset(folder), range(3))
+
+
+def test_a_shard_that_goes_away_is_told_in_one_line_by_a_worker_too(folder: Path):
+    dataset = stream(f"{folder.as_uri()}/set-*.zip")
+    (folder / "set-00003.zip").unlink()
+    with pytest.raises(ConfigError) as failure:
+        dataset.read_batch(range(TOTAL))
+    assert str(failure.value).endswith("set-00003.zip is gone since the data set was opened; put it back")
+    # The run takes the line out of a worker's traceback by this very name.
+    assert type(failure.value) is ConfigError
+
+
 def test_missing_shards_are_named(server: ShardServer, folder: Path):
     missing = f"{server.url}/nothing"
     assert one_line_error(lambda: stream(f"{missing}.zip")) == (
@@ -409,7 +317,8 @@ def test_missing_shards_are_named(server: ShardServer, folder: Path):
     (folder / "set-00003.zip").unlink()
     assert one_line_error(lambda: stream(f"{server.url}/set.zip")) == f"{server.url}/set-00003.zip does not exist"
     assert "there are 4 of 5 shards" in one_line_error(lambda: stream(f"{folder.as_uri()}/set-*.zip"))
-    assert "matches no files" in one_line_error(lambda: stream(f"{folder.as_uri()}/none-*.zip"))
+    for base in (folder.as_uri(), server.url):
+        assert "matches no files" in one_line_error(lambda base=base: stream(f"{base}/none-*.zip"))  # type: ignore[misc]
 
 
 def test_shards_that_do_not_say_how_many_there_are_want_a_range(tmp_path: Path):

@@ -27,7 +27,7 @@ from training.streams import DataOrder, Order
 __all__ = ["StreamedDataset", "data_order", "is_remote"]
 
 _MAX_SHARDS = 100_000
-_READ_ATTEMPTS = 3  # a shard may make room for others between being fetched and being opened
+_READ_ATTEMPTS = 4  # a shard may make room for others between being fetched and being opened
 
 
 class StreamedDataset(ImageFolderDataset):
@@ -189,7 +189,6 @@ class StreamedDataset(ImageFolderDataset):
     def _read(self, raw_idx: int) -> Any:
         shard, row = self._locate(raw_idx)
         for attempt in range(_READ_ATTEMPTS):
-            path = self.cache.path(self.shards[shard])
             if shard not in self._opened:
                 self.cache.fetch(self.shards[shard])
             try:
@@ -200,7 +199,8 @@ class StreamedDataset(ImageFolderDataset):
                 self._opened.pop(shard, None)
                 self.cache.discard(self.shards[shard])
                 if attempt + 1 == _READ_ATTEMPTS:
-                    raise ConfigError(str(error).replace(str(path), self.shards[shard].url)) from None
+                    path = str(self.cache.path(self.shards[shard]))
+                    raise ConfigError(str(error).replace(path, self.shards[shard].url)) from None
         raise AssertionError
 
     def _open(self, shard: int) -> tuple[ZipFiles | TarFiles, np.ndarray]:

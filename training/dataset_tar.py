@@ -10,7 +10,7 @@ import tarfile
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -69,36 +69,35 @@ class TarFiles:
         self._map = None
 
 
-def index_tar(path: Path, where: str) -> tuple[TarIndex, list[Label] | None, bytes | None]:
+def index_tar(file: BinaryIO, where: str) -> tuple[TarIndex, list[Label] | None, bytes | None]:
     """The items of a tar, their labels in the same order, and the text of its dataset.json.
 
     Labels come from the dataset.json, else from the .cls or .json file of each sample; None where there are none.
     `where` is what errors call the tar. Raises ConfigError where it is damaged or labels only some.
     """
-    members = _members(path, where)
+    members = _members(file, where)
     items = sorted(name for name in members if is_item(name))
     index = TarIndex(
         names=NameTable(items),
         starts=np.array([members[name][0] for name in items], dtype=np.int64),
         sizes=np.array([members[name][1] for name in items], dtype=np.int64),
     )
-    with open(path, "rb") as file:
 
-        def read(name: str) -> bytes:
-            file.seek(members[name][0])
-            return file.read(members[name][1])
+    def read(name: str) -> bytes:
+        file.seek(members[name][0])
+        return file.read(members[name][1])
 
-        if LABELS_FILE in members:
-            text = read(LABELS_FILE)
-            return index, read_labels(text, items, f"{where}: {LABELS_FILE}"), text
-        return index, _sample_labels(members, items, read, where), None
+    if LABELS_FILE in members:
+        text = read(LABELS_FILE)
+        return index, read_labels(text, items, f"{where}: {LABELS_FILE}"), text
+    return index, _sample_labels(members, items, read, where), None
 
 
-def _members(path: Path, where: str) -> dict[str, tuple[int, int]]:
+def _members(file: BinaryIO, where: str) -> dict[str, tuple[int, int]]:
     """First byte and size of every regular file in the tar."""
     members: dict[str, tuple[int, int]] = {}
     try:
-        with tarfile.open(path, "r:") as archive:
+        with tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
                 name = member.name.removeprefix("./")
                 if member.isreg() and not member.issparse():

@@ -19,6 +19,7 @@ _ATTEMPTS = 6  # without a byte between them
 _FIRST_WAIT_SEC = 0.5  # doubled after every failed attempt
 _LONGEST_WAIT_SEC = 30.0
 _CHUNK_BYTES = 8 << 20  # asked for at a time, so what a break-off may cost
+_TIMEOUT_SEC = 30.0  # without a single byte, over HTTP
 _READ_AHEAD_BYTES = 256 << 10  # least to ask for where only some of a file is wanted
 _MAY_PASS = (408, 425, 429)  # of the 4xx answers, those worth another attempt
 
@@ -72,7 +73,8 @@ def suffix_of(url: str) -> str:
 def find_file(url: str) -> RemoteFile:
     """Size and version of the file. Raises NotThere where the store says that it does not exist, else ConfigError."""
     system, path = _system(url)
-    info = _persistently(lambda: system.info(path), url)
+    limit = {"timeout": _TIMEOUT_SEC} if _is_http(url) else {}
+    info = _persistently(lambda: system.info(path, **limit), url)
     if info.get("type") == "directory":
         raise NotThere(f"{url} is a folder; name its ZIP files or tars, as in {url.rstrip('/')}/set-*.zip")
     if info.get("size") is None:
@@ -130,14 +132,17 @@ def download(file: RemoteFile, dest: Path, stopped: Callable[[], bool] = lambda:
 
     Raises ConfigError where that fails, OSError where `dest` cannot be written.
     """
-    file.require_unchanged()
-    with open(dest, "r+b" if dest.exists() else "wb") as out:
-        for data in _read(file, 0, file.size):
-            if stopped():
-                return False
-            out.write(data)
-        out.truncate()
-    file.require_unchanged()
+    try:
+        file.require_unchanged()
+        with open(dest, "r+b" if dest.exists() else "wb") as out:
+            for data in _read(file, 0, file.size):
+                if stopped():
+                    return False
+                out.write(data)
+            out.truncate()
+        file.require_unchanged()
+    except NotThere:
+        raise ConfigError(f"{file.url} is gone since the data set was opened; put it back") from None
     return True
 
 
@@ -152,9 +157,14 @@ def _read(file: RemoteFile, begin: int, end: int) -> Iterator[bytes]:
 
 def _read_range(file: RemoteFile, begin: int, end: int) -> bytes:
     system, path = _system(file.url)
-    # Else the file system asks for the length once more, at every call.
-    known = {"size": file.size} if re.match("https?:", file.url, re.IGNORECASE) else {}
-    with system.open(path, "rb", cache_type="none", **known) as stream:
+    options: dict[str, Any] = {}
+    if _is_http(file.url):
+        import aiohttp
+
+        # Else the file system asks for the length once more, at every call, and waits for minutes.
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=_TIMEOUT_SEC, sock_read=_TIMEOUT_SEC)
+        options = {"size": file.size, "timeout": timeout}
+    with system.open(path, "rb", cache_type="none", **options) as stream:
         if begin:
             stream.seek(begin)
         data: bytes = stream.read(end - begin)
@@ -218,6 +228,10 @@ def _system(url: str) -> tuple[Any, str]:
         raise ConfigError(f"{url} cannot be opened: {one_line(_reason(error))}") from None
 
 
+def _is_http(url: str) -> bool:
+    return re.match("https?:", url, re.IGNORECASE) is not None
+
+
 def _missing_package(url: str, error: ImportError) -> ConfigError:
     scheme = url.partition("://")[0]
     if scheme.lower() in ("http", "https", "file"):
@@ -227,4 +241,4 @@ def _missing_package(url: str, error: ImportError) -> ConfigError:
 
 def _path_of(url: str) -> str:
     """The path in a URL, without the query of a web address."""
-    return urlsplit(url).path if re.match("https?:", url, re.IGNORECASE) else url
+    return urlsplit(url).path if _is_http(url) else url

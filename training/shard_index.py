@@ -4,6 +4,7 @@ Of a ZIP file that is read through its table of contents, without the items. A t
 index of each version of a shard is kept in the cache folder, so that this happens once.
 """
 
+import contextlib
 import dataclasses
 import json
 import zipfile
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import filelock
 import numpy as np
@@ -27,6 +28,7 @@ from training.remote_files import RemoteFile, RemoteReader, find_file, suffix_of
 from training.shard_cache import ShardCache, cache_name
 
 _THREADS = 8  # shards looked at at a time
+_OPEN_ATTEMPTS = 10
 _FORMAT = 1  # of the files below
 _MAX_ENTRY_BYTES = 1 << 30
 
@@ -102,15 +104,25 @@ def _read_entry(archive: zipfile.ZipFile, name: str, file: RemoteFile) -> bytes:
 
 
 def _index_tar(file: RemoteFile, cache: ShardCache) -> ShardIndex:
-    path = cache.fetch(file)
-    assert path is not None
-    tar, labels, text = index_tar(path, file.url)
-    first = None
-    if len(tar.names):
-        with open(path, "rb") as stream:
+    with _open_here(file, cache) as stream:
+        tar, labels, text = index_tar(stream, file.url)
+        first = None
+        if len(tar.names):
             stream.seek(int(tar.starts[0]))
             first = stream.read(int(tar.sizes[0]))
     return _make_index(file, tar.names, first, labels, text, tar)
+
+
+def _open_here(file: RemoteFile, cache: ShardCache) -> BinaryIO:
+    """The file on the local disk, which once it is open cannot be lost to others that need room."""
+    for _ in range(_OPEN_ATTEMPTS):
+        path = cache.fetch(file)
+        assert path is not None
+        with contextlib.suppress(FileNotFoundError):
+            return open(path, "rb")
+    raise ConfigError(
+        f"--data-cache-size={cache.limit} is too small for the shards that are read at a time; allow more"
+    )
 
 
 def _make_index(
