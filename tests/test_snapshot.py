@@ -24,6 +24,7 @@ from training.encoders import StabilityVAEEncoder, StandardRGBEncoder
 from training.loss import EDM2Loss
 from training.networks_edm2 import Precond
 from training.snapshot import Snapshot, load_snapshot, nimg_from_kimg, parse_name, read_header, save_snapshot
+from training.snapshot_convert import convert_snapshots
 from training.snapshot_pickle import flatten
 
 GOLDEN = Path(__file__).parent / "golden" / "snapshots"
@@ -145,10 +146,15 @@ def test_hooks_and_attributes_set_later_are_left_behind(tmp_path: Path) -> None:
     assert "note" not in read_pickle(tmp_path / "net.pkl")["ema"].state
 
 
+@pytest.mark.parametrize("converted", [False, True])
 @pytest.mark.parametrize("encoder", [StandardRGBEncoder(), StabilityVAEEncoder(raw_mean=[1, 2, 3, 4])])
-def test_the_published_reader_opens_ours(encoder: Any, tmp_path: Path, inputs: dict[str, Any]) -> None:
+def test_the_published_reader_opens_ours(encoder: Any, converted: bool, tmp_path: Path, inputs: dict[str, Any]) -> None:
     snapshot = make_snapshot(encoder=encoder)
-    save_snapshot(snapshot, tmp_path / "net.pkl")
+    if converted:
+        save_snapshot(snapshot, tmp_path / "net.safetensors")
+        list(convert_snapshots([str(tmp_path / "net.safetensors")], outdir=tmp_path))
+    else:
+        save_snapshot(snapshot, tmp_path / "net.pkl")
     if isinstance(encoder, StandardRGBEncoder):
         inputs["eps"] = []
     torch.save(inputs, tmp_path / "inputs.pt")

@@ -4,46 +4,20 @@ Tensors, storages and NumPy arrays are made from their bytes after every number 
 objects become `StoredObject`s. Nothing here calls anything that a file could choose.
 """
 
-import io
 import math
 from collections import OrderedDict
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from dnnlib.easydict import EasyDict
-from torch_utils.pickle_machine import Machine, Refused, StoredObject, Vocabulary, Word, describe, plain_set
+from torch_utils.pickle_machine import Refused, StoredObject, Vocabulary, Word, describe, plain_set
+from torch_utils.pickle_storage import STORAGE_DTYPES, Storage, load_storage
 
 _MAX_DIMS = 32
 
-# The head of a file in torch.save's older form, which storages inside a pickle have to this day.
-_TORCH_MAGIC = 0x1950A86A20F9469CFC6C
-_TORCH_PROTOCOL = 1001
-
-_STORAGE_DTYPES = {
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "FloatStorage": torch.float32,
-    "DoubleStorage": torch.float64,
-    "BoolStorage": torch.bool,
-    "ByteStorage": torch.uint8,
-    "CharStorage": torch.int8,
-    "ShortStorage": torch.int16,
-    "IntStorage": torch.int32,
-    "LongStorage": torch.int64,
-}
-
-
 _DTYPE_CODES = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1")
-
-
-class _Storage:
-    """The values of one storage as a flat tensor."""
-
-    def __init__(self, values: torch.Tensor) -> None:
-        self.values = values
 
 
 class _Dtype:
@@ -91,55 +65,17 @@ def _reconstruct(meta: dict[str, Any]) -> StoredObject:
     return StoredObject(name, state, source)
 
 
-def _load_storage(payload: bytes, values: bool = True) -> _Storage:
-    """The storage in `payload`, a file in the older form of torch.save, read by the same closed machine.
-
-    Without `values` it is on the meta device: size and dtype, checked as ever, and no memory.
-    """
-    if type(payload) is not bytes:
-        raise Refused("a storage that is not given as bytes")
-    machine = Machine(io.BytesIO(payload), _STORAGE_WORDS, build, _describe_storage)
-    if machine.load() != _TORCH_MAGIC or machine.load() != _TORCH_PROTOCOL:
-        raise Refused("a storage in a form of torch.save that is not known")
-    system = machine.load()
-    if type(system) is not dict or system.get("little_endian") is not True:
-        raise Refused("a storage written on a big-endian machine")
-    described, keys = machine.load(), machine.load()
-    if type(described) is not _Described or type(keys) is not list or len(keys) != 1 or keys[0] != described.key:
-        raise Refused("a payload that is not one storage")
-    dtype, count = described.dtype, described.count
-    head = machine.read(8)
-    if int.from_bytes(head, "little") != count or machine.remaining() != count * dtype.itemsize:
-        raise Refused(f"a storage of {count} values with {machine.remaining()} bytes")
-    if count == 0 or not values:
-        return _Storage(torch.empty(count, dtype=dtype, device="cpu" if values else "meta"))
-    return _Storage(torch.frombuffer(bytearray(memoryview(payload)[len(payload) - machine.remaining() :]), dtype=dtype))
-
-
-@dataclass(frozen=True)
-class _Described:
-    """What torch.save says of a storage; `count` values."""
-
-    key: str
-    dtype: torch.dtype
-    count: int
-
-
-def _describe_storage(reference: Any) -> _Described:
-    """Key, dtype and number of values of the storage that torch.save refers to."""
-    tag, word, key, _location, count, view = reference
-    if tag != "storage" or type(word) is not Word or type(key) is not str or view is not None:
-        raise Refused("a payload that is not a plain storage")
-    if type(count) is not int or count < 0:
-        raise Refused("a storage of an unknown number of values")
-    return _Described(key, _STORAGE_DTYPES[word.name.rsplit(".", 1)[-1]], count)
-
-
 def _tensor(
-    storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any, hooks: Any, metadata: Any = None
+    storage: Any,
+    offset: Any,
+    size: Any,
+    stride: Any,
+    requires_grad: Any = False,
+    hooks: Any = None,
+    metadata: Any = None,
 ) -> torch.Tensor:
     """A view of `storage`. It may not be larger than the storage, so that a few bytes cannot stand for gigabytes."""
-    if type(storage) is not _Storage:
+    if type(storage) is not Storage:
         raise Refused(f"a tensor over {describe(storage)}")
     numbers = (offset, *size, *stride)
     if len(size) != len(stride) or len(size) > _MAX_DIMS or any(type(n) is not int or n < 0 for n in numbers):
@@ -153,7 +89,8 @@ def _tensor(
     return storage.values.as_strided(size, stride, offset) if count else storage.values.new_empty(size)
 
 
-def _parameter(data: Any, requires_grad: Any, hooks: Any) -> torch.Tensor:
+def _parameter(data: Any, requires_grad: Any, hooks: Any, state: Any = None) -> torch.Tensor:
+    """A parameter; attributes that someone gave it (`state`) are left behind."""
     if type(data) is not torch.Tensor or hooks:
         raise Refused("a parameter that is not a plain tensor")
     return data
@@ -232,10 +169,6 @@ def _device(kind: Any, index: Any = None) -> str:
     return kind if index is None else f"{kind}:{index}"
 
 
-_STORAGE_WORDS: Vocabulary = dict.fromkeys(
-    [f"{module}.{name}" for module in ("torch", "torch.cuda") for name in _STORAGE_DTYPES]
-)
-
 VOCABULARY: Vocabulary = {
     "dnnlib.util.EasyDict": lambda *args: _mapping(EasyDict, *args),
     "collections.OrderedDict": lambda *args: _mapping(OrderedDict, *args),
@@ -245,11 +178,13 @@ VOCABULARY: Vocabulary = {
         for name in ("ModuleDict", "ModuleList", "Sequential")
     },
     "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_tensor": _tensor,  # until torch 0.4, and still known to it
     "torch._utils._rebuild_parameter": _parameter,
-    "torch.storage._load_from_bytes": _load_storage,
+    "torch._utils._rebuild_parameter_with_state": _parameter,
+    "torch.storage._load_from_bytes": load_storage,
     "torch.Size": _size,
     "torch.device": _device,
-    **{f"torch.{str(dtype).removeprefix('torch.')}": None for dtype in _STORAGE_DTYPES.values()},
+    **{f"torch.{str(dtype).removeprefix('torch.')}": None for dtype in STORAGE_DTYPES.values()},
     "numpy.ndarray": None,
     "numpy.dtype": _dtype,
     # NumPy 2 moved its core; 1 and 2 write these by different names. _frombuffer is pickle protocol 5.
@@ -264,5 +199,5 @@ VOCABULARY: Vocabulary = {
 # The same list for those who ask what is in a file, not for the numbers: tensors are on the meta device.
 SHAPES_VOCABULARY: Vocabulary = {
     **VOCABULARY,
-    "torch.storage._load_from_bytes": lambda payload: _load_storage(payload, values=False),
+    "torch.storage._load_from_bytes": lambda payload: load_storage(payload, values=False),
 }
