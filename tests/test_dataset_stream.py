@@ -36,7 +36,7 @@ from tests.shards import (
 )
 from tests.tiny import assert_same_state, tiny_config, train, write_dataset
 from torch_utils.distributed import World
-from training import remote_files
+from training import dataset_stream, remote_files
 from training.dataset import BatchReader, ImageFolderDataset
 from training.dataset_stream import StreamedDataset, data_order, expand_url
 from training.run_folder import RunFolder
@@ -208,7 +208,6 @@ def test_a_set_larger_than_the_cache_streams_through_it(tmp_path: Path):
                 except FileNotFoundError:
                     continue
             most = max(most, on_disk)
-            assert len(dataset._opened) <= 4
     assert 2 * shard_bytes < most <= 4 * shard_bytes < sum(path.stat().st_size for path in folder.iterdir())
 
 
@@ -231,6 +230,24 @@ def test_a_window_that_the_cache_cannot_hold_is_refused(folder: Path):
     with pytest.raises(ConfigError, match=r"--shuffle-buffer=20 images lie in shards of up to \d+ bytes, more than"):
         stream(f"{folder.as_uri()}/set-*.zip", buffer=20, cache_bytes=max(sizes))
     stream(f"{folder.as_uri()}/set-*.zip", buffer=20, cache_bytes=sum(sizes))
+
+
+def test_shards_that_were_used_long_ago_do_not_stay_open(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(dataset_stream, "_OPEN_SHARDS", 2)
+    dataset = stream(f"{folder.as_uri()}/set-*.zip", buffer=1)
+    for idx in (0, 7, 0, 12):
+        _ = dataset[idx]
+    assert list(dataset._opened) == [0, 3]
+
+
+def test_shards_that_have_left_the_cache_do_not_stay_open(folder: Path):
+    dataset = stream(f"{folder.as_uri()}/set-*.zip")
+    for idx in (0, 7):  # of the first two shards
+        _ = dataset[idx]
+    assert list(dataset._opened) == [0, 1]
+    dataset.cache.discard(dataset.shards[0])
+    _ = dataset[12]
+    assert list(dataset._opened) == [1, 3]
 
 
 def test_a_damaged_copy_is_fetched_anew(folder: Path):
@@ -299,6 +316,19 @@ def test_a_server_that_sends_nothing_more_is_asked_again(
     assert_same_items(dataset, ImageFolderDataset(folder), range(3))
 
 
+def test_a_shard_that_changes_while_it_is_downloaded_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    dataset = stream(f"{folder.as_uri()}/set-*.zip")
+    read = remote_files._read_range
+
+    def change_and_read(*args: Any) -> bytes:
+        os.utime(folder / "set-00000.zip", (1, 1))
+        return read(*args)
+
+    monkeypatch.setattr(remote_files, "_read_range", change_and_read)
+    assert "set-00000.zip has changed since" in one_line_error(lambda: dataset[0])
+    assert cached(dataset.cache) == leftovers(dataset.cache) == []
+
+
 def test_a_shard_that_goes_away_is_told_in_one_line_by_a_worker_too(folder: Path):
     dataset = stream(f"{folder.as_uri()}/set-*.zip")
     (folder / "set-00003.zip").unlink()
@@ -331,8 +361,10 @@ def test_shards_that_do_not_say_how_many_there_are_want_a_range(tmp_path: Path):
 def test_a_shard_that_changes_during_the_run_is_refused(server: ShardServer, folder: Path):
     dataset = stream(f"{server.url}/set.zip")
     os.utime(folder / "set-00003.zip", (1, 1))
+    server.requests.clear()
     message = one_line_error(lambda: dataset.read_batch(range(TOTAL)))
     assert message.startswith(f"{server.url}/set-00003.zip has changed since the data set was opened")
+    assert ("GET", "set-00003.zip") not in [request[:2] for request in server.requests]
     assert "set-00003.zip" not in cached(dataset.cache)
 
 
@@ -361,6 +393,8 @@ def change(path: Path, entries: dict[str, bytes]) -> None:
         ({"a.png": png(np.random.default_rng(0)), "dataset.json": b'{"labels": [["a.png", [1, 2]]]}'}, "of one kind"),
         ({"a.png": png(np.random.default_rng(0)), "dataset.json": b"{"}, "is not JSON"),
         ({"a.png": b"", "b.npy": b""}, "mixes 1 .npy files and 1 pictures"),
+        ({"../a.png": b""}, "leads out of its folder"),
+        ({"a.png": b"no picture"}, "is no readable image"),
     ],
 )
 def test_shards_that_do_not_go_together_are_refused(folder: Path, entries: dict[str, bytes], words: str):
@@ -384,6 +418,22 @@ def test_tars_that_cannot_be_used_are_refused(tmp_path: Path, entries: dict[str,
     message = one_line_error(lambda: stream(path.as_uri()))
     assert words in message
     assert path.as_uri() in message
+
+
+def test_a_zip_that_claims_absurd_sizes_is_refused_before_it_is_unpacked(tmp_path: Path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("a.png", bytes(100))
+        file.filelist[0].file_size = 3 << 30  # as the table of contents will have it
+    message = one_line_error(lambda: stream((tmp_path / "a.zip").as_uri()))
+    assert message.endswith(f"a.zip: a.png claims {3 << 30} bytes unpacked, more than any picture has")
+
+
+def test_pictures_that_are_not_square_are_refused(tmp_path: Path):
+    data = io.BytesIO()
+    PIL.Image.new("RGB", (8, 4)).save(data, format="PNG")
+    change(tmp_path / "a.zip", {"a.png": data.getvalue()})
+    message = one_line_error(lambda: stream((tmp_path / "a.zip").as_uri()))
+    assert "a.zip: a.png is 8x4; images must be square" in message
 
 
 def test_files_of_other_kinds_are_refused(tmp_path: Path):

@@ -4,6 +4,7 @@
 store that fsspec knows. Shards are ZIP files or tars, each a data set of its own (docs/datasets.md).
 """
 
+import bisect
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from training.streams import DataOrder, Order
 __all__ = ["StreamedDataset", "data_order", "is_remote"]
 
 _MAX_SHARDS = 100_000
+_OPEN_SHARDS = 32  # at a time; or those of two windows, if they are more
 _READ_ATTEMPTS = 4  # a shard may make room for others between being fetched and being opened
 
 
@@ -64,7 +66,7 @@ class StreamedDataset(ImageFolderDataset):
         require_alike(shards, url)
         self.shards: list[RemoteFile] = [shard.file for shard in shards]
         self.counts = np.array([shard.count for shard in shards], dtype=np.int64)
-        self._ends = np.cumsum(self.counts)
+        self._ends: list[int] = np.cumsum(self.counts).tolist()
         self._require_space()
 
         first = next(shard for shard in shards if shard.count)
@@ -86,14 +88,14 @@ class StreamedDataset(ImageFolderDataset):
 
         self._cache = None
         self._opened: dict[int, tuple[ZipFiles | TarFiles, np.ndarray]] = {}  # the one used last comes last
-        self._most_open = 2 * most_in_a_window(np.ones(len(shards)), self.counts, buffer)
+        self._most_open = max(2 * most_in_a_window(np.ones(len(shards)), self.counts, buffer), _OPEN_SHARDS)
 
     def __getstate__(self) -> dict[str, Any]:
         """State for another process, which opens shards itself."""
         return {**super().__getstate__(), "_opened": {}}
 
     def __len__(self) -> int:
-        return self.copies * int(self._ends[-1])
+        return self.copies * self._ends[-1]
 
     def __getitem__(self, idx: int) -> tuple[np.ndarray, np.ndarray]:
         images, labels = self.read_batch([idx])
@@ -129,9 +131,10 @@ class StreamedDataset(ImageFolderDataset):
 
     def _source(self, idx: int) -> tuple[int, bool]:
         """The stored image that item `idx` is, and whether it is mirrored."""
-        if not -len(self) <= idx < len(self):
-            raise IndexError(f"item {idx} of {len(self)}")
-        copy, raw_idx = divmod(int(idx) % len(self), int(self._ends[-1]))
+        num_items = len(self)
+        if not -num_items <= idx < num_items:
+            raise IndexError(f"item {idx} of {num_items}")
+        copy, raw_idx = divmod(int(idx) % num_items, self._ends[-1])
         return raw_idx, copy == 1
 
     def _labels(self, indices: np.ndarray) -> np.ndarray:
@@ -178,8 +181,8 @@ class StreamedDataset(ImageFolderDataset):
 
     def _locate(self, raw_idx: int) -> tuple[int, int]:
         """The shard that an image is in, and which of its images it is."""
-        shard = int(np.searchsorted(self._ends, raw_idx, side="right"))
-        return shard, raw_idx - int(self._ends[shard] - self.counts[shard])
+        shard = bisect.bisect_right(self._ends, raw_idx)
+        return shard, raw_idx - (self._ends[shard - 1] if shard else 0)
 
     def _describe(self, raw_idx: int) -> str:
         shard, row = self._locate(raw_idx)
