@@ -18,7 +18,7 @@ from dnnlib.errors import ConfigError
 from training.conversion import archive
 from training.conversion.convert import Conversion, ConvertOptions
 from training.conversion.selection import choose_rows
-from training.conversion.sources import Source
+from training.conversion.source import Source
 from training.dataset import ImageFolderDataset
 
 RNG = np.random.default_rng(7)

@@ -18,7 +18,8 @@ from torch_utils.distributed import World
 from training.conversion import archive
 from training.conversion.archive import Part, Writer
 from training.conversion.selection import choose_rows
-from training.conversion.sources import Source, open_source
+from training.conversion.source import Source
+from training.conversion.sources import open_source
 from training.conversion.transforms import Size, require_trainable_size, result_size
 from training.conversion.work import Outcome, Work, convert_chunks
 from training.dataset_files import find_shards

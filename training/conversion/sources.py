@@ -4,36 +4,14 @@ A source is a sorted list of pictures with their labels; pixels are read later, 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
-
-import numpy as np
 
 from dnnlib.errors import ConfigError
+from training.conversion import sources_arrays, sources_lmdb, sources_tables, sources_tar
 from training.conversion.pictures import SUFFIXES
+from training.conversion.source import Source
 from training.dataset_files import ZipFiles, open_files
 from training.dataset_labels import LABELS_FILE, Label, read_file_labels, require_inside
-
-
-class Reader(Protocol):
-    """Gives the picture for a key; pickled once for each worker. Raises ConfigError or pictures.Unreadable."""
-
-    def read(self, key: Any, /) -> bytes | memoryview | np.ndarray:
-        """An encoded picture, or its pixels: uint8 [H, W, C] or [H, W]."""
-        ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """N pictures in their order."""
-
-    path: Path
-    names: Sequence[str]  # [N], for people
-    keys: Sequence[Any]  # [N], what the reader takes; they travel to the workers one by one
-    reader: Reader
-    labels: Sequence[Label] | None  # [N], all of one kind
-    classes: Sequence[str] | None = None  # what the class indices stand for
 
 
 def open_source(path: Path, *, split: str | None = None, label: str | None = None) -> Source:
@@ -42,9 +20,6 @@ def open_source(path: Path, *, split: str | None = None, label: str | None = Non
     `split` chooses among the parts of a set that has several, such as train and test; `label` among several kinds of
     labels. Raises ConfigError for what is none of the kinds, holds no pictures or has unusable labels.
     """
-    # Imported here since these need the sources' types, and some of them optional packages.
-    from training.conversion import sources_arrays, sources_lmdb, sources_tables, sources_tar
-
     if not path.exists():
         if any(sign in path.name for sign in "*?[") or path.suffix == ".zip":
             return files_source(path)
@@ -96,15 +71,6 @@ def folder_labels(names: Sequence[str], path: Path) -> tuple[list[Label] | None,
         )
     index = {name: number for number, name in enumerate(classes)}
     return [index[name.split("/")[0]] for name in names], classes
-
-
-def choose_split(path: Path, splits: Sequence[str], wanted: str | None) -> str:
-    """The name of the split to take: the wanted one, else the only one, else 'train'; ConfigError if it is missing."""
-    if wanted is None:
-        wanted = splits[0] if len(splits) == 1 else "train"
-    if wanted not in splits:
-        raise ConfigError(f"{path} has no split '{wanted}'; choose one by --split={'|'.join(splits)}")
-    return wanted
 
 
 def _is_picture(name: str) -> bool:

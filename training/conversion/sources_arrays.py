@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 
 from dnnlib.errors import ConfigError
-from training.conversion.sources import Source, choose_split
+from training.conversion.source import Source, choose_split
 from training.dataset_files import one_line
 from training.dataset_labels import check_labels
 

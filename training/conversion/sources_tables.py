@@ -12,7 +12,7 @@ from typing import Any
 
 from dnnlib.errors import ConfigError
 from training.conversion.pictures import Unreadable
-from training.conversion.sources import Source, choose_split
+from training.conversion.source import Source, choose_split
 from training.dataset_files import one_line
 from training.dataset_labels import check_labels, require_inside
 

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 
 from dnnlib.errors import ConfigError
 from training.conversion.pictures import SUFFIXES, Unreadable
-from training.conversion.sources import Source
+from training.conversion.source import Source
 from training.dataset_files import one_line
 from training.dataset_labels import Label, check_labels, require_inside
 

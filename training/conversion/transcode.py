@@ -158,8 +158,8 @@ class Transcoding:
                 path = self._chunk_path(number)
                 if not path.is_file():
                     result = self._compute(chunk)
-                    with atomic_path(path) as temp, open(temp, "wb") as file:
-                        np.save(file, result)
+                    with atomic_path(path) as temp:
+                        temp.write_bytes(_npy(result))  # np.save would not say that the disk is full
                 yield Step(num_images=len(chunk))
         finally:
             if self._world.size == 1 and not any(self.workdir.glob("*.npy")):
