@@ -99,7 +99,7 @@ def test_opening_downloads_no_shard_and_the_second_time_reads_no_index(tmp_path:
     with serve(folder) as server:
         dataset = stream(f"{server.url}/set.zip")
         assert [file.name for file in dataset.shards] == [f"set-{i:05d}.zip" for i in range(5)]
-        assert not dataset.cache.folder.exists()
+        assert not dataset.shard_cache.folder.exists()
         assert sum(size for *_, size in server.requests) < 5 * (600 << 10)
         server.requests.clear()
         assert len(stream(f"{server.url}/set.zip")) == TOTAL
@@ -202,7 +202,7 @@ def test_a_set_larger_than_the_cache_streams_through_it(tmp_path: Path):
             item = order[position]
             assert np.array_equal(dataset[item][0], expected[item][0])
             on_disk = 0
-            for path in dataset.cache.folder.iterdir():
+            for path in dataset.shard_cache.folder.iterdir():
                 try:
                     on_disk += path.stat().st_size
                 except FileNotFoundError:
@@ -222,7 +222,7 @@ def test_a_shard_is_downloaded_once_for_all_who_read_it(server: ShardServer):
     size = sum(file.size for file, count in zip(dataset.shards, dataset.counts, strict=True) if count)
     wholes = [r for r in server.requests[opened:] if r[2:] in {(0, f.size) for f in dataset.shards}]
     assert sum(sent for *_, sent in wholes) <= size + dataset.shards[0].size  # which is small enough to be read whole
-    assert cached(dataset.cache) == [f"set-{i:05d}.zip" for i in (0, 1, 3, 4)]
+    assert cached(dataset.shard_cache) == [f"set-{i:05d}.zip" for i in (0, 1, 3, 4)]
 
 
 def test_a_window_that_the_cache_cannot_hold_is_refused(folder: Path):
@@ -245,7 +245,7 @@ def test_shards_that_have_left_the_cache_do_not_stay_open(folder: Path):
     for idx in (0, 7):  # of the first two shards
         _ = dataset[idx]
     assert list(dataset._opened) == [0, 1]
-    dataset.cache.discard(dataset.shards[0])
+    dataset.shard_cache.discard(dataset.shards[0])
     _ = dataset[12]
     assert list(dataset._opened) == [1, 3]
 
@@ -253,8 +253,8 @@ def test_shards_that_have_left_the_cache_do_not_stay_open(folder: Path):
 def test_a_damaged_copy_is_fetched_anew(folder: Path):
     dataset = stream(f"{folder.as_uri()}/set-*.zip")
     expected = ImageFolderDataset(folder)
-    dataset.cache.fetch(dataset.shards[0])
-    path = dataset.cache.path(dataset.shards[0])
+    dataset.shard_cache.fetch(dataset.shards[0])
+    path = dataset.shard_cache.path(dataset.shards[0])
     path.write_bytes(bytes(path.stat().st_size))
     assert np.array_equal(dataset[0][0], expected[0][0])
     assert path.read_bytes() == (folder / "set-00000.zip").read_bytes()
@@ -262,14 +262,14 @@ def test_a_damaged_copy_is_fetched_anew(folder: Path):
 
 def test_a_killed_download_leaves_nothing_that_counts(folder: Path):
     dataset = stream(f"{folder.as_uri()}/set-*.zip")
-    dataset.cache.folder.mkdir(parents=True)
+    dataset.shard_cache.folder.mkdir(parents=True)
     for file in dataset.shards[:2]:  # as a process leaves them that is killed; the system lets go of its locks
-        path = dataset.cache.path(file)
+        path = dataset.shard_cache.path(file)
         path.with_name(f".{path.name}.part").write_bytes(bytes(file.size + 10))
     expected = ImageFolderDataset(folder)
     assert np.array_equal(dataset[0][0], expected[0][0])
-    assert leftovers(dataset.cache) == []
-    assert cached(dataset.cache) == ["set-00000.zip"]
+    assert leftovers(dataset.shard_cache) == []
+    assert cached(dataset.shard_cache) == ["set-00000.zip"]
 
 
 # Trouble.
@@ -283,7 +283,7 @@ def test_connections_that_break_and_a_server_that_is_busy_cost_time_only(server:
     server.drops = 4
     assert_same_items(dataset, expected, range(TOTAL))
     assert (server.drops, server.busy) == (0, 0)
-    assert leftovers(dataset.cache) == []
+    assert leftovers(dataset.shard_cache) == []
 
 
 def test_a_server_that_stays_busy_ends_in_one_line(server: ShardServer):
@@ -292,7 +292,7 @@ def test_a_server_that_stays_busy_ends_in_one_line(server: ShardServer):
     message = one_line_error(lambda: dataset[0])
     assert message.startswith(f"cannot read {server.url}/set-00000.zip: 503")
     assert message.endswith("check the address and the network connection")
-    assert leftovers(dataset.cache) == []
+    assert leftovers(dataset.shard_cache) == []
 
 
 def test_a_server_without_ranges_is_named(server: ShardServer, tmp_path: Path):
@@ -326,7 +326,7 @@ def test_a_shard_that_changes_while_it_is_downloaded_is_refused(folder: Path, mo
 
     monkeypatch.setattr(remote_files, "_read_range", change_and_read)
     assert "set-00000.zip has changed since" in one_line_error(lambda: dataset[0])
-    assert cached(dataset.cache) == leftovers(dataset.cache) == []
+    assert cached(dataset.shard_cache) == leftovers(dataset.shard_cache) == []
 
 
 def test_a_shard_that_goes_away_is_told_in_one_line_by_a_worker_too(folder: Path):
@@ -365,7 +365,7 @@ def test_a_shard_that_changes_during_the_run_is_refused(server: ShardServer, fol
     message = one_line_error(lambda: dataset.read_batch(range(TOTAL)))
     assert message.startswith(f"{server.url}/set-00003.zip has changed since the data set was opened")
     assert ("GET", "set-00003.zip") not in [request[:2] for request in server.requests]
-    assert "set-00003.zip" not in cached(dataset.cache)
+    assert "set-00003.zip" not in cached(dataset.shard_cache)
 
 
 def test_a_damaged_shard_is_named_by_its_url(folder: Path):

@@ -57,7 +57,7 @@ class StreamedDataset(ImageFolderDataset):
         self.url = url
         self.buffer = buffer
         self.copies = 2 if xflip else 1
-        self.cache = ShardCache(folder / "shards", cache_bytes)
+        self.shard_cache = ShardCache(folder / "shards", cache_bytes)
         self._index_folder = folder / "index"
         try:
             shards = self._find_shards()
@@ -154,14 +154,14 @@ class StreamedDataset(ImageFolderDataset):
                 find_file(self.url)
             except NotThere:
                 urls = self._numbered_shards()
-        return index_shards(urls, self._index_folder, self.cache)
+        return index_shards(urls, self._index_folder, self.shard_cache)
 
     def _numbered_shards(self) -> list[str]:
         """name-00000.zip and so on for name.zip, as many as the first one says that there are."""
         head, _, tail = self.url.rpartition(".zip")
         first = f"{head}-00000.zip{tail}"
         try:
-            number = index_shards([first], self._index_folder, self.cache)[0].number
+            number = index_shards([first], self._index_folder, self.shard_cache)[0].number
         except NotThere:
             raise ConfigError(f"{self.url} does not exist, nor does {first}; check the address") from None
         if number is None or not 0 < number[1] <= _MAX_SHARDS:
@@ -172,10 +172,10 @@ class StreamedDataset(ImageFolderDataset):
         """Raise ConfigError unless any window that may come fits in the cache."""
         sizes = np.array([shard.size for shard in self.shards])
         needed = most_in_a_window(sizes, self.counts, self.buffer)
-        if needed > self.cache.limit:
+        if needed > self.shard_cache.limit:
             raise ConfigError(
                 f"--shuffle-buffer={self.buffer} images lie in shards of up to {needed} bytes, more than "
-                f"--data-cache-size={self.cache.limit}; allow twice as much as that, to read ahead, or lower "
+                f"--data-cache-size={self.shard_cache.limit}; allow twice as much as that, to read ahead, or lower "
                 f"--shuffle-buffer, or use smaller shards (dataset_tool.py convert --shard-size)"
             )
 
@@ -193,16 +193,16 @@ class StreamedDataset(ImageFolderDataset):
         shard, row = self._locate(raw_idx)
         for attempt in range(_READ_ATTEMPTS):
             if shard not in self._opened:
-                self.cache.fetch(self.shards[shard])
+                self.shard_cache.fetch(self.shards[shard])
             try:
                 files, rows = self._open(shard)
                 return files.read(int(rows[row]))
             except ConfigError as error:
                 # The file may be gone by now, or a disk may have spoilt it: once more from the source.
                 self._opened.pop(shard, None)
-                self.cache.discard(self.shards[shard])
+                self.shard_cache.discard(self.shards[shard])
                 if attempt + 1 == _READ_ATTEMPTS:
-                    path = str(self.cache.path(self.shards[shard]))
+                    path = str(self.shard_cache.path(self.shards[shard]))
                     raise ConfigError(str(error).replace(path, self.shards[shard].url)) from None
         raise AssertionError
 
@@ -212,7 +212,7 @@ class StreamedDataset(ImageFolderDataset):
         if opened is None:
             self._let_go()
             file = self.shards[shard]
-            path = self.cache.path(file)
+            path = self.shard_cache.path(file)
             if suffix_of(file.url) == ".tar":
                 files: ZipFiles | TarFiles = TarFiles(path, load_table(file, self._index_folder))
             else:
@@ -237,7 +237,7 @@ def data_order(dataset: ImageFolderDataset, seed: int) -> Iterator[Order]:
     if not isinstance(dataset, StreamedDataset):
         yield DataOrder(len(dataset), seed)
         return
-    ahead = ReadAhead(dataset.cache)
+    ahead = ReadAhead(dataset.shard_cache)
     shards = dataset.shards
 
     def enter(*windows: Sequence[int]) -> None:
