@@ -1,5 +1,6 @@
 """Generate images from a trained network: command line."""
 
+import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from training.image_files import contact_sheet, require_sheet, write_png
 from training.presets import describe_generation_presets
 from training.sampler import StackedRandomGenerator, edm_sampler
 from training.sampling_request import SamplingRequest, resolve_sampling
+from training.snapshot_code import EmbeddedCode
 
 # Names that people's scripts import from here.
 __all__ = ["StackedRandomGenerator", "edm_sampler", "generate_images", "parse_int_list"]
@@ -38,6 +40,7 @@ class Request:
     subdirs: bool
     grid: Path | None
     batch: int  # images at once per process
+    trust_code: bool = False  # whether source code in the networks' files may run
 
     def __post_init__(self) -> None:
         if self.outdir is None and self.grid is None:
@@ -71,6 +74,9 @@ class _ClassType(click.ParamType):
 @click.option("--class", "class_idx", type=_ClassType(), help="Class; all = deal them over the seeds [default: random]")
 @click.option("--batch", type=click.IntRange(min=1), default=32, show_default=True, help="Images at once per process")
 @click.option("--device", metavar="NAME", help="cpu, cuda, cuda:N or mps [default: the best one here]")
+@click.option(
+    "--trust-code", is_flag=True, help="Run the source code that files of other architectures bring; prints which"
+)
 @click.option("--list-presets", is_flag=True, help="Show the presets with their published scores, and stop")
 def cmdline(list_presets: bool, device: str | None, **options: Any) -> None:
     """Generate images from a trained network, or from a preset.
@@ -109,6 +115,7 @@ def resolve(
     subdirs: bool,
     grid: Path | None,
     batch: int,
+    trust_code: bool,
     **sampling: Any,
 ) -> Request:
     """The request; `sampling` is what `sampling_options` gives. Raises ConfigError for what cannot work."""
@@ -120,6 +127,7 @@ def resolve(
         subdirs=subdirs,
         grid=grid,
         batch=batch,
+        trust_code=trust_code,
     )
 
 
@@ -134,6 +142,7 @@ def run(request: Request, world: World) -> None:
         class_idx=request.class_idx,
         max_batch_size=request.batch,
         world=world,
+        trust_code=functools.partial(announce_code, world) if request.trust_code else None,
         **request.sampling.sampler_kwargs(),
     )
     if request.grid is not None:
@@ -152,6 +161,13 @@ def run(request: Request, world: World) -> None:
     if world.is_main:
         places = [str(place) for place in (request.outdir, request.grid) if place is not None]
         click.echo(f"Wrote {len(request.seeds)} images: {', '.join(places)}")
+
+
+def announce_code(world: World, code: EmbeddedCode) -> None:
+    """Say which source code of a file is about to run."""
+    if world.is_main:
+        names = ", ".join(code.class_names)
+        click.echo(f"Running {code.num_lines} lines of source code from the file, sha256 {code.sha256}, for {names}")
 
 
 def write_grid(path: Path, images: GeneratedImages, tiles: dict[int, np.ndarray], world: World) -> None:

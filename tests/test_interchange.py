@@ -154,7 +154,7 @@ def test_tensors_of_any_protocol_and_form_open(
         for parameter in snapshot.net.parameters():
             parameter.note = "mine"  # type: ignore[attr-defined]
     elif parameters == "channels last":
-        snapshot.net.to(memory_format=torch.channels_last)
+        snapshot.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     elif parameters == "bfloat16":
         snapshot.net.bfloat16()
     path = tmp_path / "file.pkl"

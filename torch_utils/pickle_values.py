@@ -169,13 +169,18 @@ def _device(kind: Any, index: Any = None) -> str:
     return kind if index is None else f"{kind}:{index}"
 
 
+# Containers, and the layers that networks other than ours are made of; inert, as all modules here.
+_MODULES = [("container", name) for name in ("ModuleDict", "ModuleList", "Sequential")]
+_MODULES += [("activation", name) for name in ("GELU", "ReLU", "SiLU", "Sigmoid", "Softplus", "Tanh")]
+_MODULES += [("normalization", "GroupNorm"), ("normalization", "LayerNorm"), ("linear", "Linear")]
+_MODULES += [("linear", "Identity"), ("conv", "Conv2d"), ("sparse", "Embedding"), ("dropout", "Dropout")]
+
 VOCABULARY: Vocabulary = {
     "dnnlib.util.EasyDict": lambda *args: _mapping(EasyDict, *args),
     "collections.OrderedDict": lambda *args: _mapping(OrderedDict, *args),
     "torch_utils.persistence._reconstruct_persistent_obj": _reconstruct,
     **{
-        f"torch.nn.modules.container.{name}": lambda *args, name=name: _container(name, *args)
-        for name in ("ModuleDict", "ModuleList", "Sequential")
+        f"torch.nn.modules.{place}.{name}": lambda *args, name=name: _container(name, *args) for place, name in _MODULES
     },
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_tensor": _tensor,  # until torch 0.4, and still known to it

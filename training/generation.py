@@ -23,6 +23,7 @@ from training.guidance import Guidance, listed
 from training.image_files import ImageWriter, require_png_channels
 from training.sampler import HeunOptions, StackedRandomGenerator, choose_solver, edm_sampler
 from training.snapshot import load_snapshot
+from training.snapshot_code import TrustCode
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -141,6 +142,7 @@ def generate_images(
     sampler_fn: Callable[..., torch.Tensor] = edm_sampler,
     *,
     world: World | None = None,
+    trust_code: TrustCode | None = None,
     **sampler_kwargs: Any,
 ) -> GeneratedImages:
     """Check the request, load the networks, and return an iterable over this process's batches (`ImageBatch`).
@@ -150,8 +152,9 @@ def generate_images(
     or 'all' (see `deal_classes`), instead of those that the seeds draw. `outdir` gets {seed:06d}.png, with `subdirs` in
     folders of a thousand. `max_batch_size`: images at once per process; `encoder_batch_size`: decoded at once.
     `device`: default the world's, else the best of this machine. `world`: which share of the batches is this process's;
-    default torch.distributed's, if it is initialized. `verbose` is accepted and prints nothing: progress is the
-    caller's. Other keywords go to `sampler_fn`, which is called like `edm_sampler`.
+    default torch.distributed's, if it is initialized. `trust_code`: see `load_snapshot`.
+    `verbose` is accepted and prints nothing: progress is the caller's. Other keywords go to `sampler_fn`, which is
+    called like `edm_sampler`.
 
     Image i depends on seed i alone: a generator on the compute device, seeded with the seed modulo 2**32, draws the
     noise [C, H, W], then the class (whether used or not), then churn. Raises ConfigError before anything runs or is
@@ -164,8 +167,8 @@ def generate_images(
         require_folder(Path(outdir))
     world = world if world is not None else _current_world(device)
     device = world.device if device is None else torch.device(device)
-    net, own_encoder = load_network(net, device)
-    guides = [load_network(guide, device)[0] for guide in guides]
+    net, own_encoder = load_network(net, device, trust_code)
+    guides = [load_network(guide, device, trust_code)[0] for guide in guides]
     encoder = encoder or own_encoder or StandardRGBEncoder()
     for guide in guides:
         require_matching_guide(net, guide)
@@ -202,10 +205,10 @@ def split_batches(num_images: int, max_batch_size: int, world: World) -> list[np
     return np.array_split(np.arange(num_images), num_batches)[world.rank :: world.size]
 
 
-def load_network(source: Any, device: torch.device) -> tuple[Any, Encoder | None]:
+def load_network(source: Any, device: torch.device, trust_code: TrustCode | None = None) -> tuple[Any, Encoder | None]:
     """A network on `device`, ready to sample from, and its encoder: from a snapshot's path or URL, or as given."""
     if isinstance(source, str | os.PathLike):
-        snapshot = load_snapshot(os.fspath(source), device=device)
+        snapshot = load_snapshot(os.fspath(source), trust_code, device=device)
         return snapshot.net, snapshot.encoder
     return (source.to(device) if isinstance(source, torch.nn.Module) else source), None
 

@@ -16,6 +16,7 @@ from training import snapshot_pickle, snapshot_safetensors
 from training.encoders import Encoder
 from training.loss import EDM2Loss
 from training.networks_edm2 import Precond
+from training.snapshot_code import TrustCode
 from training.snapshot_parts import build_encoder, build_loss, build_network, described, network_arguments, plain
 
 SUFFIXES = (".pkl", ".safetensors")
@@ -49,13 +50,18 @@ class SnapshotHeader:
     info: dict[str, Any]
 
 
-def load_snapshot(source: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> Snapshot:
+def load_snapshot(
+    source: str | os.PathLike[str], trust_code: TrustCode | None = None, *, device: torch.device | str = "cpu"
+) -> Snapshot:
     """Read the network file `source`, a path or an http(s) URL, without running anything from it.
+
+    Files with other classes than ours are refused, unless the caller gives `trust_code`: then the source text that the
+    file has for them is run, as if it were a program that was downloaded. `trust_code` is told of it before.
 
     The file's content, not its name, tells which format it has. Where it does not record image count and EMA length,
     they are taken from its name. Raises ConfigError, naming the file, where it is missing, foreign or damaged.
     """
-    fields = _read_fields(str(source), values=True)
+    fields = _read_fields(str(source), values=True, trust_code=trust_code)
     fields["net"].to(device)
     return Snapshot(**fields)
 
@@ -81,7 +87,7 @@ def read_header(source: str | os.PathLike[str]) -> SnapshotHeader:
     )
 
 
-def _read_fields(name: str, values: bool) -> dict[str, Any]:
+def _read_fields(name: str, values: bool, trust_code: TrustCode | None = None) -> dict[str, Any]:
     """The fields of a Snapshot from the file called `name`; without `values` the network is on the meta device."""
     path = Path(open_url(name, return_filename=True))
     try:
@@ -91,7 +97,7 @@ def _read_fields(name: str, values: bool) -> dict[str, Any]:
         raise ConfigError(f"cannot read {name}: {error.strerror or error}") from None
     try:
         if format_name == "pickle":
-            fields = snapshot_pickle.parts_of(tree, path.stat().st_size)
+            fields = snapshot_pickle.parts_of(tree, path.stat().st_size, trust_code)
         elif format_name == "safetensors":
             fields = snapshot_safetensors.read(path, values)
         else:

@@ -1,7 +1,7 @@
 """Network files in the published pickle layout (docs/file-formats.md)."""
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,30 +10,41 @@ import torch
 from dnnlib.easydict import EasyDict
 from dnnlib.errors import ConfigError
 from torch_utils.safe_pickle import StoredObject
-from training.snapshot_parts import build_encoder, build_loss, build_network, network_arguments, plain
+from training.snapshot_code import TrustCode, make_trusted
+from training.snapshot_parts import ENCODERS, build_encoder, build_loss, build_network, network_arguments, plain
 
 _PROTOCOL = 4  # what the published files have; readable from Python 3.4 on
+_KNOWN: dict[str, Collection[str]] = {"ema": ("Precond",), "encoder": tuple(ENCODERS), "loss_fn": ("EDM2Loss",)}
+_CALLED = {"ema": "network", "encoder": "encoder", "loss_fn": "loss"}
 _MAX_NAME = 200  # characters
 
 
-def parts_of(tree: Any, file_bytes: int) -> dict[str, Any]:
+def parts_of(tree: Any, file_bytes: int, trust_code: TrustCode | None = None) -> dict[str, Any]:
     """Net, encoder, dataset_kwargs and loss_fn from the inert tree of a network pickle or of a bare network.
 
-    Raises ConfigError, without the file's name.
+    With `trust_code`, classes that are not ours are made by running their source (`training.snapshot_code`). Raises
+    ConfigError, without the file's name.
     """
     if isinstance(tree, StoredObject):
         tree = {"ema": tree}
     if not isinstance(tree, dict) or not isinstance(tree.get("ema"), StoredObject):
         raise ConfigError("this is no network file: it has no network under the key 'ema'")
     stored = tree["ema"]
-    if stored.class_name != "Precond":
-        raise ConfigError(f"its network has the class {stored.class_name!r}; known is Precond")
-    arguments = network_arguments(*_init_arguments(stored))
     dataset_kwargs = tree.get("dataset_kwargs")
+    foreign = {key: tree[key] for key, known in _KNOWN.items() if _is_foreign(tree.get(key), known)}
+    if foreign and trust_code is None:
+        key, other = next(iter(foreign.items()))
+        raise ConfigError(
+            f"its {_CALLED[key]} has the class {other.class_name!r}; known is {' or '.join(_KNOWN[key])}."
+            " generate_images.py --trust-code runs the source code that the file has for it, if you trust who made it"
+        )
+    made = dict(zip(foreign, make_trusted(foreign.values(), trust_code), strict=True)) if trust_code else {}
+    if "ema" not in made:
+        made["ema"] = build_network(network_arguments(*_init_arguments(stored)), flatten(stored), file_bytes)
     return {
-        "net": build_network(arguments, flatten(stored), file_bytes),
-        "encoder": _rebuild(tree, "encoder", build_encoder),
-        "loss_fn": _rebuild(tree, "loss_fn", build_loss),
+        "net": made["ema"],
+        "encoder": made["encoder"] if "encoder" in made else _rebuild(tree, "encoder", build_encoder),
+        "loss_fn": made["loss_fn"] if "loss_fn" in made else _rebuild(tree, "loss_fn", build_loss),
         "dataset_kwargs": None if dataset_kwargs is None else _dictionary(dataset_kwargs, "dataset_kwargs"),
         **_provenance(tree.get("provenance")),
     }
@@ -86,6 +97,10 @@ def write(
         content.provenance = dict(provenance)
     with open(path, "wb") as file:
         pickle.dump(content, file, protocol=_PROTOCOL)
+
+
+def _is_foreign(stored: Any, known: Collection[str]) -> bool:
+    return isinstance(stored, StoredObject) and stored.class_name not in known
 
 
 def _attributes(module: StoredObject, kind: str) -> dict[str, Any]:
