@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import struct
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -143,6 +144,44 @@ def test_any_byte_of_an_archive_may_be_wrong(tmp_path):
             assert "a.zip" in str(error) and "\n" not in str(error)
             refused += 1
     assert refused > 300
+
+
+@pytest.mark.parametrize("field", ["size", "packed size", "offset"])
+@pytest.mark.parametrize("value", [1 << 40, 1 << 63, (1 << 64) - 1])
+def test_numbers_that_no_file_can_have(tmp_path, field, value):
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("0.png", b"x" * 50)
+    data = path.read_bytes()
+    entry, end = data.rfind(b"PK\1\2"), data.rfind(b"PK\5\6")
+    header = bytearray(data[entry:end])
+    place = {"size": 24, "packed size": 20, "offset": 42}[field]
+    header[place : place + 4] = b"\xff" * 4  # it stands in the ZIP64 field
+    header[30:32] = struct.pack("<H", 12)
+    header += struct.pack("<HHQ", 1, 8, value)
+    tail = bytearray(data[end:])
+    tail[12:16] = struct.pack("<I", len(header))
+    path.write_bytes(data[:entry] + header + tail)
+    with pytest.raises(ConfigError, match=r"is no readable ZIP file|cannot be read"):
+        files = ZipFiles(path)
+        files.read(0)
+
+
+def test_an_entry_without_a_name(tmp_path):
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x", b"1")
+    data = bytearray(path.read_bytes())
+    entry, end = data.rfind(b"PK\1\2"), data.rfind(b"PK\5\6")
+    data[entry + 28 : entry + 30] = struct.pack("<H", 0)
+    data[entry + 30 : entry + 32] = struct.pack("<H", 1)
+    path.write_bytes(data)
+    try:
+        names = list(ZipFiles(path).names)
+    except ConfigError as error:
+        assert "is no readable ZIP file" in str(error)
+    else:
+        assert names == [""]
 
 
 def test_a_huge_archives_index_is_kept_beside_it_while_it_fits(tmp_path, monkeypatch):

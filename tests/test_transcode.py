@@ -371,6 +371,10 @@ def test_bad_input_ends_in_one_line_and_writes_nothing(vae, pictures, tmp_path):
             ["encode", "--source", odd, "--dest", tmp_path / "y.zip", "--model-url", vae],
             "24x24, which is no power of two",
         ),
+        (
+            ["encode", "--source", pictures, "--dest", tmp_path / "y.zip", "--model-url", vae, "--pixel-min=2"],
+            "below 1",
+        ),
         (["encode", "--source", tmp_path / "no.zip", "--dest", tmp_path / "y.zip"], "does not exist"),
     ]:
         with pytest.raises(ConfigError, match=message):

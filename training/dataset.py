@@ -244,10 +244,13 @@ def _item_rows(files: Files) -> np.ndarray:
     in an archive leads out of it."""
     if not isinstance(files, FolderFiles):
         require_inside(files.names, str(files.path))
-    rows = [row for row, name in enumerate(files.names) if is_item(name)]
+    rows, num_latents = [], 0
+    for row, name in enumerate(files.names):
+        if is_item(name):
+            rows.append(row)
+            num_latents += is_latents(name)
     if not rows:
         raise ConfigError(f"data set {files.path} holds no images; it has {len(files.names)} other files")
-    num_latents = sum(is_latents(files.names[row]) for row in rows)
     if num_latents not in (0, len(rows)):
         raise ConfigError(
             f"data set {files.path} mixes {num_latents} .npy files and {len(rows) - num_latents} pictures; "

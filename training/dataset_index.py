@@ -7,8 +7,9 @@ arrays need some sixty bytes, and a million entries load from the copy in well u
 import bisect
 import contextlib
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, overload
 
@@ -20,6 +21,9 @@ from dnnlib.errors import ConfigError
 STORED = 0  # compression methods, as numbered in ZIP files
 _UNREADABLE = 255  # stands for encryption
 _ENCRYPTED_FLAG = 1
+
+# What zipfile and numbers that no file can have raise.
+_UNSOUND = (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, OverflowError, IndexError)
 
 # From so many entries on, the index is kept beside the archive.
 _KEEP_ENTRIES = 100_000
@@ -61,6 +65,10 @@ class NameTable(Sequence[str]):
             row += len(self)
         return self.text[self.ends[row] : self.ends[row + 1]].decode("utf-8", "surrogateescape")
 
+    def __iter__(self) -> Iterator[str]:
+        for begin, end in pairwise(self.ends.tolist()):
+            yield self.text[begin:end].decode("utf-8", "surrogateescape")
+
     def find(self, name: str) -> int | None:
         """The row of `name`, None if it is not there."""
         row = bisect.bisect_left(self, name)
@@ -93,7 +101,7 @@ def read_index(path: Path) -> ZipIndex:
             index = _read_directory(path)
             if len(index.names) >= _KEEP_ENTRIES:
                 _save_copy(index, path, stamp)
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+    except _UNSOUND as error:
         raise ConfigError(f"{path} is no readable ZIP file: {one_line(error)}") from None
     return index
 

@@ -17,6 +17,7 @@ from training.dataset_png import decode_plain_png
 
 PICTURE_SUFFIXES = frozenset([".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"])
 LATENTS_SUFFIX = ".npy"
+_ITEM_SUFFIXES = PICTURE_SUFFIXES | {LATENTS_SUFFIX}
 CONVERT_HINT = "dataset_tool.py convert makes a data set of one kind and size"
 
 Shape = tuple[int, int, int]  # [C, H, W]
@@ -37,8 +38,8 @@ def is_latents(name: str) -> bool:
 def is_item(name: str) -> bool:
     """Whether the file is a picture or raw latents, to go by its name."""
     # Archives made by file managers carry previews and resource forks under such names.
-    hidden = any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
-    return not hidden and (_suffix(name) in PICTURE_SUFFIXES or is_latents(name))
+    hidden = "/." in f"/{name}" or "__MACOSX" in name.split("/")
+    return not hidden and _suffix(name) in _ITEM_SUFFIXES
 
 
 def read_shape(data: Any, where: str) -> Shape:

@@ -133,6 +133,8 @@ def vae_encoder(
     geometry = vae_geometry(vae)
     geometry.resolution(dataset.resolution)
     _require_power_of_two(dataset)
+    if not -1 <= pixel_min < 1:
+        raise ConfigError(f"--pixel-min={pixel_min:g} must be from -1 to below 1: white is 1")
     if vae == PUBLISHED_VAE:
         return StabilityVAEEncoder(batch_size=batch_size, pixel_min=pixel_min)
     mean, std = [0.0] * geometry.channels, [1.0] * geometry.channels
