@@ -185,7 +185,7 @@ def _carry_out(
             points.append(step.point)
             if world.is_main:
                 scores = ", ".join(f"{name} {step.point.mean(name):.4f}" for name in plan.metrics)
-                bar.write(f"EMA length {step.std:.3f}, guidance {step.guidance:g}: {scores}")
+                bar.write(f"EMA length {step.std:.3f}, guidance {step.guidance:g}: {scores}, fit {step.point.fit:.2e}")
             if json_path is not None and world.is_main:
                 report.write_json(json_path, sweep.sweep_record(points, settings, plan, more))
 
@@ -205,6 +205,8 @@ def _tell(
             click.echo(f"No {metric} is finite.")
             continue
         click.echo(f"Best {metric}: {best.mean(metric):.4f} at EMA length {best.std:.3f}, guidance {best.guidance:g}")
+        if not best.is_near:
+            click.echo(f"  Its network is not near that length (fit {best.fit:.2f}): the snapshots are too far apart.")
         for what in sweep.at_the_edge(points, best):
             click.echo(f"  It is at the edge of the {what}; a wider range may hold a better one.")
         request = next((r for r in requests if abs(r.guidance - best.guidance) < 1e-6), None)

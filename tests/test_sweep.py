@@ -22,6 +22,7 @@ import sweep as script
 from tests.stand_in_detector import StandInDetector
 from tests.tiny import tiny_config, train, write_dataset
 from torch_utils.distributed import World
+from training import phema
 from training.metrics import plan
 from training.metrics.reference import load_stats
 from training.metrics.sweep import Point, Sweep, at_the_edge, best_point, read_points
@@ -151,6 +152,18 @@ def test_the_best_point_is_printed_with_commands_that_repeat_it(tiny, reference,
     assert (tmp_path / "s.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_a_point_that_the_snapshots_cannot_give_is_told_by_its_fit(tiny, reference, tmp_path):
+    path = tmp_path / "s.json"
+    text = sweeping(tiny, reference, "--outstd=0.01", f"--json={path}")
+    (entry,) = json.loads(path.read_text())["points"]
+    inputs = list_input_pickles(tiny / "run")
+    profiles = ([file.nimg for file in inputs], [file.std for file in inputs])
+    weights = phema.solve_posthoc_coefficients(*profiles, 3072, 0.01)
+    assert entry["fit"] == pytest.approx(phema.posthoc_fit(*profiles, 3072, 0.01, weights)[0])
+    assert f"(fit {entry['fit']:.2f}): the snapshots are too far apart" in text
+    assert "too far apart" not in sweeping(tiny, reference, "--outstd=0.10")
+
+
 def test_an_interrupted_sweep_is_taken_up_again_and_a_finer_one_adds_to_it(tiny, reference, tmp_path, monkeypatch):
     whole, cut = tmp_path / "whole.json", tmp_path / "cut.json"
     sweeping(tiny, reference, "--outstd=0.05,0.10,0.15,0.20", f"--json={whole}")
@@ -171,7 +184,10 @@ def test_an_interrupted_sweep_is_taken_up_again_and_a_finer_one_adds_to_it(tiny,
     assert calls == [0.05, 0.10, 0.15]
     sweeping(tiny, reference, "--outstd=0.10,0.20", f"--json={cut}")
     assert calls == [0.05, 0.10, 0.15, 0.20]
-    assert cut.read_text() == whole.read_text()
+    records = [json.loads(path.read_text()) for path in (cut, whole)]
+    fits = [[entry.pop("fit") for entry in record["points"]] for record in records]
+    assert records[0] == records[1]
+    assert fits[0] == pytest.approx(fits[1], abs=1e-6)  # rounding depends on which lengths are solved for together
 
 
 def test_a_sweep_is_as_long_as_it_says_and_leaves_out_what_is_done(tiny, reference):
@@ -251,8 +267,8 @@ def test_bad_input_is_refused_in_one_line_with_nothing_written(tiny, reference, 
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def point(std: float, guidance: float, *values: float, name: str = "fid") -> Point:
-    return Point(std=std, guidance=guidance, values={name: list(values)})
+def point(std: float, guidance: float, *values: float, fit: float = 0.0) -> Point:
+    return Point(std=std, guidance=guidance, fit=fit, values={"fid": list(values)})
 
 
 def test_the_best_point_has_the_best_mean_in_the_metrics_own_direction():
@@ -295,6 +311,7 @@ def test_the_figure_has_a_curve_for_each_weight_over_the_length_and_marks_the_be
     }
     one = [p for p in points if p.std == 0.2]
     assert curves(one)["EMA length 0.2"] == ([1.0, 2.0], pytest.approx([1.0, 0.0]))
+    assert curves([*one, point(0.2, 3, 1, fit=0.2)])["poor reconstruction, fit > 0.1"] == ([], [])
     plot_sweep(tmp_path / "plot.svg", points, ["fid"], title="Title")
     assert "<svg" in (tmp_path / "plot.svg").read_text()
 

@@ -30,6 +30,8 @@ from training.sampling_request import SamplingRequest
 FORMAT = "edm2-sweep"
 VERSION = 1
 
+MAX_FIT = 0.1  # beyond it, the snapshots are too far apart for the length
+
 _DIGITS = 6  # to which lengths and weights are told apart
 _END_BYTES = 64 << 10
 
@@ -40,7 +42,13 @@ class Point:
 
     std: float  # relative EMA length
     guidance: float
+    fit: float  # relative L2 error of the averaging profile, see phema.posthoc_fit
     values: dict[str, list[float]]  # by metric, one for each disjoint set of seeds
+
+    @property
+    def is_near(self) -> bool:
+        """Whether the network is near enough to the one of that length to be taken for it."""
+        return self.fit <= MAX_FIT
 
     @property
     def key(self) -> tuple[float, float]:
@@ -114,11 +122,12 @@ class Sweep:
             encoder = encoder or snapshot.encoder  # a VAE is loaded once
             net = snapshot.net.to(device)
             for request in self._todo[std]:
-                yield from self._measure(std, request, net, [guides[path] for path in request.gnets], encoder)
+                guide = [guides[path] for path in request.gnets]
+                yield from self._measure(std, request, net, guide, encoder, snapshot.info["posthoc_fit"])
             net.to("cpu")  # it may be some while until the others of its pass are done
 
     def _measure(
-        self, std: float, request: SamplingRequest, net: Any, guides: list[Any], encoder: Any
+        self, std: float, request: SamplingRequest, net: Any, guides: list[Any], encoder: Any, fit: float
     ) -> Iterator[SweepStep]:
         runs: list[dict[str, Score]] = []
         for seeds in self._seeds:
@@ -135,7 +144,7 @@ class Sweep:
                     if len(runs) < len(self._seeds):
                         yield SweepStep(std=std, guidance=request.guidance)
         values = {name: [run[name].value for run in runs] for name in runs[0]}
-        point = Point(std=std, guidance=request.guidance, values=values)
+        point = Point(std=std, guidance=request.guidance, fit=fit, values=values)
         yield SweepStep(std=std, guidance=request.guidance, point=point)
 
 
@@ -206,6 +215,7 @@ def read_points(path: Path, settings: Mapping[str, Any]) -> list[Point]:
             Point(
                 std=float(entry["ema_std"]),
                 guidance=float(entry["guidance"]),
+                fit=float(entry["fit"]),
                 values={name: [float(v) for v in entry["values"][name]] for name in theirs["metrics"]},
             )
             for entry in record["points"]
@@ -234,6 +244,7 @@ def sweep_record(
             {
                 "ema_std": point.std,
                 "guidance": point.guidance,
+                "fit": point.fit,
                 "values": point.values,
                 "mean": {name: point.mean(name) for name in point.values},
             }
