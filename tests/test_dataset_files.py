@@ -172,7 +172,7 @@ def test_an_entry_without_a_name(tmp_path):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("x", b"1")
     data = bytearray(path.read_bytes())
-    entry, end = data.rfind(b"PK\1\2"), data.rfind(b"PK\5\6")
+    entry = data.rfind(b"PK\1\2")
     data[entry + 28 : entry + 30] = struct.pack("<H", 0)
     data[entry + 30 : entry + 32] = struct.pack("<H", 1)
     path.write_bytes(data)
