@@ -7,17 +7,16 @@ not hold is refused. `torch_utils.pickle_values` has the vocabulary, `torch_util
 
 import os
 import pickletools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 # The largest published network has about forty thousand opcodes; CIFAR-100 has two hundred thousand;
 # this many empty sets take about 130 MB.
 MAX_OPCODES = 600_000
-_MAX_DEPTH = 100  # of containers in one another; networks have about 20
-_MAX_SIZE = 4 * MAX_OPCODES  # of the tree in values, counting what is shared at each of its places
 _MAX_COPIES = 4  # times the file's size that may be copied out of it; honest files need 2 or 3
 _MAX_LONG_BYTES = 32  # the longest integer that torch or NumPy write has 10
+_SIZED = (str, bytes, list, tuple, set, dict)
 _KEY_TYPES = (str, int, float, bool, type(None))
 
 
@@ -86,16 +85,23 @@ class Machine:
     def load(self) -> Any:
         """Read one pickle and leave the file behind it. Raises Refused; any other exception means a damaged file."""
         self._stack, self._marked, self._memo = [], [], {}
-        for opcode, argument, position in pickletools.genops(self._file):  # type: ignore[arg-type]
-            self._steps += 1
-            if self._steps > MAX_OPCODES:
+        file, steps = self._file, self._steps
+        while True:
+            position = file.tell()
+            code = file.read(1)
+            if code not in _OPCODES:
+                raise Refused(f"its byte {position} is no opcode")
+            name, read_argument = _OPCODES[code]
+            argument = None if read_argument is None else read_argument(file)
+            steps += 1
+            if steps > MAX_OPCODES:
                 raise Refused(f"it has more than {MAX_OPCODES} opcodes")
-            if opcode.name == "STOP":
+            if name == "STOP":
+                self._steps = steps
                 if self._marked or len(self._stack) != 1:
                     raise Refused("it ends with an unfinished stack")
                 return self._stack.pop()
-            self._step(opcode.name, argument, position)
-        raise Refused("it has no end")
+            self._step(name, argument, position)
 
     def _step(self, name: str, argument: Any, position: int | None) -> None:
         if name in _VALUES:
@@ -209,52 +215,6 @@ def describe(value: Any) -> str:
     return repr(value) if isinstance(value, StoredObject) else f"a value of type {type(value).__name__}"
 
 
-def require_tree(root: Any) -> None:
-    """Raise Refused unless `root` is a tree of bounded depth and size, with no container inside itself.
-
-    Shared values count at each place: a list of twice a list of twice a list is endless for whoever walks or prints it.
-    """
-    measured: dict[int, tuple[int, int]] = {}  # size and depth of each container; _OPEN while inside of it
-    num_open, waiting = 0, [root]
-    while waiting:
-        current = waiting[-1]
-        values = _inside(current)
-        inside = [value for value in values if isinstance(value, _CONTAINERS)]
-        if id(current) not in measured:
-            measured[id(current)] = _OPEN
-            num_open += 1
-            if num_open > _MAX_DEPTH:
-                raise Refused(f"its values are nested more than {_MAX_DEPTH} deep")
-            if any(measured.get(id(value)) == _OPEN for value in inside):
-                raise Refused("it holds a value that is inside itself")
-            waiting += [value for value in inside if id(value) not in measured]
-            continue
-        waiting.pop()
-        if measured[id(current)] == _OPEN:
-            num_open -= 1
-            known = [measured[id(value)] for value in inside]
-            texts = sum(len(value) for value in values if type(value) in (str, bytes))
-            size = 1 + len(values) + texts // 64 + sum(size for size, _ in known)
-            depth = 1 + max((depth for _, depth in known), default=0)
-            if size > _MAX_SIZE or depth > _MAX_DEPTH:
-                raise Refused("its values are nested too deep, or shared so often that there is no end to them")
-            measured[id(current)] = size, depth
-
-
-_OPEN = (0, 0)
-_CONTAINERS = (list, tuple, dict, StoredObject)
-_SIZED = (str, bytes, list, tuple, set, dict)
-
-
-def _inside(value: Any) -> Collection[Any]:
-    """The values in a container; keys are text and numbers."""
-    if isinstance(value, StoredObject):
-        return value.state.values()
-    if isinstance(value, dict):
-        return value.values()
-    return value if type(value) in (list, tuple) else ()
-
-
 def plain_set(items: Any) -> set[Any]:
     """A set of strings and numbers."""
     if type(items) not in (list, tuple, set) or any(type(item) not in _KEY_TYPES for item in items):
@@ -292,6 +252,12 @@ class _Bounded:
             raise Refused("it is cut short, or has a line of more than 1024 bytes")
         return line
 
+
+# Python's own table of the opcodes and of what reads their arguments. Its genops is slower, and asks for positions.
+_OPCODES: dict[bytes, tuple[str, Callable[[Any], Any] | None]] = {
+    opcode.code.encode("latin-1"): (opcode.name, None if opcode.arg is None else opcode.arg.reader)
+    for opcode in pickletools.opcodes
+}
 
 # What pushes a value, by opcode.
 _VALUES: dict[str, Callable[[Any], Any]] = {

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from dnnlib.errors import ConfigError
-from torch_utils.pickle_machine import Machine, Refused, StoredObject, Word, require_tree
+from torch_utils.pickle_machine import Machine, Refused, StoredObject, Word
+from torch_utils.pickle_tree import require_tree
 from torch_utils.pickle_values import SHAPES_VOCABULARY, VOCABULARY, build
 
 __all__ = ["StoredObject", "Word", "printable", "read_pickle"]
