@@ -10,12 +10,10 @@ from typing import Any
 import click
 from tqdm import tqdm
 
-from dnnlib.cli import main
+from dnnlib.cli import BYTES, main
 
 # Worker processes of `convert` import this file when they start. What a command needs beyond the above is imported by
 # the command, so that they don't wait for torch.
-
-_BYTES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30}
 
 
 # Processes that share the work finish far apart, and wait for each other at the end alone.
@@ -32,18 +30,6 @@ class _ResolutionType(click.ParamType):
         if match is None:
             self.fail(f"'{value}' is no size; write width and height, as in 64x64", param, ctx)
         return int(match[1]), int(match[2])
-
-
-class _BytesType(click.ParamType):
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        match = re.fullmatch(r"([1-9]\d*)(|K|M|G|T|Ki|Mi|Gi)B?", value)
-        if match is None:
-            self.fail(f"'{value}' is no size; write bytes with an optional unit, as in 500MB or 2GiB", param, ctx)
-        return int(match[1]) * _BYTES[match[2]]
 
 
 @click.group()
@@ -71,7 +57,7 @@ def cmdline() -> None:
 @click.option("--split", metavar="NAME", help="Which part of a source that has several [default: train]")
 @click.option("--label", metavar="NAME", help="Which labels of a source that has several, as in coarse")
 @click.option("--shards", metavar="INT", type=click.IntRange(min=1), help="Write N files name-00000.zip, ...")
-@click.option("--shard-size", type=_BytesType(), help="Write files name-00000.zip, ... of at most this size: 2GB")
+@click.option("--shard-size", type=BYTES, help="Write files name-00000.zip, ... of at most this size: 2GB")
 @click.option(
     "--on-error",
     type=click.Choice(["stop", "skip"]),

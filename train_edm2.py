@@ -18,8 +18,8 @@ from torch_utils import distributed
 from training.config import MetricsConfig, TrainingConfig
 from training.latents import PUBLISHED_VAE
 from training.presets import locate, training_preset
-from training.remote_files import is_remote
 from training.run_folder import RunFolder
+from training.streaming.remote import is_remote
 from training.training_loop import Iteration, Saved, Status, TrainingRun, open_dataset
 from training.training_metrics import check_metrics
 from training.training_state import check_network, network_shape

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from dnnlib.errors import ConfigError
-from dnnlib.parse import parse_int_list, parse_nimg, parse_std_list
+from dnnlib.parse import parse_bytes, parse_int_list, parse_nimg, parse_std_list
 
 
 class _Parsed(click.ParamType):
@@ -26,6 +26,7 @@ class _Parsed(click.ParamType):
 
 
 NIMG = _Parsed("nimg", parse_nimg)
+BYTES = _Parsed("size", parse_bytes)
 INT_LIST = _Parsed("list", parse_int_list)
 STD_LIST = _Parsed("list", parse_std_list)
 

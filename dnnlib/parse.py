@@ -1,4 +1,4 @@
-"""Values as they are written on the command line: image counts, integer lists, lists of EMA lengths."""
+"""Values as they are written on the command line: image counts, sizes, integer lists, lists of EMA lengths."""
 
 import re
 
@@ -25,6 +25,18 @@ def format_nimg(nimg: int) -> str:
         if nimg and nimg % _SUFFIXES[suffix] == 0:
             return f"{nimg // _SUFFIXES[suffix]}{suffix}"
     return str(nimg)
+
+
+def parse_bytes(text: str | int) -> int:
+    """Number of bytes: a whole number above 0 with an optional unit, as in 500MB or 2GiB."""
+    if isinstance(text, int):
+        return text
+    match = re.fullmatch(r"([1-9]\d*)(|K|M|G|T|Ki|Mi|Gi|Ti)B?", text.strip())
+    if match is None:
+        raise ConfigError(f"'{text}' is no size; write bytes with an optional unit, as in 500MB or 2GiB")
+    unit = match[2]
+    base = 1024 if unit.endswith("i") else 1000
+    return int(match[1]) * base ** " KMGT".index(unit[:1] or " ")
 
 
 def parse_int_list(text: str | list[int]) -> list[int]:

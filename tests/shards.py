@@ -13,7 +13,7 @@ import PIL.Image
 import pytest
 
 from dnnlib.errors import ConfigError
-from training.shard_cache import ShardCache
+from training.streaming.cache import ShardCache
 
 COUNTS = (7, 5, 0, 9, 6)  # images in each shard
 TOTAL = sum(COUNTS)

@@ -107,13 +107,6 @@ def test_a_mistake_is_one_line_and_exit_code_2(pictures, tmp_path, capfd, args, 
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"), [("1000", 1000), ("2K", 2000), ("3MB", 3 * 10**6), ("2GiB", 2 << 30), ("1T", 10**12)]
-)
-def test_sizes_of_shards(text, expected):
-    assert dataset_tool._BytesType().convert(text, None, None) == expected
-
-
 def test_one_worker_for_each_core_of_each_process(monkeypatch):
     cores = dataset_tool.default_workers()
     assert 1 <= cores <= os.cpu_count()

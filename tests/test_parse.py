@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dnnlib.errors import ConfigError
-from dnnlib.parse import format_nimg, parse_int_list, parse_nimg, parse_std_list
+from dnnlib.parse import format_nimg, parse_bytes, parse_int_list, parse_nimg, parse_std_list
 from tests.conftest import GOLDEN_DIR
 
 NUMBERS = json.loads((GOLDEN_DIR / "numbers.json").read_text(encoding="utf-8"))
@@ -71,3 +71,25 @@ def test_lengths_out_of_range_are_refused(text):
 def test_a_spacing_that_says_nothing_is_refused(text):
     with pytest.raises(ConfigError, match=r"0\.010,0\.015,\.\.\.,0\.250"):
         parse_std_list(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("7", 7),
+        ("7B", 7),
+        ("2K", 2000),
+        ("500MB", 500_000_000),
+        ("2GiB", 2 << 30),
+        ("1Ti", 1 << 40),
+        (" 3G ", 3 * 10**9),
+    ],
+)
+def test_sizes_have_units_of_1000_or_1024(text: str, expected: int) -> None:
+    assert parse_bytes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "1.5GB", "2 GB", "GB", "2KiBi", "1e9"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(ConfigError, match="is no size; write bytes with an optional unit"):
+        parse_bytes(text)

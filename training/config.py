@@ -8,7 +8,7 @@ from typing import Any
 
 from dnnlib.errors import ConfigError
 from training.metrics.table import parse_metrics
-from training.remote_files import is_remote
+from training.streaming.remote import is_remote
 
 SHUFFLE_BUFFER = 10_000  # images of a data set behind a URL
 

@@ -22,13 +22,13 @@ from torch_utils.precision import numerics
 from torch_utils.training_stats import RunningMeans
 from training.config import TrainingConfig
 from training.dataset import BatchReader, ImageFolderDataset
-from training.dataset_stream import StreamedDataset, data_order, is_remote
 from training.encoders import Encoder, StabilityVAEEncoder
 from training.latents import PUBLISHED_VAE, encoder_entry, measured_encoder, read_encoder
 from training.loss import EDM2Loss
 from training.run_folder import RunFolder
 from training.schedule import learning_rate_schedule
 from training.snapshot import Snapshot, save_snapshot
+from training.streaming.dataset import StreamedDataset, data_order, is_remote
 from training.streams import BatchPositions, Order
 from training.training_metrics import TrainingMetrics
 from training.training_state import TrainingState, make_encoder

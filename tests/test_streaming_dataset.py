@@ -36,17 +36,18 @@ from tests.shards import (
 )
 from tests.tiny import assert_same_state, tiny_config, train, write_dataset
 from torch_utils.distributed import World
-from training import dataset_stream, remote_files
 from training.dataset import BatchReader, ImageFolderDataset
-from training.dataset_stream import StreamedDataset, data_order, expand_url
 from training.run_folder import RunFolder
+from training.streaming import dataset as stream_module
+from training.streaming import remote
+from training.streaming.dataset import StreamedDataset, data_order, expand_url
 from training.streams import BatchPositions
 from training.training_loop import Saved, TrainingRun
 
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(remote_files, "_FIRST_WAIT_SEC", 0.01)
+    monkeypatch.setattr(remote, "_FIRST_WAIT_SEC", 0.01)
     monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path / "cache"))
 
 
@@ -233,7 +234,7 @@ def test_a_window_that_the_cache_cannot_hold_is_refused(folder: Path):
 
 
 def test_shards_that_were_used_long_ago_do_not_stay_open(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(dataset_stream, "_OPEN_SHARDS", 2)
+    monkeypatch.setattr(stream_module, "_OPEN_SHARDS", 2)
     dataset = stream(f"{folder.as_uri()}/set-*.zip", buffer=1)
     for idx in (0, 7, 0, 12):
         _ = dataset[idx]
@@ -307,7 +308,7 @@ def test_a_server_without_ranges_is_named(server: ShardServer, tmp_path: Path):
 def test_a_server_that_sends_nothing_more_is_asked_again(
     server: ShardServer, folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(remote_files, "_TIMEOUT_SEC", 0.3)
+    monkeypatch.setattr(remote, "_TIMEOUT_SEC", 0.3)
     dataset = stream(f"{server.url}/set.zip")
     server.stall = True
     message = one_line_error(lambda: dataset[0])
@@ -318,13 +319,13 @@ def test_a_server_that_sends_nothing_more_is_asked_again(
 
 def test_a_shard_that_changes_while_it_is_downloaded_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch):
     dataset = stream(f"{folder.as_uri()}/set-*.zip")
-    read = remote_files._read_range
+    read = remote._read_range
 
     def change_and_read(*args: Any) -> bytes:
         os.utime(folder / "set-00000.zip", (1, 1))
         return read(*args)
 
-    monkeypatch.setattr(remote_files, "_read_range", change_and_read)
+    monkeypatch.setattr(remote, "_read_range", change_and_read)
     assert "set-00000.zip has changed since" in one_line_error(lambda: dataset[0])
     assert cached(dataset.shard_cache) == leftovers(dataset.shard_cache) == []
 

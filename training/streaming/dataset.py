@@ -18,11 +18,11 @@ from dnnlib.errors import ConfigError
 from training.dataset import ImageFolderDataset, ItemDetails
 from training.dataset_files import ZipFiles
 from training.dataset_items import CONVERT_HINT, ItemDecoder, is_item
-from training.dataset_tar import TarFiles
-from training.remote_files import NotThere, RemoteFile, find_file, find_matches, is_remote, suffix_of
-from training.shard_cache import ReadAhead, ShardCache
-from training.shard_index import ShardIndex, index_shards, load_table, read_first, require_alike
-from training.stream_order import StreamOrder, most_in_a_window
+from training.streaming.cache import ReadAhead, ShardCache
+from training.streaming.index import ShardIndex, index_shards, load_table, read_first, require_alike
+from training.streaming.order import StreamOrder, most_in_a_window
+from training.streaming.remote import NotThere, RemoteFile, find_file, find_matches, is_remote, suffix_of
+from training.streaming.tar import TarFiles
 from training.streams import DataOrder, Order
 
 __all__ = ["StreamedDataset", "data_order", "is_remote"]
@@ -35,8 +35,8 @@ _READ_ATTEMPTS = 4  # a shard may make room for others between being fetched and
 class StreamedDataset(ImageFolderDataset):
     """The images or raw latents in shards behind `url`, with the face of ImageFolderDataset.
 
-    Opening reads the index of every shard, and nothing else of a ZIP file; see training/shard_index.py. Any item can be
-    read, but for speed items are to be read in the order of `data_order`, which keeps their shards at hand.
+    Opening reads the index of every shard, and nothing else of a ZIP file; see training/streaming/index.py. Any item can
+    be read, but for speed items are to be read in the order of `data_order`, which keeps their shards at hand.
 
     buffer:       images to shuffle over.
     cache_dir:    folder for shards and indices; None for the usual cache folder.

@@ -23,9 +23,9 @@ from dnnlib.errors import ConfigError
 from training.dataset_index import NameTable, one_line
 from training.dataset_items import CONVERT_HINT, Shape, is_item, is_latents, read_shape
 from training.dataset_labels import LABELS_FILE, Label, labels_array, read_labels, require_inside
-from training.dataset_tar import TarIndex, index_tar
-from training.remote_files import RemoteFile, RemoteReader, find_file, suffix_of
-from training.shard_cache import ShardCache, cache_name
+from training.streaming.cache import ShardCache, cache_name
+from training.streaming.remote import RemoteFile, RemoteReader, find_file, suffix_of
+from training.streaming.tar import TarIndex, index_tar
 
 _THREADS = 8  # shards looked at at a time
 _OPEN_ATTEMPTS = 10

@@ -14,9 +14,9 @@ import pytest
 from dnnlib.errors import ConfigError
 from tests.shard_server import serve
 from tests.shards import cached, leftovers
-from training import remote_files
-from training.remote_files import RemoteFile, find_file
-from training.shard_cache import ReadAhead, ShardCache
+from training.streaming import remote
+from training.streaming.cache import ReadAhead, ShardCache
+from training.streaming.remote import RemoteFile, find_file
 
 
 def write_files(folder: Path, names: str, size: int = 100) -> dict[str, RemoteFile]:
@@ -66,7 +66,7 @@ def test_a_file_is_downloaded_once_however_many_want_it_at_the_same_time(tmp_pat
 
 def test_the_bound_holds_while_many_fetch_different_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     files = write_files(tmp_path / "data", "abcdefghijklmnop", size=10_000)
-    monkeypatch.setattr(remote_files, "_CHUNK_BYTES", 1000)
+    monkeypatch.setattr(remote, "_CHUNK_BYTES", 1000)
     most, over = 0, threading.Event()
     watched = ShardCache(tmp_path / "shards", 35_000)
     watched.folder.mkdir()
@@ -96,8 +96,8 @@ def test_a_download_whose_process_is_killed_is_made_anew(tmp_path: Path):
         file = find_file(f"{server.url}/a.zip")
         server.stall = True
         code = (
-            "import sys; from pathlib import Path; from training.remote_files import find_file; "
-            "from training.shard_cache import ShardCache; "
+            "import sys; from pathlib import Path; from training.streaming.remote import find_file; "
+            "from training.streaming.cache import ShardCache; "
             "ShardCache(Path(sys.argv[1]), 7000).fetch(find_file(sys.argv[2]))"
         )
         process = subprocess.Popen([sys.executable, "-c", code, str(cache.folder), file.url])
@@ -154,7 +154,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path, monkeypatch: pyt
         raise OSError(28, "No space left on device")
 
     file = write_files(tmp_path / "data", "a")["a"]
-    monkeypatch.setattr("training.shard_cache.download", fill)
+    monkeypatch.setattr("training.streaming.cache.download", fill)
     cache = ShardCache(tmp_path / "shards", 1000)
     with pytest.raises(ConfigError, match=r"No space left on device; give another --data-cache, or"):
         cache.fetch(file)

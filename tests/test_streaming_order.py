@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.shards import COUNTS, TOTAL, plain_order
-from training.stream_order import StreamOrder, most_in_a_window
+from training.streaming.order import StreamOrder, most_in_a_window
 
 
 @pytest.mark.parametrize(("buffer", "copies"), [(1, 1), (8, 1), (8, 2), (12, 1), (1000, 2)])

@@ -12,7 +12,7 @@ from pathlib import Path
 import filelock
 
 from dnnlib.errors import ConfigError
-from training.remote_files import RemoteFile, download
+from training.streaming.remote import RemoteFile, download
 
 _POLL_SEC = 0.1
 _JOIN_SEC = 5.0
