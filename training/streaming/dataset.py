@@ -35,8 +35,8 @@ _READ_ATTEMPTS = 4  # a shard may make room for others between being fetched and
 class StreamedDataset(ImageFolderDataset):
     """The images or raw latents in shards behind `url`, with the face of ImageFolderDataset.
 
-    Opening reads the index of every shard, and nothing else of a ZIP file; see training/streaming/index.py. Any item can
-    be read, but for speed items are to be read in the order of `data_order`, which keeps their shards at hand.
+    Opening reads the index of every shard, and nothing else of a ZIP file; see training/streaming/index.py. Any item
+    can be read, but for speed items are to be read in the order of `data_order`, which keeps their shards at hand.
 
     buffer:       images to shuffle over.
     cache_dir:    folder for shards and indices; None for the usual cache folder.
