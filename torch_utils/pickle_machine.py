@@ -90,7 +90,7 @@ class Machine:
             position = file.tell()
             code = file.read(1)
             if code not in _OPCODES:
-                raise Refused(f"its byte {position} is no opcode")
+                raise ValueError(f"its byte {position} is no opcode")
             name, read_argument = _OPCODES[code]
             argument = None if read_argument is None else read_argument(file)
             steps += 1
