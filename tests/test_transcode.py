@@ -264,6 +264,17 @@ def test_an_early_mistake_leaves_nothing_behind(vae, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["p.zip"]
 
 
+def test_the_names_of_classes_come_along(vae, tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        PIL.Image.new("RGB", (32, 32)).save(tmp_path / "photos" / name / "1.png")
+    run("convert", "--source", tmp_path / "photos", "--dest", tmp_path / "p.zip", "--workers=1")
+    run("encode", "--source", tmp_path / "p.zip", "--dest", tmp_path / "z.zip", "--model-url", vae, "--shards=2")
+    run("decode", "--source", tmp_path / "z.zip", "--dest", tmp_path / "d.zip")
+    for name in ("p", "z", "d"):
+        assert ImageFolderDataset(tmp_path / f"{name}.zip").class_names == ["cat", "dog"]
+
+
 def test_damaged_work_is_computed_anew(vae, pictures, tmp_path, small_chunks):
     work = encoded(pictures, tmp_path / "z.zip", vae)
     steps = iter(work)

@@ -17,13 +17,7 @@ import torch.utils.data
 from dnnlib.errors import ConfigError
 from training.dataset_files import Files, FolderFiles, one_line, open_files
 from training.dataset_items import CONVERT_HINT, ItemDecoder, is_item, is_latents
-from training.dataset_labels import (
-    LABELS_FILE,
-    labels_array,
-    read_file_labels,
-    require_all_shards,
-    require_inside,
-)
+from training.dataset_labels import LABELS_FILE, labels_array, read_file_labels, require_all_shards, require_inside
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,14 +159,25 @@ class ImageFolderDataset(torch.utils.data.Dataset[tuple[np.ndarray, np.ndarray]]
     @property
     def encoder_entry(self) -> dict[str, Any] | None:
         """What dataset.json says of the encoder that made the latents; None if nothing. Shards must agree."""
-        found: list[dict[str, Any]] = []
-        for part in self._files.parts:
-            row = part.names.find(LABELS_FILE)
-            entry = None if row is None else _encoder_entry(bytes(part.read(row)), part.describe(row))
-            found.extend([] if entry is None else [entry])
+        found = self._noted("encoder", dict)
         if any(entry != found[0] for entry in found):
             raise ConfigError(f"the shards of {self._files.path} were encoded in different ways; encode them alike")
         return found[0] if found else None
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """Names of the classes in the order of their indices, as dataset.json lists them; None where it does not."""
+        found = self._noted("classes", list)
+        return [str(name) for name in found[0]] if found else None
+
+    def _noted(self, key: str, kind: type) -> list[Any]:
+        """What the dataset.json of each part says under `key`, where it says something."""
+        found = []
+        for part in self._files.parts:
+            row = part.names.find(LABELS_FILE)
+            value = None if row is None else _noted(bytes(part.read(row)), key, kind, part.describe(row))
+            found.extend([] if value is None else [value])
+        return found
 
     @property
     def image_dtype(self) -> np.dtype[Any]:
@@ -259,17 +264,18 @@ def _item_rows(files: Files) -> np.ndarray:
     return np.array(rows, dtype=np.int64)
 
 
-def _encoder_entry(data: bytes, where: str) -> dict[str, Any] | None:
-    """The value of "encoder" in the text of a dataset.json; None where it has none."""
-    if b'"encoder"' not in data:
+def _noted(data: bytes, key: str, kind: type, where: str) -> Any:
+    """The value of `key`, of this `kind`, in the text of a dataset.json; None where it has none."""
+    if f'"{key}"'.encode() not in data:
         return None
     try:
-        entry = json.loads(data.decode("utf-8")).get("encoder")
+        value = json.loads(data.decode("utf-8")).get(key)
     except (ValueError, RecursionError, AttributeError) as error:
         raise ConfigError(f"{where} is not JSON: {one_line(error)}") from None
-    if not isinstance(entry, dict | None):
-        raise ConfigError(f'{where} has an "encoder" that is no dictionary; leave it out or encode anew')
-    return entry
+    if not isinstance(value, kind | None):
+        name = "list" if kind is list else "dictionary"
+        raise ConfigError(f'{where} has a value of "{key}" that is no {name}; leave it out or make the data set anew')
+    return value
 
 
 def _width(raw_labels: np.ndarray | None) -> int:

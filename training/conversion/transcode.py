@@ -190,6 +190,8 @@ class Transcoding:
                 statistics.add(_load(self._chunk_path(number)))
             self._encoder = self._encoder.with_statistics(statistics.mean, statistics.std)
         head: dict[str, Any] = {"labels": [] if self._source.has_labels else None}
+        if self._source.has_labels and self._source.class_names is not None:
+            head["classes"] = self._source.class_names
         if self._to_latents:
             head[ENCODER_KEY] = encoder_entry(self._encoder)
         name = latents_name if self._to_latents else picture_name
