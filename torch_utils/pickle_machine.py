@@ -72,6 +72,7 @@ class Machine:
         self._marked: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
         self._steps = 0
+        self._missing = 0  # bytes that a frame has beyond the end of the file
         self._allowance = _MAX_COPIES * self._file.remaining() + 4096  # bytes that calls may still copy
 
     def remaining(self) -> int:
@@ -98,6 +99,8 @@ class Machine:
                 raise Refused(f"it has more than {MAX_OPCODES} opcodes")
             if name == "STOP":
                 self._steps = steps
+                if self._missing > 0:
+                    raise Refused(f"it is cut short: a frame is {self._missing} bytes longer than the file")
                 if self._marked or len(self._stack) != 1:
                     raise Refused("it ends with an unfinished stack")
                 return self._stack.pop()
@@ -201,8 +204,7 @@ class Machine:
         self._stack.append(self._resolve_persistent(self._stack.pop()))
 
     def _frame(self, length: int) -> None:
-        if length > self._file.remaining():
-            raise Refused(f"it is cut short: a frame of {length} bytes where {self._file.remaining()} are left")
+        self._missing = max(self._missing, length - self._file.remaining())
 
     def _put(self, index: int | None) -> None:
         self._memo[len(self._memo) if index is None else index] = self._stack[-1]
