@@ -121,6 +121,11 @@ def test_latents_are_held_against_what_their_encoder_assumes(tmp_path, scale, to
     assert any("far from what their encoder assumes" in note for note in report.notes) == told
 
 
+def test_one_channel_is_one(tmp_path):
+    grey = png(np.zeros((8, 8), np.uint8))
+    assert "1 of 8x8, 1 channel\n" in describe(inspected(write(tmp_path / "a.zip", {"a.png": grey})))
+
+
 def test_many_classes_are_summed_up(tmp_path):
     one = picture()
     files = {f"{i}.png": one for i in range(60)}

@@ -8,15 +8,15 @@ N items, C channels, H x W pixels.
 import hashlib
 import os
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from dnnlib.errors import ConfigError
+from training.conversion.inspect_report import Report, describe
 from training.conversion.transforms import require_trainable_size
 from training.dataset import ImageFolderDataset
 from training.dataset_files import Files, FolderFiles, open_files
@@ -24,6 +24,8 @@ from training.dataset_items import ItemDecoder, Shape, is_item, is_latents
 from training.dataset_labels import Label, read_file_labels, require_inside
 from training.encoders import StabilityVAEEncoder
 from training.latents import LatentStatistics, encoder_of
+
+__all__ = ["Inspection", "Report", "describe"]
 
 _SHOWN = 5  # names listed of many
 _AHEAD = 64  # items being decoded at once
@@ -40,31 +42,6 @@ class Item(NamedTuple):
     sums: np.ndarray | None = None  # float64 [2, C]: of the numbers and of their squares, divided by H * W
     statistics: LatentStatistics | None = None  # of latents
     reason: str = ""  # why it cannot be read
-
-
-@dataclass(kw_only=True)
-class Report:
-    """The findings. `problems` keep training from taking the data set; `notes` are worth knowing."""
-
-    path: str
-    kind: str = "pictures"  # or latents
-    num_items: int = 0
-    other_files: int = 0
-    shapes: dict[str, int] = field(default_factory=dict)  # WxHxC: items
-    labels: str = "none"
-    classes: dict[int, int] = field(default_factory=dict)  # class: items
-    mean: list[float] = field(default_factory=list)  # by channel, over items of the most frequent shape
-    std: list[float] = field(default_factory=list)
-    latents: dict[str, list[float]] = field(default_factory=dict)  # statistics of samples, and what the encoder assumes
-    duplicates: list[list[str]] = field(default_factory=list)  # groups of items with equal content
-    damaged: list[str] = field(default_factory=list)  # name: reason
-    problems: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def accepted(self) -> bool:
-        """Whether training would take the data set."""
-        return not self.problems
 
 
 class Inspection:
@@ -294,41 +271,3 @@ def _look_at(files: Files, row: int) -> Item:
 def _listed(values: list[Any]) -> str:
     more = f" and {len(values) - _SHOWN} more" if len(values) > _SHOWN else ""
     return ", ".join(str(value) for value in values[:_SHOWN]) + more
-
-
-def describe(report: Report) -> str:
-    """The report as lines of text."""
-    number: Callable[[float], str] = lambda value: f"{value:.4g}"  # noqa: E731
-    lines = [f"{report.path}: {report.num_items} {report.kind}"]
-    lines += [
-        f"  {count} of {shape.rpartition('x')[0]}, {shape.rpartition('x')[2]} channels"
-        for shape, count in report.shapes.items()
-    ]
-    lines.append(f"Labels:   {report.labels}")
-    if report.classes:
-        lines += _histogram(report.classes)
-    if report.mean:
-        lines.append(f"Mean:     {', '.join(map(number, report.mean))}")
-        lines.append(f"Std:      {', '.join(map(number, report.std))}")
-    for name, values in report.latents.items():
-        lines.append(f"Samples, {name}: {', '.join(map(number, values))}")
-    lines.append(f"Other files: {report.other_files}")
-    lines += [f"Damaged:  {text}" for text in report.damaged[:20]]
-    if len(report.damaged) > 20:
-        lines.append(f"Damaged:  and {len(report.damaged) - 20} more")
-    lines += [f"Note:     {text}" for text in report.notes]
-    lines += [f"Problem:  {text}" for text in report.problems]
-    lines.append("Training would take this data set." if report.accepted else "Training would not take this data set.")
-    return "\n".join(lines)
-
-
-def _histogram(classes: dict[int, int], width: int = 40, most: int = 20) -> list[str]:
-    """A bar for each class; of many classes, the number of classes in ranges of sizes."""
-    if len(classes) <= most:
-        largest = max(classes.values())
-        return [f"  {label:>6}  {count:>8}  {'#' * -(-count * width // largest)}" for label, count in classes.items()]
-    counts, edges = np.histogram(list(classes.values()), bins=8)
-    lines = [f"  {len(classes)} classes, by how many images they have:"]
-    for count, low, high in zip(counts, edges, edges[1:], strict=False):
-        lines.append(f"  {low:>8.0f} to {high:>8.0f}  {count:>6}  {'#' * int(-(-count * width // counts.max()))}")
-    return lines
