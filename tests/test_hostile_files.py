@@ -27,8 +27,8 @@ from torch_utils import persistence
 from training.metrics.reference import load_stats, save_stats
 from training.networks_edm2 import Precond
 from training.snapshot import Snapshot, load_snapshot, read_header, save_snapshot
-from training.toy_files import load_toy_model, save_toy_model
-from training.toy_model import ToyModel
+from training.toy.files import load_toy_model, save_toy_model
+from training.toy.model import ToyModel
 
 KINDS = list(corpus("x"))
 DOORS: dict[str, Callable[[str], Any]] = {

@@ -20,7 +20,7 @@ from training.loss import EDM2Loss
 from training.metrics.reference import load_stats
 from training.snapshot import Snapshot, load_snapshot
 from training.snapshot_pickle import flatten
-from training.toy_files import load_toy_model
+from training.toy.files import load_toy_model
 
 GOLDEN = Path(__file__).parent / "golden"
 NETWORKS = sorted(path.relative_to(GOLDEN).as_posix() for path in GOLDEN.rglob("snapshots/**/*.pkl"))

@@ -20,7 +20,7 @@ FORBIDDEN = {
     "training": {"click", "tqdm"},
 }
 # Texts that the published reader executes when it opens a snapshot.
-EMBEDDED = ("networks_edm2.py", "loss.py", "encoders.py", "toy_model.py")
+EMBEDDED = ("networks_edm2.py", "loss.py", "encoders.py", "toy/model.py")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Reference files: the published ones, ours, and what is refused."""
 
 import pickle
+import zipfile
 
 import numpy as np
 import pytest
@@ -112,6 +113,16 @@ def test_a_file_that_is_no_reference_is_refused_by_name(tmp_path, capsys, conten
         load_stats(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
     assert capsys.readouterr().out == ""
+
+
+def test_an_npz_bomb_is_refused_by_its_directory(tmp_path):
+    with zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("mu.npy", b"")
+    data = (tmp_path / "bomb.npz").read_bytes()
+    entry = data.index(b"PK\1\2")  # in the central directory: the unpacked size
+    (tmp_path / "bomb.npz").write_bytes(data[: entry + 24] + (2**31).to_bytes(4, "little") + data[entry + 28 :])
+    with pytest.raises(ConfigError, match=r"bomb\.npz.*unpacks to more than 1024 MiB"):
+        load_stats(tmp_path / "bomb.npz")
 
 
 def test_other_archives_and_networks_are_no_references(tmp_path):

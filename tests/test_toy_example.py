@@ -16,12 +16,13 @@ from PIL import Image
 import toy_example
 from dnnlib.errors import ConfigError
 from tests.conftest import GOLDEN_DIR
-from training import toy_plot, toy_sample
 from training.presets import locate
-from training.toy import gt
-from training.toy_files import load_toy_model
-from training.toy_sample import density_threshold, do_sample, fidelity, thin
-from training.toy_train import ToyConfig, ToyRun
+from training.toy import plot as toy_plot
+from training.toy import sample as toy_sample
+from training.toy.files import load_toy_model
+from training.toy.mixture import gt
+from training.toy.sample import density_threshold, do_sample, fidelity, thin
+from training.toy.train import ToyConfig, ToyRun
 
 SNAPSHOT = GOLDEN_DIR / "snapshots" / "toy.pkl"
 

@@ -16,8 +16,8 @@ from dnnlib.errors import ConfigError
 from tests.conftest import GOLDEN_DIR
 from tests.test_layers import ROOT, foreign_imports
 from torch_utils.safe_pickle import read_pickle
-from training.toy_files import load_toy_model, save_toy_model
-from training.toy_model import MPLinear, MPSiLU, ToyModel
+from training.toy.files import load_toy_model, save_toy_model
+from training.toy.model import MPLinear, MPSiLU, ToyModel
 
 SNAPSHOTS = GOLDEN_DIR / "snapshots"
 
@@ -154,7 +154,7 @@ def test_the_published_reader_opens_our_pickle(tmp_path) -> None:
 
 
 def test_the_embedded_text_needs_torch_and_persistence_only() -> None:
-    source = (ROOT / "training" / "toy_model.py").read_text(encoding="utf-8")
+    source = (ROOT / "training" / "toy" / "model.py").read_text(encoding="utf-8")
     assert not foreign_imports(source, {"torch", "torch_utils.persistence"}, top_only=False)
 
 

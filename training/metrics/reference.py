@@ -11,6 +11,7 @@ docs/metrics.md describes the files.
 import json
 import os
 import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ Stats = dict[str, Any]
 FORMAT = "edm2-metrics-reference"
 VERSION = 1
 SUFFIXES = (".pkl", ".safetensors")
+
+_MAX_NPZ_BYTES = 1 << 30  # Inception's statistics take 34 MB
 
 _MOMENTS = tuple(name for name, metric in METRICS.items() if metric.kind == "frechet")
 
@@ -89,8 +92,13 @@ def require_suffix(path: Path) -> None:
 def _read_npz(path: Path) -> Stats:
     """Older published files hold the mean and covariance of Inception's features, and nothing else."""
     try:
+        with zipfile.ZipFile(path) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > _MAX_NPZ_BYTES:
+                raise ConfigError(f"it unpacks to more than {_MAX_NPZ_BYTES >> 20} MiB, too much for statistics")
         with np.load(path, allow_pickle=False) as file:
             return {"fid": {key: file[key] for key in ("mu", "sigma")}}
+    except ConfigError:
+        raise
     except KeyError:
         raise ConfigError("an .npz reference holds the arrays mu and sigma; this one lacks them") from None
     except OSError:

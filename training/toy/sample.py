@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 
 from training.sampler import edm_sampler
-from training.toy import Mixture
+from training.toy.mixture import Mixture
 
 THRESHOLD_SHARE = 0.999  # of the true samples that lie at higher density than the threshold
 _THRESHOLD_SAMPLES = 1 << 16

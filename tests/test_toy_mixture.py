@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dnnlib.errors import ConfigError
-from training.toy import Mixture, gt
+from training.toy.mixture import Mixture, gt
 
 
 def plain_terms(mixture: Mixture, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:

@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 from dnnlib.atomic import atomic_path
 from dnnlib.download import open_url
 from dnnlib.errors import ConfigError
-from torch_utils.safe_pickle import StoredObject, read_pickle
+from torch_utils.safe_pickle import StoredObject, printable, read_pickle
 from training.snapshot_parts import arguments_of, plain
 from training.snapshot_pickle import flatten
-from training.toy_model import ToyModel
+from training.toy.model import ToyModel
 
 FORMAT = "edm2-toy"
 VERSION = "1"
@@ -49,7 +49,7 @@ def load_toy_model(source: str | os.PathLike[str], *, device: torch.device | str
     except OSError as error:
         raise ConfigError(f"cannot read {name}: {error.strerror or error}") from None
     except ConfigError as error:
-        text = str(error)[:400]
+        text = printable(error)[:400]  # names in the file may be anything
         raise ConfigError(text if text.startswith(name) else f"{name}: {text}") from error
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from training.toy import Mixture, gt
-from training.toy_model import ToyModel
-from training.toy_sample import Density, Fidelity, density_threshold, do_sample, fidelity, thin
+from training.toy.mixture import Mixture, gt
+from training.toy.model import ToyModel
+from training.toy.sample import Density, Fidelity, density_threshold, do_sample, fidelity, thin
 
 
 @dataclass(frozen=True, kw_only=True)
