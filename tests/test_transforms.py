@@ -32,7 +32,9 @@ def test_the_golden_file_covers_every_transform_and_a_picture_that_is_left_out()
     assert any(GOLDEN[case].size == 0 for case in CASES)
 
 
-@pytest.mark.parametrize(("width", "height", "kept"), [(64, 64, True), (63, 64, False), (128, 96, True), (129, 95, False)])
+@pytest.mark.parametrize(
+    ("width", "height", "kept"), [(64, 64, True), (63, 64, False), (128, 96, True), (129, 95, False)]
+)
 def test_center_crop_wide_leaves_out_what_it_would_have_to_enlarge(width, height, kept):
     # The band of 64x48 in a WxH picture has round(64 H / W) rows: 64, -, 48, 47.
     assert (center_crop_wide(PIL.Image.new("RGB", (width, height)), (64, 48)) is not None) == kept
