@@ -93,6 +93,21 @@ def test_geometry_of_a_vae_without_its_weights(vae, tmp_path):
     assert (published.channels, published.downscale) == (4, 8)
 
 
+def test_a_folder_that_holds_no_sound_vae(vae, pictures, tmp_path):
+    folder = Path(shutil.copytree(vae, tmp_path / "bad"))
+    config = json.loads((folder / "config.json").read_text())
+    for change, message in [
+        ({"latent_channels": 5}, "cannot be loaded.*size mismatch"),
+        (None, "says nothing of 'latent"),
+    ]:
+        text = json.dumps({} if change is None else {**config, **change})
+        (folder / "config.json").write_text(text)
+        with pytest.raises(ConfigError, match=message) as caught:
+            run("encode", "--source", pictures, "--dest", tmp_path / "z.zip", "--model-url", folder)
+        assert len(str(caught.value)) < 600 and "\n" not in str(caught.value)
+    assert {path.name for path in tmp_path.iterdir()} == {"bad", "pictures.zip"}
+
+
 def test_encode_writes_what_the_vae_says_and_what_training_needs_to_know(vae, pictures, tmp_path):
     output = run("encode", "--source", pictures, "--dest", tmp_path / "z.zip", "--model-url", vae, "--batch=4")
     assert "20 images" in output and not (tmp_path / "z.zip.partial").exists()

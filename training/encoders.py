@@ -171,8 +171,8 @@ def _load_vae(name: str) -> Any:
             use_safetensors=True,  # weights are data, never a pickle
             low_cpu_mem_usage=False,  # needs a further library, and says so at length where that is missing
         )
-    except (OSError, ValueError) as error:  # not found, no network, foreign or damaged files
-        reason = " ".join(str(error).split())
+    except Exception as error:  # not found, no network, foreign or damaged files, weights of another shape
+        reason = " ".join(str(error).split())[:300]
         raise _user_error(f"VAE {name!r} cannot be loaded as a hub name or a local folder: {reason}") from None
 
 

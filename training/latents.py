@@ -53,7 +53,9 @@ def vae_geometry(name: str) -> LatentGeometry:
         return LatentGeometry(
             channels=int(config["latent_channels"]), downscale=1 << (len(config["block_out_channels"]) - 1)
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except KeyError as error:
+        raise ConfigError(f"VAE {name!r} is no AutoencoderKL: its config.json says nothing of {error}") from None
+    except (OSError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(f"VAE {name!r} cannot be loaded as a hub name or a local folder: {reason}") from None
 
