@@ -37,15 +37,16 @@ def main(command: click.Command, args: list[str] | None = None) -> None:
     Our own bugs keep their traceback. Under torchrun the line names the process, except for the first one.
     """
     try:
-        command.main(args=args, standalone_mode=False)
+        code = command.main(args=args, standalone_mode=False)
     except click.exceptions.Abort:
         sys.exit(130)
-    except click.exceptions.Exit as request:
-        sys.exit(request.exit_code)
     except click.ClickException as error:
         _fail(error.format_message())
     except ConfigError as error:
         _fail(str(error))
+    else:
+        if isinstance(code, int):  # what click makes of Exit
+            sys.exit(code)
 
 
 def _fail(message: str) -> None:

@@ -16,6 +16,8 @@ def command(count: int | None, numbers: list[int] | None, stds: list[float], fai
     click.echo(f"{count} {numbers} {stds}")
     if fail == "user":
         raise ConfigError("two\n  lines")
+    if fail == "said":
+        raise click.exceptions.Exit(1)
     if fail == "bug":
         raise KeyError("oops")
     if fail == "interrupt":
@@ -34,6 +36,10 @@ def test_options_arrive_parsed_and_success_is_0(capsys):
     assert end_of("--count=2Ki", "--list=1,3-5") == 0
     assert capsys.readouterr().out == "2048 [1, 3, 4, 5] [0.05, 0.1]\n"
     assert end_of("--help") == 0
+
+
+def test_a_program_may_choose_its_exit_code():
+    assert end_of("--fail=said") == 1
 
 
 @pytest.mark.parametrize(

@@ -362,6 +362,13 @@ def test_training_encodes_pixels_as_it_goes(vae, pictures, tmp_path):
     assert (tmp_path / "fly" / "encoder.json").read_text() == text
 
 
+def test_a_vae_that_overflows_is_named(vae, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(StabilityVAEEncoder, "encode_pixels", lambda self, x: torch.full([len(x), 6, 8, 8], torch.nan))
+    with pytest.raises(ConfigError, match="makes numbers that are not finite"):
+        run("encode", "--source", pictures, "--dest", tmp_path / "z.zip", "--model-url", vae)
+    assert not (tmp_path / "z.zip").exists()
+
+
 def test_statistics_add_up_whatever_the_batches():
     raw = RNG.standard_normal((10, 4, 3, 3)) * 2 + 5
     raw[:, 2:] = np.abs(raw[:, 2:])

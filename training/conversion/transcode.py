@@ -148,7 +148,12 @@ class Transcoding:
         stored, _ = self._source.read_batch(chunk)
         if self._to_latents:
             pixels = torch.from_numpy(rgb(stored)).to(self._world.device)
-            return self._encoder.encode_pixels(pixels).cpu().numpy()
+            latents = self._encoder.encode_pixels(pixels).cpu().numpy()
+            if not np.isfinite(latents).all():
+                raise ConfigError(
+                    f"the VAE {self._encoder.vae_name} makes numbers that are not finite of images {chunk}"
+                )
+            return latents
         raw = torch.from_numpy(stored).to(self._world.device)
         return self._encoder.decode(most_likely(self._encoder, raw)).cpu().numpy()
 
