@@ -1,4 +1,4 @@
-"""The global numeric switches of PyTorch, in one place."""
+"""The global switches of PyTorch, in one place: numerics and threads."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,3 +29,14 @@ def numerics(*, cudnn_benchmark: bool = True) -> Iterator[None]:
     finally:
         for owner, name, value in previous:
             setattr(owner, name, value)
+
+
+@contextmanager
+def cpu_threads(count: int) -> Iterator[None]:
+    """Let an operation on the CPU use `count` threads while the block runs, where more would be in each other's way."""
+    previous = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(previous)

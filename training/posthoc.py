@@ -6,7 +6,7 @@ sums, `training.posthoc_inputs` and `posthoc_files` the stored averages.
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from dnnlib.atomic import atomic_path
 from dnnlib.errors import ConfigError
@@ -160,6 +161,28 @@ class Reconstruction:
         weights = phema.solve_posthoc_coefficients(*profiles, *wanted)
         fits = phema.posthoc_fit(*profiles, *wanted, weights)
         sums = WeightedSums(files.shapes(), weights)
+        with ThreadPoolExecutor(_WRITERS) as pool:
+            # Laid out while the sums are made, which leave Python the time for it.
+            laid_out = pool.submit(lambda: [files.lay_out() for _ in batch])
+            buffers = yield from self._add_up(pass_idx, batch, files, sums)
+            names, nets = [os.path.basename(file.path) for file in self.inputs], laid_out.result()
+
+            def finish(place: int) -> Output:
+                plan, fit, gain = batch[place], float(fits[place]), float(np.linalg.norm(weights[:, place]))
+                info = {"posthoc_inputs": names, "posthoc_fit": fit}
+                tensors = sums.outputs[place] | buffers
+                snapshot = files.assemble(nets[place], tensors, nimg=plan.nimg, std=plan.std, info=info)
+                _write(snapshot, plan.paths)
+                return Output(snapshot=snapshot, nimg=plan.nimg, std=plan.std, paths=plan.paths, fit=fit, gain=gain)
+
+            outputs = tuple(pool.map(finish, range(len(batch))))
+        yield Step(pass_idx=pass_idx, outputs=outputs)
+
+    def _add_up(
+        self, pass_idx: int, batch: list[_Plan], files: InputFiles, sums: WeightedSums
+    ) -> Generator[Step, None, dict[str, torch.Tensor]]:
+        """Add all inputs, a step for each but the last; returns the buffers, which are those of the last input."""
+        buffers: dict[str, torch.Tensor] = {}
         added, steps, last = 0, 0, len(self.inputs) - 1
         for group in files.groups():
             if last in group.places:
@@ -177,18 +200,7 @@ class Reconstruction:
                 ) from None
             added += len(group.places)
             del group  # its tensors, before the next group comes
-        names = [os.path.basename(file.path) for file in self.inputs]
-
-        def finish(place: int) -> Output:
-            plan, fit, gain = batch[place], float(fits[place]), float(np.linalg.norm(weights[:, place]))
-            info = {"posthoc_inputs": names, "posthoc_fit": fit}
-            snapshot = files.assemble(sums.outputs[place] | buffers, nimg=plan.nimg, std=plan.std, info=info)
-            _write(snapshot, plan.paths)
-            return Output(snapshot=snapshot, nimg=plan.nimg, std=plan.std, paths=plan.paths, fit=fit, gain=gain)
-
-        with ThreadPoolExecutor(_WRITERS) as pool:
-            outputs = tuple(pool.map(finish, range(len(batch))))
-        yield Step(pass_idx=pass_idx, outputs=outputs)
+        return buffers
 
 
 def _check_stds(stds: Sequence[float]) -> None:

@@ -11,10 +11,18 @@ from safetensors import SafetensorError, safe_open
 
 from dnnlib.download import open_url
 from dnnlib.errors import ConfigError
+from training.networks_edm2 import Precond
 from training.posthoc_inputs import Input
 from training.posthoc_sums import Reader, read_ahead
 from training.snapshot import Snapshot, SnapshotHeader, load_snapshot, read_header
-from training.snapshot_parts import build_encoder, build_loss, build_network, described, network_arguments
+from training.snapshot_parts import (
+    build_encoder,
+    build_loss,
+    described,
+    fill_network,
+    lay_out_network,
+    network_arguments,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,12 +100,19 @@ class InputFiles:
             if name in self._expected.buffers
         }
 
-    def assemble(self, tensors: dict[str, torch.Tensor], *, nimg: int, std: float, info: dict[str, Any]) -> Snapshot:
-        """A snapshot with these parameters and buffers, entries added to `info`, and all else as in the first input."""
+    def lay_out(self) -> Precond:
+        """A network as that of the inputs, without content."""
+        return lay_out_network(self._expected.config["arguments"], float("inf"))
+
+    def assemble(
+        self, net: Precond, tensors: dict[str, torch.Tensor], *, nimg: int, std: float, info: dict[str, Any]
+    ) -> Snapshot:
+        """A snapshot of `net` with these parameters and buffers, entries added to `info`, and all else as in the first
+        input."""
         header = self._expected
         encoder, loss = header.encoder, header.loss
         return Snapshot(
-            net=build_network(header.config["arguments"], tensors, float("inf")),
+            net=fill_network(net, tensors),
             encoder=None if encoder is None else build_encoder(encoder["class"], (), encoder["arguments"]),
             loss_fn=None if loss is None else build_loss(loss["class"], (), loss["arguments"]),
             dataset_kwargs=header.dataset_kwargs,

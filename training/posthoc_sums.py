@@ -9,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from torch_utils.precision import cpu_threads
+
 A = TypeVar("A")
 B = TypeVar("B")
 
@@ -44,6 +46,12 @@ class WeightedSums:
         """
         weights = self._weights[:, list(places)].contiguous()
         product = torch.empty(weights.shape[0] * self._width(len(readers)))
+        with cpu_threads(max(torch.get_num_threads() - 1, 1)):  # the reading has one of its own
+            yield from self._add(weights, product, readers, last)
+
+    def _add(
+        self, weights: torch.Tensor, product: torch.Tensor, readers: Sequence[Reader], last: bool
+    ) -> Iterator[float]:
         total = sum(torch.Size(shape).numel() for shape in self._shapes.values())
         done = 0
         for name, start, stop, stacked in self._read(readers):

@@ -90,6 +90,11 @@ def build_network(arguments: Mapping[str, Any], tensors: Mapping[str, torch.Tens
     The names must be exactly those of the network, and the shapes too, or ConfigError. `file_bytes`, the size of the
     file, bounds how many layers the arguments may ask for.
     """
+    return fill_network(lay_out_network(arguments, file_bytes), tensors)
+
+
+def lay_out_network(arguments: Mapping[str, Any], file_bytes: float) -> Precond:
+    """The network with these arguments, without content."""
     defaults = inspect.signature(UNet).parameters
     mult, num_blocks = (arguments.get(name, defaults[name].default) for name in ("channel_mult", "num_blocks"))
     if isinstance(mult, list | tuple) and isinstance(num_blocks, int):
@@ -98,10 +103,14 @@ def build_network(arguments: Mapping[str, Any], tensors: Mapping[str, torch.Tens
             raise ConfigError(f"a network of {levels} levels with {num_blocks} blocks each does not fit the file")
     try:
         with torch.device("meta"):
-            net = Precond(**arguments)
+            return Precond(**arguments)
     except Exception as error:  # whatever numbers can do to a constructor: division by zero, negative or huge sizes
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"its arguments do not describe a network: {reason}") from error
+
+
+def fill_network(net: Precond, tensors: Mapping[str, torch.Tensor]) -> Precond:
+    """Give a network that was laid out its tensors, strictly by name and shape."""
     _check_tensors(net.state_dict(), tensors)
     net.load_state_dict({name: value.contiguous() for name, value in tensors.items()}, assign=True)
     return net.eval().requires_grad_(False)
