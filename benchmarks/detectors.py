@@ -4,7 +4,8 @@ The plain loop takes one image at a time through the network as it was trained: 
 default memory layout. DINOv2 has no batch norms; there the loop shows what groups of images bring. Where weights
 are not on the machine, random ones of the same shapes take their place: the time is the same.
 
-`python -m benchmarks.detectors --num=64 --num-dinov2=4` prints one line for each, in one run.
+`python -m benchmarks.detectors --num=64 --num-dinov2=4` prints one line for each, in one run; benchmarks/metrics.py
+prints them too.
 """
 
 import datetime
@@ -97,6 +98,11 @@ def main(threads: int, device: str, num: int, num_dinov2: int, resolution: int, 
     torch.set_num_threads(threads)
     click.echo(f"{datetime.date.today()}, {platform.processor() or platform.machine()}, {threads} threads")
     click.echo(f"torch {torch.__version__}, device {device}")
+    compare_all(device, num, num_dinov2, resolution, repeat)
+
+
+def compare_all(device: str, num: int, num_dinov2: int, resolution: int, repeat: int) -> None:
+    """A line for each detector."""
     for name in DETECTORS:
         count = num_dinov2 if name == "dinov2" else num
         if count:

@@ -2,7 +2,8 @@
 
 `python -m benchmarks.metrics` prints, in one run and with this machine's name:
 - Fréchet distance of 2048 features by symmetric eigenvalues, and by scipy's general matrix root;
-- precision, recall, density and coverage in tiles, and with whole matrices of distances; KID with whole matrices.
+- precision, recall, density and coverage in tiles, and with whole matrices of distances; KID with whole matrices;
+- images per second of each detector, and of a plain loop (benchmarks/detectors.py).
 """
 
 import datetime
@@ -16,6 +17,7 @@ import numpy as np
 import scipy.linalg
 import torch
 
+from benchmarks.detectors import compare_all
 from training.metrics.frechet import frechet_distance
 from training.metrics.kernel import kid
 from training.metrics.manifold import Manifold, manifold
@@ -103,7 +105,8 @@ def compare_kid(dims: int, num: int) -> None:
 @click.option("--threads", default=torch.get_num_threads(), show_default=True, help="Threads of PyTorch")
 @click.option("--dims", default=2048, show_default=True, help="Features of the Fréchet distance")
 @click.option("--num", default=5000, show_default=True, help="Images in a set")
-def main(threads: int, dims: int, num: int) -> None:
+@click.option("--images", default=64, show_default=True, help="Images for the detectors, a sixteenth for DINOv2")
+def main(threads: int, dims: int, num: int, images: int) -> None:
     """Print seconds and ratios. For the plain ways, OMP_NUM_THREADS sets the threads."""
     torch.set_num_threads(threads)
     click.echo(f"{datetime.date.today()}, {platform.processor() or platform.machine()}, {threads} threads")
@@ -111,6 +114,7 @@ def main(threads: int, dims: int, num: int) -> None:
     compare_frechet(dims, num)
     compare_manifold(dims // 4, num)
     compare_kid(dims // 4, num)
+    compare_all("cpu", images, images // 16, resolution=64, repeat=3)
 
 
 if __name__ == "__main__":
