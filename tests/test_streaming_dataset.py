@@ -192,6 +192,18 @@ def test_a_loader_brings_the_batches_of_the_order(folder: Path, workers: int):
 # The cache.
 
 
+def bytes_in(folder: Path) -> int:
+    """What the files take, at a moment in which none of them came, went or got another name."""
+    while True:
+        before, total = sorted(folder.iterdir()), 0
+        try:
+            total = sum(path.stat().st_size for path in before)
+        except FileNotFoundError:
+            continue
+        if sorted(folder.iterdir()) == before:
+            return total
+
+
 def test_a_set_larger_than_the_cache_streams_through_it(tmp_path: Path):
     folder = write_shards(tmp_path / "data", counts=(4,) * 12, padding=50_000)
     shard_bytes = max(path.stat().st_size for path in folder.iterdir())
@@ -202,13 +214,7 @@ def test_a_set_larger_than_the_cache_streams_through_it(tmp_path: Path):
         for position in range(2 * len(dataset)):
             item = order[position]
             assert np.array_equal(dataset[item][0], expected[item][0])
-            on_disk = 0
-            for path in dataset.shard_cache.folder.iterdir():
-                try:
-                    on_disk += path.stat().st_size
-                except FileNotFoundError:
-                    continue
-            most = max(most, on_disk)
+            most = max(most, bytes_in(dataset.shard_cache.folder))
     assert 2 * shard_bytes < most <= 4 * shard_bytes < sum(path.stat().st_size for path in folder.iterdir())
 
 
