@@ -105,8 +105,8 @@ def reconstruct_networks(
 ) -> Iterator[tuple[float, Snapshot]]:
     """The networks that `reconstruct_phema` would write, as (length, snapshot) in the order of their lengths.
 
-    Nothing is written; `max_batch_size` networks are in memory at a time. Raises ConfigError, at once for what the
-    arguments show.
+    Nothing is written; `max_batch_size` networks are in memory at a time, all until the last of them is let go. Raises
+    ConfigError, at once for what the arguments show.
     """
     work = reconstruct_phema(in_pkls, out_std, out_nimg, max_batch_size=max_batch_size)
     return ((output.std, output.snapshot) for step in work for output in step.outputs)

@@ -98,13 +98,25 @@ class WeightedSums:
         low, high = torch.aminmax(block)
         limit = torch.finfo(torch.float16).max
         doubtful = not bool((low >= -limit) & (high <= limit))
-        for place, (tensors, row) in enumerate(zip(self.outputs, block, strict=True)):
-            if name not in tensors:
-                tensors[name] = torch.empty(self._shapes[name], dtype=torch.float16)
-            target = tensors[name].view(-1)[start : start + row.numel()]
-            target.copy_(row)
-            if doubtful and not torch.isfinite(target).all():
-                raise NotFinite(place, name)
+        if start == 0:
+            self._allocate(name)
+        targets = self._targets[:, start : start + block.shape[1]]
+        targets.copy_(block)
+        if doubtful:
+            finite = torch.isfinite(targets).all(dim=1)
+            if not finite.all():
+                raise NotFinite(int(finite.int().argmin()), name)
+
+    def _allocate(self, name: str) -> None:
+        """Make room for a tensor of all outputs at once: large pieces of memory come in large pages.
+
+        Each output has a storage of its own in it, so that whoever writes it to a file sees nothing of the others.
+        """
+        shape = self._shapes[name]
+        room = np.empty((len(self.outputs), torch.Size(shape).numel()), dtype=np.float16)
+        self._targets = torch.from_numpy(room)
+        for tensors, row in zip(self.outputs, room, strict=True):
+            tensors[name] = torch.from_numpy(row).view(shape)
 
 
 def read_ahead(function: Callable[[A], B], items: Iterable[A], depth: int) -> Iterator[B]:
