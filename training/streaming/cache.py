@@ -61,7 +61,8 @@ class ShardCache:
                     room = self._reserve(part, file, {self.path(each).name for each in keep}, stopped)
                     if not room or not download(file, part, stopped):
                         return None
-                    os.replace(part, path)
+                    with self._lock("folder").acquire(poll_interval=_POLL_SEC):
+                        os.replace(part, path)  # not while somebody counts, who would see neither name
                 finally:
                     part.unlink(missing_ok=True)
         except OSError as error:
