@@ -13,12 +13,14 @@ import numpy as np
 import PIL.Image
 import psutil
 import pytest
+import safetensors
+import safetensors.torch
 import torch
 
 import reconstruct_phema as script
 from dnnlib.errors import ConfigError
 from tests.conftest import GOLDEN_DIR
-from training import phema, posthoc, posthoc_plot, posthoc_sums
+from training import phema, posthoc, posthoc_files, posthoc_plot, posthoc_sums
 from training.encoders import StabilityVAEEncoder, StandardRGBEncoder
 from training.networks_edm2 import Precond
 from training.snapshot import Snapshot, load_snapshot, save_snapshot
@@ -416,3 +418,23 @@ def test_bad_input_is_one_line_and_code_2_and_writes_nothing(run_dir, monkeypatc
 def test_published_names_import_from_the_script():
     assert script.parse_std_list("0.01,0.02,...,0.05") == pytest.approx([0.01, 0.02, 0.03, 0.04, 0.05])
     assert script.list_input_pickles is posthoc.list_input_pickles
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_pieces_of_a_file_are_those_of_its_tensors(tmp_path, dtype):
+    tensors = {"a": torch.randn(3, 5).to(dtype), "b": torch.randn(7).to(dtype), "none": torch.zeros(0, dtype=dtype)}
+    path = tmp_path / "net.safetensors"
+    safetensors.torch.save_file(tensors, path, metadata={"any": "text"})
+    with safetensors.safe_open(path, "pt") as file:
+        reader = posthoc_files._file_reader(str(path), file)
+        assert isinstance(reader, posthoc_sums.Float16File) == (dtype == torch.float16)
+        for name, value in tensors.items():
+            for start in range(value.numel() + 1):
+                row = torch.empty(value.numel() - start)
+                reader.copy_to(row, name, start)
+                assert torch.equal(row, value.flatten()[start:].float())
+        if dtype == torch.float16:
+            with open(path, "r+b") as cut:
+                cut.truncate(path.stat().st_size - 4)
+            with pytest.raises(ConfigError, match=r"net\.safetensors has become shorter"):
+                reader.copy_to(torch.empty(7), "b", 0)

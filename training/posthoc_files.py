@@ -37,7 +37,7 @@ class Group:
 class InputFiles:
     """The files of `inputs`, open and checked; call `check` first.
 
-    .safetensors files are mapped, and stay so: what is added is what was checked. Pickles are kept in memory if their
+    .safetensors files stay open: what is added is what was checked. Pickles are kept in memory if their
     files take `read_bytes` together at most; of more, `groups` reads a few at a time.
     """
 

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from dnnlib.errors import ConfigError
 from torch_utils.precision import cpu_threads
 
 A = TypeVar("A")
@@ -58,13 +59,17 @@ class Float16File:
         self._buffer = np.empty(0, dtype="<f2")
 
     def copy_to(self, row: torch.Tensor, name: str, start: int) -> None:
-        """See Reader. Raises OSError where the file has become shorter."""
+        """See Reader. Raises ConfigError where the file has become shorter, or cannot be read any more."""
         if len(self._buffer) < len(row):
             self._buffer = np.empty(len(row), dtype="<f2")
         numbers = self._buffer[: len(row)]
-        self._file.seek(self._begin[name] + 2 * start)
-        if self._file.readinto(numbers.view(np.uint8).data) != numbers.nbytes:
-            raise OSError(f"{self._file.name} has become shorter")
+        try:
+            self._file.seek(self._begin[name] + 2 * start)
+            count = self._file.readinto(numbers.view(np.uint8).data)
+        except OSError as error:
+            raise ConfigError(f"{self._file.name} cannot be read: {error.strerror or error}") from None
+        if count != numbers.nbytes:
+            raise ConfigError(f"{self._file.name} has become shorter while it was read")
         row.copy_(torch.from_numpy(numbers))
 
 
