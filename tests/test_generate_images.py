@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ import generate_images as script
 from tests.conftest import GOLDEN_DIR
 from training.presets import GENERATION, MODEL_ROOT, REPOSITORY_DIR
 from training.sampler import HeunOptions
+from training.solvers import SOLVERS
 
 NET = GOLDEN_DIR / "snapshots" / "rgb-cond.pkl"  # 16x16 pixels
 GUIDE = GOLDEN_DIR / "snapshots" / "rgb-cond-guide.pkl"
@@ -211,6 +213,12 @@ def test_the_list_of_presets_has_their_scores(capsys: pytest.CaptureFixture[str]
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(GENERATION)
     assert "edm2-img512-s-autog-fid             guidance 2.10   fid 1.34" in lines
+
+
+def test_the_help_names_the_solvers_that_there_are():
+    (option,) = (param for param in script.cmdline.params if param.name == "solver")
+    assert set(re.findall(r"\w+", option.help.partition("[")[0])) - {"or"} == set(SOLVERS)
+    assert f"default: {resolved(net='a.pkl').sampling.solver}" in option.help
 
 
 def test_the_published_options_and_names_are_here():
