@@ -5,6 +5,7 @@ Source: RFC 9110 (HTTP semantics), sections 13.1.5 (If-Range), 14 (ranges) and 1
 
 import json
 import re
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -15,11 +16,12 @@ from urllib.parse import urljoin, urlsplit
 from dnnlib.atomic import write_text
 from dnnlib.errors import ConfigError
 
-_CHUNK_BYTES = 1 << 18  # what a break-off may cost
+_CHUNK_BYTES = 1 << 16  # what a break-off may cost
 _TIMEOUT_SEC = 30.0  # without a single byte
 _FIRST_WAIT_SEC = 0.5  # doubled after every failed attempt
 _LONGEST_WAIT_SEC = 30.0
 _MAX_REDIRECTS = 10
+_MAX_LOOKUPS = 3  # of a host's name that fail
 _MAY_PASS = (408, 416, 425, 429)  # of the 4xx answers, those worth another attempt
 
 # Called with the bytes that are there and the bytes of the whole file, None where the server does not say.
@@ -44,6 +46,11 @@ class Version:
 
     validator: str | None = None  # a strong ETag, else the date of change; None = bytes cannot be added to
     length: int | None = None
+
+    @property
+    def by_tag(self) -> bool:
+        """Whether the validator is an ETag, which is in quotes, and not a date."""
+        return (self.validator or "").startswith('"')
 
     @classmethod
     def of(cls, headers: Any) -> "Version":
@@ -96,7 +103,10 @@ def fetch(
             except Broken as error:
                 reason, asked_sec = str(error), error.wait_sec
             except requests.RequestException as error:
-                reason = _innermost(error)
+                origin = _innermost(error)
+                reason = " ".join(str(origin).split()) or type(origin).__name__
+                if isinstance(origin, socket.gaierror) and attempt >= _MAX_LOOKUPS - 1:
+                    break  # no such host, or no network at all: waiting for minutes would not help
             if attempt + 1 < num_attempts:
                 time.sleep(min(max(wait_sec, asked_sec), _LONGEST_WAIT_SEC))
                 wait_sec = min(wait_sec * 2, _LONGEST_WAIT_SEC)
@@ -176,7 +186,10 @@ class _Fetch:
         match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", headers.get("Content-Range", ""))
         total = _integer(match[3]) if match else None
         other_length = total is not None and self._version.length not in (None, total)
-        if match is None or int(match[1]) != present or other_length:
+        # A server may heed Range and not If-Range; what it says of itself then tells that the file is another now.
+        validator = headers.get("ETag" if self._version.by_tag else "Last-Modified")
+        other_version = validator is not None and validator != self._version.validator
+        if match is None or int(match[1]) != present or other_length or other_version:
             self._start_over()
             raise Broken("the server continues with another part of the file than was asked for")
 
@@ -211,11 +224,8 @@ def _integer(text: Any) -> int | None:
     return int(text) if isinstance(text, int) or (isinstance(text, str) and text.isdecimal()) else None
 
 
-def _innermost(error: Exception) -> str:
-    """The innermost reason of a failed request, in one line."""
-    while error.__cause__ is not None or error.__context__ is not None:
-        inner = error.__cause__ or error.__context__
-        if not isinstance(inner, Exception):
-            break
+def _innermost(error: BaseException) -> BaseException:
+    """Where a failed request began."""
+    while (inner := error.__cause__ or error.__context__) is not None:
         error = inner
-    return " ".join(str(error).split()) or type(error).__name__
+    return error

@@ -11,7 +11,8 @@ from click.testing import CliRunner
 import count_flops as script
 from dnnlib.errors import ConfigError
 from tests.conftest import GOLDEN_DIR
-from training.flops import count_decoder, count_flops, network_of, run_cost
+from training import flops
+from training.flops import count_decoder, count_flops, decoder_of, network_of, run_cost
 from training.guidance import Guidance
 from training.networks_edm2 import MPConv, Precond
 from training.presets import GENERATION, MODEL_ROOT
@@ -127,6 +128,22 @@ def test_the_command_counts_files_presets_and_guided_runs(tmp_path: Path):
     assert "5 steps of euler, 5 evaluations" in file and "decoder" not in file
     assert "decoder" in run(GOLDEN_DIR / "snapshots" / "latent-cond.pkl")
     assert "fully connected" in run("fashion")
+
+
+def test_only_published_files_are_known_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    source = GOLDEN_DIR / "snapshots" / "rgb-cond.pkl"
+    named = tmp_path / "edm2-img512-s-0000100-0.050.pkl"
+    named.write_bytes(source.read_bytes())
+    net = network_of(str(named))
+    assert count_flops(net) == count_flops(network_of(str(source)))
+    assert decoder_of(net, str(named)) is None
+
+    def read_header(asked: str) -> None:
+        raise ConfigError(f"{asked} was asked for")
+
+    monkeypatch.setattr(flops, "read_header", read_header)
+    with pytest.raises(ConfigError, match="was asked for"):
+        network_of(f"https://elsewhere.example/{named.name}")
 
 
 def test_the_decoder_has_the_stability_vaes_size():

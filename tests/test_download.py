@@ -169,6 +169,29 @@ def test_a_server_that_ignores_ranges_sends_all_again(server: Server) -> None:
     assert read(server.url()) == BODY
 
 
+@pytest.mark.parametrize("name", ["ETag", "Last_Modified"])
+def test_a_rest_of_another_version_is_not_taken(server: Server, name: str) -> None:
+    new = BODY[::-1]
+    old_version, new_version = (
+        ({name: '"1"'}, {name: '"2"'})
+        if name == "ETag"
+        else ({name: "Sun, 01 Nov 2026 00:00:00 GMT"}, {name: "Mon, 02 Nov 2026 00:00:00 GMT"})
+    )
+
+    def script(handler: Handler, number: int) -> None:
+        if number == 1:
+            handler.answer(200, BODY[:HALF], length=len(BODY), **old_version)
+        elif "Range" in handler.headers:  # and If-Range is ignored
+            content_range = f"bytes {HALF}-{len(new) - 1}/{len(new)}"
+            handler.answer(206, new[HALF:], Content_Range=content_range, **new_version)
+        else:
+            handler.answer(200, new, **new_version)
+
+    server.script = script
+    assert read(server.url()) == new
+    assert server.ranges() == [None, f"bytes={HALF}-", None]
+
+
 @pytest.mark.parametrize("content_range", [f"bytes 0-{HALF - 1}/{len(BODY)}", f"bytes {HALF}-9/7", "half", ""])
 def test_another_part_than_was_asked_for_is_not_taken(server: Server, content_range: str) -> None:
     def script(handler: Handler, number: int) -> None:
@@ -425,6 +448,16 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path / "file"))
     with pytest.raises(ConfigError, match="set DNNLIB_CACHE_DIR to a folder that can be written"):
         open_url("http://127.0.0.1:9/net.pkl")
+
+
+def test_without_a_network_the_answer_comes_soon(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("NO_PROXY", "*")
+    message = refused("https://no-such-host.invalid/net.pkl")
+    assert f"place the file by hand as {cached_path('https://no-such-host.invalid/net.pkl')}" in message
+    assert len(waits) == 2 and sum(waits) < 5
 
 
 def test_a_full_disk_is_no_network_problem(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

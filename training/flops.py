@@ -9,15 +9,15 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dnnlib.download import is_url
 from dnnlib.errors import ConfigError
 from training.guidance import Guidance
 from training.networks_edm2 import Precond
-from training.presets import TRAINING, locate
+from training.presets import MODEL_ROOT, TRAINING, locate
 from training.sampler import HeunOptions, choose_solver
 from training.snapshot import read_header
 from training.training_loop import open_dataset
@@ -157,13 +157,18 @@ def network_of(source: str) -> Precond:
     Files that are published need no download: their names tell the architecture. Of others the header is read. Raises
     ConfigError for what is neither.
     """
-    hosted = _HOSTED.search(source) if is_url(source) else None
+    hosted = _published(source)
     if hosted is not None:
         return _preset_network(f"edm2-{hosted[1]}", conditional=hosted[2] is None)
     if source in TRAINING:
         return _preset_network(source)
     header = read_header(source)
     return _on_meta(header.config["arguments"])
+
+
+def _published(source: str) -> re.Match[str] | None:
+    """The parts of a published file's name; None for all other files, whose names prove nothing."""
+    return _HOSTED.search(source) if urlsplit(source).hostname == urlsplit(MODEL_ROOT).hostname else None
 
 
 def _preset_network(name: str, *, conditional: bool = True) -> Precond:
@@ -190,8 +195,9 @@ def _on_meta(arguments: Mapping[str, Any]) -> Precond:
 
 def decoder_of(net: Precond, source: str) -> FlopCount | None:
     """The cost of the decoder behind the network that `source` names; None where it makes pixels itself."""
-    if _HOSTED.search(source) or source in TRAINING:
-        latents = "img512" in source
+    hosted = _published(source)
+    if hosted is not None or source in TRAINING:
+        latents = (hosted[1] if hosted is not None else source).removeprefix("edm2-").startswith("img512")
     else:
         encoder = read_header(source).encoder
         latents = encoder is not None and encoder["class"] == "StabilityVAEEncoder"
