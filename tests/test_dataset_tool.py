@@ -124,7 +124,8 @@ def test_a_stopped_conversion_leaves_nothing(tmp_path):
     process = launched(f"--source={source}", f"--dest={tmp_path / 'new/out.zip'}", "--resolution=16x16", "--workers=2")
     for _ in range(600):
         time.sleep(0.1)
-        if (tmp_path / "new").exists():
+        # Workers are there once pictures come from them; one that is stopped while it starts tells of it on stderr.
+        if (tmp_path / "new").exists() and any(path.stat().st_size for path in (tmp_path / "new").iterdir()):
             break
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)

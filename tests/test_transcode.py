@@ -141,7 +141,8 @@ def test_decode_reads_what_encode_wrote(vae, pictures, tmp_path):
     with PIL.Image.open(tmp_path / "g.png") as sheet:  # pairs: as it was, as it came back
         tiles = np.asarray(sheet)
     assert np.array_equal(tiles[2:34, 2:34], source[0][0].transpose(1, 2, 0))
-    assert np.array_equal(tiles[2:34, 36:68], pixels[0].transpose(1, 2, 0))
+    # Decoded in another batch, whose size moves the last digits.
+    assert np.abs(tiles[2:34, 36:68].astype(int) - pixels[0].transpose(1, 2, 0)).max() <= 1
 
 
 def encoded(source, dest, vae, *, world=None, num_shards=None):
