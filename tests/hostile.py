@@ -241,6 +241,8 @@ def _payloads(code: str) -> dict[str, bytes]:
     nested = legacy(call)
     for _ in range(5):
         nested = legacy(b"\x80\x02" + storage_call(nested) + b".")
+    directory = b"PK\x03\x04" + (b"PK\x01\x02" + bytes(42)) * 20_000
+    end = struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 20_000, 20_000, len(directory) - 4, 4, 0)
     deflated = zip_of({"archive/data.pkl": call, "archive/data/0": bytes(32 << 20)}, zipfile.ZIP_DEFLATED)
     return {
         "payload with a call, older form": storage(legacy(call)),
@@ -260,6 +262,7 @@ def _payloads(code: str) -> dict[str, bytes]:
         "tar file as payload": storage(b"storages" + bytes(504)),
         "TorchScript archive as payload": storage(zip_of({"a/code/__torch__.py": code.encode(), "a/data.pkl": call})),
         "zip bomb as payload": storage(deflated),
+        "ZIP directory of twenty thousand files as payload": storage(directory + end),
         "zip bomb in place of the file": deflated,
         "torch.save in place of the file": torch_saved(Call(eval, code), new=True),
         "torch.save of a tensor in place of the file": torch_saved(torch.ones(2), new=True),
@@ -348,7 +351,13 @@ def _structures() -> dict[str, bytes]:
     """Stacks, memos and ends that don't fit."""
     sequential = stack_global("torch.nn.modules.container", "Sequential")
     nested_state = b"".join(sequential + b")R}" + text("_modules") for _ in range(5000)) + b"N" + b"sb" * 5000
+    one_hash = [number(n * sys.hash_info.modulus) for n in range(1, 5001)]
+    numbers = b"(" + b"".join(one_hash)
     return {
+        "set of numbers of one hash": PROTO + b"\x8f" + numbers + b"\x90.",
+        "frozen set of numbers of one hash": PROTO + numbers + b"\x91.",
+        "call for a set of numbers of one hash": PROTO + stack_global("builtins", "set") + numbers + b"t\x85R.",
+        "keys that are numbers of one hash": PROTO + b"}(" + b"".join(n + b"N" for n in one_hash) + b"u.",
         "list in itself": PROTO + b"]q\x00h\x00a.",
         "dictionary in itself": PROTO + b"}q\x00" + text("ema") + b"h\x00s.",
         "tuple in its own list": PROTO + b"]q\x00h\x00\x85a.",

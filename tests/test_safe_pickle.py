@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import sys
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,20 @@ def test_the_same_bytes_may_be_used_a_few_times() -> None:
     assert read(copies(4)) == (b"a" * 10_000,) * 4
     with pytest.raises(ConfigError, match="again and again"):
         read(copies(10))
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_numbers_of_one_hash_cannot_take_quadratic_time(protocol: int) -> None:
+    """Text may be any number of keys: its hashes are salted."""
+    numbers = [n * sys.hash_info.modulus for n in range(101)]
+    assert {hash(n) for n in numbers} == {0}
+    for kind in (set, frozenset, dict.fromkeys):
+        if kind is not frozenset or protocol == 4:  # which protocol 2 has no word for
+            few, texts = kind(numbers[:100]), kind(map(str, range(5000)))
+            assert read(pickle.dumps(few, protocol)) == few and read(pickle.dumps(texts, protocol)) == texts
+            for many in (kind(numbers), kind([*texts, 1.5])):
+                with pytest.raises(ConfigError, match="more than 100 keys, with numbers among them"):
+                    read(pickle.dumps(many, protocol))
 
 
 def test_errors_are_one_printable_line_of_bounded_length() -> None:

@@ -7,7 +7,7 @@ not hold is refused. `torch_utils.pickle_values` has the vocabulary, `torch_util
 
 import os
 import pickletools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 MAX_OPCODES = 600_000
 _MAX_COPIES = 4  # times the file's size that may be copied out of it; honest files need 2 or 3
 _MAX_LONG_BYTES = 32  # the longest integer that torch or NumPy write has 10
+_MAX_NUMBERS = 100  # keys of one dictionary or set, if there are others than text among them
 _SIZED = (str, bytes, list, tuple, set, dict)
 _KEY_TYPES = (str, int, float, bool, type(None))
 
@@ -150,16 +151,23 @@ class Machine:
         if not isinstance(target, dict):
             raise Refused(f"it sets items of {describe(target)}")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            # Of other types hashing may recurse without bound, or run in quadratic time.
-            if type(key) not in _KEY_TYPES:
-                raise Refused(f"it has {describe(key)} for a key")
+            if type(key) is not str:
+                # Of other types hashing may recurse without bound.
+                if type(key) not in _KEY_TYPES:
+                    raise Refused(f"it has {describe(key)} for a key")
+                _require_few(len(target) + 1, (key,))
             target[key] = value
 
     def _add_items(self, _: Any) -> None:
         items, target = self._pop_mark(), self._stack[-1]
         if type(target) is not set:
             raise Refused(f"it adds to {describe(target)}")
+        _require_few(len(target) + len(items), items)
         target.update(plain_set(items))
+
+    def _frozen_set(self, _: Any) -> None:
+        items = self._pop_mark()  # first: it changes the stack
+        self._stack.append(frozenset(plain_set(items)))
 
     def _global(self, qualified: str) -> None:
         if qualified not in self._vocabulary:
@@ -221,7 +229,17 @@ def plain_set(items: Any) -> set[Any]:
     """A set of strings and numbers."""
     if type(items) not in (list, tuple, set) or any(type(item) not in _KEY_TYPES for item in items):
         raise Refused("it has a set of other things than text and numbers")
+    _require_few(len(items), items)
     return set(items)
+
+
+def _require_few(count: int, keys: Iterable[Any]) -> None:
+    """Refuse `keys` that would be among `count` of one dictionary or set, unless they are text.
+
+    Python salts the hashes of text only. Of numbers anyone can choose many with one hash, which take quadratic time.
+    """
+    if count > _MAX_NUMBERS and any(type(key) is not str for key in keys):
+        raise Refused(f"it has a dictionary or set of more than {_MAX_NUMBERS} keys, with numbers among them")
 
 
 class _Bounded:
@@ -292,7 +310,7 @@ _ACTIONS: dict[str, Callable[[Machine, Any], None]] = {
     "SETITEM": lambda machine, _: machine._set_items([machine._stack.pop(), machine._stack.pop()][::-1]),
     "SETITEMS": lambda machine, _: machine._set_items(machine._pop_mark()),
     "ADDITEMS": Machine._add_items,
-    "FROZENSET": lambda machine, _: machine._stack.append(frozenset(plain_set(machine._pop_mark()))),
+    "FROZENSET": Machine._frozen_set,
     "GLOBAL": lambda machine, names: machine._global(names.replace(" ", ".", 1)),
     "STACK_GLOBAL": Machine._stack_global,
     "REDUCE": Machine._call,

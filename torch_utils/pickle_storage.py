@@ -17,6 +17,9 @@ from torch_utils.pickle_machine import Machine, Refused, Vocabulary, Word
 _TORCH_MAGIC = 0x1950A86A20F9469CFC6C
 _TORCH_PROTOCOL = 1001
 
+_ZIP_ENTRY = b"PK\x01\x02"
+_MAX_ZIP_ENTRIES = 100  # torch.save writes about six
+
 STORAGE_DTYPES = {
     "HalfStorage": torch.float16,
     "BFloat16Storage": torch.bfloat16,
@@ -80,6 +83,9 @@ def _read_legacy(payload: bytes) -> tuple[_Described, memoryview]:
 
 
 def _read_zip(payload: bytes) -> tuple[_Described, bytes]:
+    # Python makes an object of each entry of the directory, many times its size; chance puts none into a tensor.
+    if payload.count(_ZIP_ENTRY) > _MAX_ZIP_ENTRIES:
+        raise Refused(f"a payload of more than {_MAX_ZIP_ENTRIES} files")
     try:
         with zipfile.ZipFile(io.BytesIO(payload)) as file:
             # torch.save compresses nothing; what is compressed may be of any size.
