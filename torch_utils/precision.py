@@ -1,23 +1,47 @@
-"""The global switches of PyTorch, in one place: numerics and threads."""
+"""The numeric choices of PyTorch, in one place: number formats, global switches, threads."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal, get_args
 
 import torch
 
+# What large matrix products and convolutions compute in: float32; float32 with factors rounded to TF32 on GPUs that
+# have it; float16 on CUDA devices and float32 elsewhere; bfloat16.
+Precision = Literal["fp32", "tf32", "fp16", "bf16"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+
+
+def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    """The type of activations, and of the weights that act on them, for `precision` on `device`."""
+    if precision == "bf16":
+        return torch.bfloat16
+    return torch.float16 if precision == "fp16" and device.type == "cuda" else torch.float32
+
+
+def precision_note(precision: Precision, device: torch.device) -> str | None:
+    """What a user who asked for `precision` should know about `device`; None where it does what it says."""
+    if precision == "fp16" and device.type != "cuda":
+        return f"float16 needs a CUDA GPU: the network computes in float32 on the {device.type} here."
+    if precision == "tf32" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)):
+        return f"TF32 needs an NVIDIA GPU of the Ampere generation or later: float32 on the {device.type} here."
+    if precision == "bf16" and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "This CPU has no instructions for bfloat16: it is emulated, and slower than --precision=fp32."
+    return None
+
 
 @contextmanager
-def numerics(*, cudnn_benchmark: bool = True) -> Iterator[None]:
+def numerics(*, cudnn_benchmark: bool = True, precision: Precision = "fp32") -> Iterator[None]:
     """Compute as the papers did while the block runs, then restore what was set before.
 
-    TF32 off, no reduced-precision accumulation in half-precision matrix products; `cudnn_benchmark` lets cuDNN time its
-    convolution algorithms. Without a GPU the switches have no effect.
+    TF32 off (on for `precision` tf32), no reduced-precision accumulation in half-precision matrix products;
+    `cudnn_benchmark` lets cuDNN time its convolution algorithms. Without a GPU the switches have no effect.
     """
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     settings = [
         (cudnn, "benchmark", cudnn_benchmark),
-        (cudnn, "allow_tf32", False),
-        (matmul, "allow_tf32", False),
+        (cudnn, "allow_tf32", precision == "tf32"),
+        (matmul, "allow_tf32", precision == "tf32"),
         (matmul, "allow_fp16_reduced_precision_reduction", False),
         (matmul, "allow_bf16_reduced_precision_reduction", False),
     ]
