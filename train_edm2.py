@@ -9,12 +9,14 @@ from typing import Any
 import click
 import tqdm
 
-from dnnlib.cli import INT_LIST, NIMG, STD_LIST, main
+from dnnlib.cli import INT_LIST, LOSS_SCALE, NIMG, STD_LIST, main
 from dnnlib.cli_metrics import given_metrics, training_metrics_options
+from dnnlib.cli_speed import take_fp16, training_speed_options
 from dnnlib.cli_streaming import streaming_options
 from dnnlib.errors import ConfigError
 from dnnlib.parse import format_nimg
 from torch_utils import distributed
+from torch_utils.precision import precision_note
 from training.config import MetricsConfig, TrainingConfig
 from training.latents import PUBLISHED_VAE
 from training.presets import locate, training_preset
@@ -28,7 +30,7 @@ from training.training_state import check_network, network_shape
 _NETWORK_FIELDS = {
     "channels": "channels",
     "dropout": "dropout",
-    "fp16": "fp16",
+    "precision": "precision",
     "channel_mult": "channel_mult",
     "num_blocks": "num_blocks",
     "attn_resolutions": "attn_resolutions",
@@ -87,8 +89,8 @@ class Log:
 @click.option(
     "--batch-gpu", metavar="NIMG", type=NIMG, help="Limit of the batch size on one GPU (gradient accumulation)"
 )
-@click.option("--fp16", metavar="BOOL", type=bool, help="Compute the U-Net in float16 on GPUs  [default: True]")
-@click.option("--ls", metavar="FLOAT", type=float, help="Loss scaling  [default: 1]")
+@training_speed_options
+@click.option("--ls", metavar="FLOAT|auto", type=LOSS_SCALE, help="Loss scaling; auto adapts it  [default: 1]")
 @click.option("--bench", metavar="BOOL", type=bool, help="Let cuDNN time its algorithms  [default: True]")
 @click.option("--device", metavar="STR", help="cpu, cuda, cuda:N or mps  [default: the best there is]")
 @click.option("--workers", metavar="INT", type=int, help="Data-loading processes  [default: 2 with a GPU, else 0]")
@@ -146,8 +148,9 @@ def train_edm2(
                 folder.start(config, nimg=run.state.nimg)
             world.barrier()
             log.say(_describe(config, folder, dataset))
-            if config.network.fp16 and world.device.type != "cuda":
-                log.say(f"float16 needs a CUDA GPU: the network computes in float32 on the {world.device.type} here.")
+            note = precision_note(config.network.precision, world.device)
+            if note is not None:
+                log.say(note)
             _train(run, log)
     finally:
         world.close()
@@ -157,6 +160,7 @@ def configure(preset: str, options: dict[str, Any]) -> TrainingConfig:
     """The preset with every option that was given put in its place. Raises ConfigError for values that cannot work."""
     base = training_preset(preset)
     metrics = given_metrics(options)
+    take_fp16(options)
     encode, vae = options.pop("encode_on_the_fly"), options.pop("model_url")
     if vae is not None and not encode:
         raise ConfigError(f"--model-url={vae} needs --encode-on-the-fly; latents that are stored need no VAE")

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from dnnlib.errors import ConfigError
-from dnnlib.parse import parse_bytes, parse_int_list, parse_nimg, parse_std_list
+from dnnlib.parse import parse_bytes, parse_int_list, parse_loss_scale, parse_nimg, parse_std_list
 
 
 class _Parsed(click.ParamType):
@@ -29,6 +29,7 @@ NIMG = _Parsed("nimg", parse_nimg)
 BYTES = _Parsed("size", parse_bytes)
 INT_LIST = _Parsed("list", parse_int_list)
 STD_LIST = _Parsed("list", parse_std_list)
+LOSS_SCALE = _Parsed("float|auto", parse_loss_scale)
 
 
 def main(command: click.Command, args: list[str] | None = None) -> None:

@@ -1,6 +1,7 @@
 """Values as they are written on the command line: image counts, sizes, integer lists, lists of EMA lengths."""
 
 import re
+from typing import Literal
 
 from dnnlib.errors import ConfigError
 
@@ -89,3 +90,13 @@ def _parse_std(part: str, text: str) -> float:
     if not 0 < std < 0.289:
         raise ConfigError(f"'{part}' in '{text}' is no EMA length; each must lie above 0 and below 0.289")
     return std
+
+
+def parse_loss_scale(text: str | float) -> float | Literal["auto"]:
+    """A number, or 'auto'. Raises ConfigError for anything else."""
+    if text == "auto":
+        return "auto"
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f"'{text}' is no loss scale; give a number, or auto") from None

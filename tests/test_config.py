@@ -100,6 +100,8 @@ def test_every_field_changes_the_result_except_these():
         "checkpoint",
         "snapshot_format",
         "bench",
+        "compile",
+        "recompute",
         "workers",
         "metrics",
         "data_cache",

@@ -12,7 +12,7 @@ from training.fast_network import FastPrecond
 from training.fast_ops import effective_weight, head_order, pixel_norm, scaled_silu
 from training.loss import EDM2Loss
 from training.networks_edm2 import Precond, mp_silu, normalize
-from training.training_state import normalize_weights
+from training.update import normalize_weights
 
 SMALL: dict[str, Any] = {
     "img_resolution": 16,

@@ -173,7 +173,7 @@ def test_a_preset_gives_the_published_options(
         channels,
     )
     assert (network["channel_mult"], network["num_blocks"], network["attn_resolutions"]) == ([1, 2, 3, 4], 3, [16, 8])
-    assert (network["channels_per_head"], network["fp16"]) == (64, True)
+    assert (network["channels_per_head"], network["precision"]) == (64, "fp16")
     assert (options["batch"], options["batch_gpu"], options["rampup"], options["seed"]) == (2048, None, 10, 0)
     assert (options["status"], options["snapshot"], options["checkpoint"]) == (128 << 10, 8 << 20, 128 << 20)
     assert (options["ls"], options["bench"], options["cond"], options["ema_stds"]) == (1, True, True, [0.05, 0.1])

@@ -4,9 +4,12 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
+
+import torch
 
 from dnnlib.errors import ConfigError
+from torch_utils.precision import PRECISIONS, Precision
 from training.metrics.table import parse_metrics
 from training.streaming.remote import is_remote
 
@@ -28,7 +31,7 @@ class NetworkConfig:
     attn_resolutions: tuple[int, ...] = (16, 8)  # sides, in pixels, of the levels with self-attention
     channels_per_head: int = 64
     dropout: float = 0.0  # probability
-    fp16: bool = True  # float16 in the U-Net on CUDA devices
+    precision: Precision = "fp16"  # of the U-Net while training; fp16 is float32 without a CUDA device
 
     def fitted_to(self, resolution: int) -> "NetworkConfig":
         """The same, with narrower attention heads where a level with attention is too narrow for the usual ones.
@@ -49,7 +52,7 @@ class NetworkConfig:
             "attn_resolutions": list(self.attn_resolutions),
             "channels_per_head": self.channels_per_head,
             "dropout": self.dropout,
-            "use_fp16": self.fp16,
+            "use_fp16": self.precision in ("fp16", "bf16"),  # when sampling from it
         }
 
 
@@ -94,7 +97,7 @@ class TrainingConfig:
     ema_stds: tuple[float, ...] = (0.050, 0.100)  # tracked EMA lengths relative to training time
     batch: int = 2048
     seed: int = 0
-    ls: float = 1.0  # loss scale
+    ls: float | Literal["auto"] = 1.0  # loss scale; auto = adaptive
     init: str | None = None  # snapshot whose weights the run starts from
     init_partial: bool = False  # leave tensors of `init` that do not fit as they were initialized
     duration: int = _neutral(default=1 << 31)
@@ -104,6 +107,8 @@ class TrainingConfig:
     checkpoint: int = _neutral(default=128 << 20)
     snapshot_format: str = _neutral(default="pkl")  # pkl, safetensors or both
     bench: bool = _neutral(default=True)  # let cuDNN time its algorithms
+    compile: bool | None = _neutral(default=None)  # compile the network; None = on CUDA devices
+    recompute: bool = _neutral(default=False)  # compute a block's activations again for the backward pass
     workers: int = _neutral(default=0)  # processes that read data, a rank
     data_cache: str | None = _neutral(default=None)  # folder for what is read from a URL; None = the usual one
     data_cache_size: int = _neutral(default=50 * 10**9)  # bytes of shards in it, at most
@@ -111,7 +116,8 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         positive: dict[str, float] = {"batch": self.batch, "duration": self.duration, "channels": self.network.channels}
-        positive |= {"batch-gpu": self.batch_gpu if self.batch_gpu is not None else 1, "lr": self.lr, "ls": self.ls}
+        positive |= {"batch-gpu": self.batch_gpu if self.batch_gpu is not None else 1, "lr": self.lr}
+        positive |= {"ls": 1.0 if self.ls == "auto" else self.ls}
         positive |= {"P_std": self.P_std, "num-blocks": self.network.num_blocks}
         positive |= {"shuffle-buffer": self.shuffle_images, "data-cache-size": self.data_cache_size}
         for name, value in positive.items():
@@ -134,6 +140,8 @@ class TrainingConfig:
             raise ConfigError(f"--P_mean={self.P_mean} must be a number")
         if self.seed >= 1 << 63:
             raise ConfigError(f"--seed={self.seed} must be below 2^63")
+        if self.network.precision not in PRECISIONS:
+            raise ConfigError(f"--precision={self.network.precision} is unknown; use {', '.join(PRECISIONS)}")
         if not 0 <= self.network.dropout < 1:
             raise ConfigError(f"--dropout={self.network.dropout} is no probability below 1")
         if not self.network.channel_mult or min(self.network.channel_mult) < 1:
@@ -165,6 +173,10 @@ class TrainingConfig:
             )
         return share, share // per_round
 
+    def compiles_on(self, device: torch.device) -> bool:
+        """Whether the network is compiled there."""
+        return device.type == "cuda" if self.compile is None else self.compile
+
     def to_json(self) -> str:
         """The text of training_options.json."""
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
@@ -174,6 +186,8 @@ class TrainingConfig:
         try:
             old = json.loads(stored)
             old_network = dict(old["network"])
+            if "fp16" in old_network:  # runs from before there were more precisions than these two
+                old_network["precision"] = "fp16" if old_network["fp16"] else "fp32"
         except (ValueError, KeyError, TypeError):
             raise ConfigError("training_options.json cannot be read; give another --outdir") from None
         new = json.loads(self.to_json())

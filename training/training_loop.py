@@ -140,7 +140,7 @@ class TrainingRun:
         return max(-(-(self.config.duration - self.state.nimg) // self.config.batch), 0)
 
     def __iter__(self) -> Iterator[Iteration | Status | Saved]:
-        with numerics(cudnn_benchmark=self.config.bench):
+        with numerics(cudnn_benchmark=self.config.bench, precision=self.config.network.precision):
             yield from self._events()
 
     def _events(self) -> Iterator[Iteration | Status | Saved]:
@@ -152,7 +152,7 @@ class TrainingRun:
             images, labels = next(batches)
             learning_rate = state.learning_rate
             self._means.add("Loss/loss", state.step(images, labels))
-            self._means.add("Loss/learning_rate", torch.tensor(learning_rate))
+            self._means.add("Loss/learning_rate", torch.full([], learning_rate, device=self.world.device))
             yield Iteration(nimg=state.nimg)
 
             measures = self.metrics is not None and self._due(self.metrics.every)

@@ -1,7 +1,6 @@
 """Everything about a training run that changes as it trains: how it starts, takes a step, is saved and is restored."""
 
 import contextlib
-import warnings
 from typing import Any
 
 import torch
@@ -9,16 +8,19 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dnnlib.errors import ConfigError
 from torch_utils.distributed import World
+from torch_utils.loss_scale import LossScale
 from training.config import TrainingConfig
 from training.dataset import ImageFolderDataset
 from training.encoders import Encoder, StabilityVAEEncoder
 from training.latents import encoder_of, vae_encoder, vae_geometry
 from training.loss import EDM2Loss
-from training.networks_edm2 import MPConv, Precond, normalize
+from training.networks_edm2 import Precond
 from training.phema import PowerFunctionEMA
+from training.replica import make_replica
 from training.schedule import learning_rate_schedule
 from training.snapshot import load_snapshot
 from training.streams import NoiseStream, derive_seed
+from training.update import clear_nonfinite, make_optimizer, normalize_weights, with_fused_adam
 
 # Purposes of the run's streams of random numbers.
 _SIGMA, _NOISE, _ENCODER, _DROPOUT = range(4)
@@ -51,16 +53,11 @@ class TrainingState:
         if config.init is not None and not resumed:
             self.left_fresh = copy_weights(config.init, self.net, partial=config.init_partial)
         self.loss_fn = EDM2Loss(P_mean=config.P_mean, P_std=config.P_std, sigma_data=self.net.sigma_data)
-        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=config.lr, betas=(0.9, 0.99))
+        self.optimizer = make_optimizer(self.net.parameters(), lr=config.lr)
+        self.loss_scale = LossScale(config.ls, world.device)
         self.ema = PowerFunctionEMA(self.net, stds=list(config.ema_stds))
         self._noise = NoiseStream(config.seed, world.device)
-        self._replica: torch.nn.Module = self.net
-        if world.size > 1:
-            device_ids = [world.device.index] if world.device.type == "cuda" else None
-            with warnings.catch_warnings():
-                # Its successor does not exist before PyTorch 2.13.
-                warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-                self._replica = DistributedDataParallel(self.net, device_ids=device_ids, broadcast_buffers=False)
+        self._replica = make_replica(self.net, config, world)
 
     def close(self) -> None:
         """Let go of the process group; there are no steps after this.
@@ -84,9 +81,9 @@ class TrainingState:
         loss = self.accumulate_gradients(images, labels)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
-        for param in self.net.parameters():
-            if param.grad is not None:
-                torch.nan_to_num(param.grad, nan=0, posinf=0, neginf=0, out=param.grad)
+        gradients = [param.grad for param in self.net.parameters() if param.grad is not None]
+        self.loss_scale.unscale_(gradients)
+        clear_nonfinite(gradients)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.nimg += self.config.batch
@@ -100,8 +97,7 @@ class TrainingState:
         """
         share, num_rounds = self.config.share_of(self.world.size)
         assert len(images) == share
-        if self.nimg == 0:
-            normalize_weights(self.net)
+        normalize_weights(self.net)
         start = self.nimg + self.world.rank * share
         eps = None
         if self.config.vae is not None:
@@ -120,7 +116,7 @@ class TrainingState:
         for index, (x, y, n, e) in enumerate(zip(*rounds, strict=True)):
             with self._gradients_later(index < num_rounds - 1):
                 loss = self.loss_fn(self._replica, x, y, rnd_normal=n, unit_noise=e)
-                (loss.sum() * (self.config.ls / share)).backward()
+                (loss.sum() * (self.loss_scale.factor / share)).backward()
             losses.append(loss.detach())
         return torch.cat(losses)
 
@@ -137,14 +133,16 @@ class TrainingState:
             "net": self.net.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "ema": self.ema.state_dict(),
+            "loss_scale": self.loss_scale.state_dict(),
         }
 
     def load_state_dict(self, data: dict[str, Any], source: str) -> None:
         """Continue from what `state_dict` gave. Raises ConfigError, naming `source`, where it does not fit."""
         try:
             self.net.load_state_dict(data["net"])
-            self.optimizer.load_state_dict(data["optimizer"])
+            self.optimizer.load_state_dict(with_fused_adam(data["optimizer"]))
             self.ema.load_state_dict(data["ema"])
+            self.loss_scale.load_state_dict(data.get("loss_scale", {}))
             self.nimg = int(data["state"]["cur_nimg"])
             self.elapsed_sec = float(data["state"]["total_elapsed_time"])
         except (AttributeError, IndexError, KeyError, ValueError, TypeError, RuntimeError) as error:
@@ -179,19 +177,6 @@ def make_network(config: TrainingConfig, dataset: ImageFolderDataset) -> Precond
             return Precond(resolution, channels, label_dim, **config.network.arguments())
         except ValueError as error:
             raise ConfigError(str(error)) from None
-
-
-@torch.no_grad()
-def normalize_weights(net: torch.nn.Module) -> None:
-    """Bring weights of any magnitude to the one where forced weight normalization (Eq. 66) leaves them.
-
-    A forward pass in training leaves 1e-4 of the distance to it. From random weights, the first round of accumulation
-    would see gradients that differ from the other rounds' in the fourth digit, and the result would depend on the
-    number of rounds. After a step of the optimizer the weights are so close already that rounding hides it.
-    """
-    for module in net.modules():
-        if isinstance(module, MPConv):
-            module.weight.copy_(normalize(module.weight))
 
 
 def check_network(config: TrainingConfig, dataset: ImageFolderDataset) -> None:
