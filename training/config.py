@@ -109,6 +109,7 @@ class TrainingConfig:
     bench: bool = _neutral(default=True)  # let cuDNN time its algorithms
     compile: bool | None = _neutral(default=None)  # compile the network; None = on CUDA devices
     recompute: bool = _neutral(default=False)  # compute a block's activations again for the backward pass
+    shard: bool = _neutral(default=False)  # spread weights, moments and averages over the processes
     workers: int = _neutral(default=0)  # processes that read data, a rank
     data_cache: str | None = _neutral(default=None)  # folder for what is read from a URL; None = the usual one
     data_cache_size: int = _neutral(default=50 * 10**9)  # bytes of shards in it, at most
@@ -176,6 +177,10 @@ class TrainingConfig:
     def compiles_on(self, device: torch.device) -> bool:
         """Whether the network is compiled there."""
         return device.type == "cuda" if self.compile is None else self.compile
+
+    def shards_over(self, num_ranks: int) -> bool:
+        """Whether each process keeps only a part of the weights."""
+        return self.shard and num_ranks > 1
 
     def to_json(self) -> str:
         """The text of training_options.json."""

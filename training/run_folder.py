@@ -26,13 +26,15 @@ class RunFolder:
         """Where the network with EMA `suffix` (e.g. '-0.050') at `nimg` images belongs."""
         return self.path / f"network-snapshot-{nimg // 1000:07d}{suffix}.{extension}"
 
-    def checkpoint_path(self, nimg: int) -> Path:
-        """Where the checkpoint at `nimg` images belongs."""
-        return self.path / f"training-state-{nimg // 1000:07d}.pt"
+    def checkpoint_path(self, nimg: int, *, sharded: bool = False) -> Path:
+        """Where the checkpoint at `nimg` images belongs: a file, or a folder that all processes write to."""
+        return self.path / f"training-state-{nimg // 1000:07d}.{'dcp' if sharded else 'pt'}"
 
     def newest_checkpoint(self) -> Path | None:
-        """The checkpoint with the most images, or None."""
-        return newest(self.path, "training-state-", ".pt")
+        """The checkpoint with the most images, or None. Names tell thousands: of the same one the later written counts."""
+        found = [newest(self.path, "training-state-", suffix) for suffix in (".pt", ".dcp")]
+        present = [path for path in found if path is not None]
+        return max(present, default=None, key=lambda path: (path.stem, path.stat().st_mtime_ns))
 
     def is_complete(self, config: TrainingConfig) -> bool:
         """Whether a run without checkpoints has written its last snapshots; all that is left is to train anew."""

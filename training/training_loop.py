@@ -19,6 +19,7 @@ from dnnlib.folders import make_folder
 from torch_utils.checkpoint import load_checkpoint, save_checkpoint
 from torch_utils.distributed import World
 from torch_utils.precision import numerics
+from torch_utils.sharded_checkpoint import open_sharded, read_whole, save_sharded
 from torch_utils.training_stats import RunningMeans
 from training.config import TrainingConfig
 from training.dataset import BatchReader, ImageFolderDataset
@@ -87,6 +88,11 @@ def open_dataset(config: TrainingConfig) -> ImageFolderDataset:
     return dataset
 
 
+def read_checkpoint(path: Path, world: World) -> dict[str, Any]:
+    """The content of a checkpoint of either form, of a folder with StoredTensors for the tensors."""
+    return open_sharded(path, verify=world.is_main) if path.suffix == ".dcp" else load_checkpoint(path)
+
+
 def load_vae_encoder(
     config: TrainingConfig, dataset: ImageFolderDataset, folder: RunFolder, world: World
 ) -> Encoder | None:
@@ -126,9 +132,9 @@ class TrainingRun:
         self.state = TrainingState(config, self.dataset, world, resumed=resumed, encoder=encoder)
         self._means = RunningMeans(world)
         if self.resumed_from is not None:
-            data = load_checkpoint(self.resumed_from)
+            data = read_checkpoint(self.resumed_from, world)
             self.state.load_state_dict(data, source=str(self.resumed_from))
-            self._means.load_state_dict(data.get("stats", {}) if world.size == 1 else {})
+            self._means.load_state_dict(read_whole(data.get("stats", {})) if world.size == 1 else {})
         if self.metrics is not None:
             self.metrics.prepare(self.state.encoder, self.state.nimg)
 
@@ -177,7 +183,7 @@ class TrainingRun:
         """The event that reports `stats`, with metrics if it `measures`: of the snapshots that were just taken."""
         if self.metrics is None or not measures:
             return Status(nimg=self.state.nimg, stats=stats)
-        found = self.metrics.measure(self.state.ema.get(), self.state.encoder, self.state.nimg)
+        found = self.metrics.measure(self.state.averages(), self.state.encoder, self.state.nimg)
         return Status(nimg=self.state.nimg, stats=stats | found.stats, texts=found.texts)
 
     def _due(self, interval: int) -> bool:
@@ -239,7 +245,7 @@ class TrainingRun:
     def _save_snapshots(self) -> list[Path]:
         """Write one network file for each tracked EMA length and format."""
         paths = []
-        for (net, suffix), std in zip(self.state.ema.get(), self.config.ema_stds, strict=True):
+        for (net, suffix), std in zip(self.state.averages(main_only=True), self.config.ema_stds, strict=True):
             for extension in ("pkl", "safetensors"):
                 if self.config.snapshot_format not in (extension, "both"):
                     continue
@@ -266,7 +272,11 @@ class TrainingRun:
         )
 
     def _save_checkpoint(self) -> list[Path]:
-        path = self.folder.checkpoint_path(self.state.nimg)
-        if self.world.is_main:
-            save_checkpoint(path, self.state.state_dict() | {"stats": self._means.state_dict()})
+        sharded = self.state.sharded
+        path = self.folder.checkpoint_path(self.state.nimg, sharded=sharded)
+        data = self.state.state_dict() | {"stats": {} if sharded else self._means.state_dict()}
+        if sharded:
+            save_sharded(path, data, self.world)
+        elif self.world.is_main:
+            save_checkpoint(path, data)
         return [path]
