@@ -145,7 +145,7 @@ def assert_agree(actual: dict[str, Any], expected: dict[str, Any], tolerance: fl
 
 @pytest.mark.parametrize("name", [name for name in VARIANTS if "dropout" not in name])
 def test_two_processes_compute_what_one_does(results: list[dict[str, Any]], alone: dict[str, Any], name: str):
-    """Losses, gradients, weights, moments and both averages, without and with accumulation (static and dynamic graphs)."""
+    """Losses, gradients, weights, moments and both averages, with and without accumulation."""
     for result in results:
         assert_agree(result[name], alone)
         assert any(key.startswith("/ema/emas/1/") for key in result[name]["state"])

@@ -60,7 +60,7 @@ def compile_blocks(replica: FastPrecond) -> None:
             break
     for block in blocks:
         # Not block.compile(), which would take in the hooks that gather the rows.
-        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)  # type: ignore[method-assign]
+        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
 
 
 def keep_compiled_code() -> None:

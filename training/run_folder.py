@@ -31,7 +31,7 @@ class RunFolder:
         return self.path / f"training-state-{nimg // 1000:07d}.{'dcp' if sharded else 'pt'}"
 
     def newest_checkpoint(self) -> Path | None:
-        """The checkpoint with the most images, or None. Names tell thousands: of the same one the later written counts."""
+        """The checkpoint with the most images, or None; of two with the same thousands, the one written last."""
         found = [newest(self.path, "training-state-", suffix) for suffix in (".pt", ".dcp")]
         present = [path for path in found if path is not None]
         return max(present, default=None, key=lambda path: (path.stem, path.stat().st_mtime_ns))
