@@ -14,8 +14,8 @@ def atomic_path(dest: str | os.PathLike[str], *, sync: bool = True) -> Iterator[
     """Give the path of a new empty file beside `dest` to write to; rename it to `dest` when the block ends well.
 
     With `sync` the data is flushed to disk before the rename, and the new name after it, so that a crash, a kill, a
-    power cut or a full disk leaves the old file or no file. When the block raises, the temporary file is removed and `dest` is untouched. The folder must
-    exist. Threads may do this at the same time.
+    power cut or a full disk leaves the old file or no file. When the block raises, the temporary file is removed and
+    `dest` is untouched. The folder must exist. Threads may do this at the same time.
     """
     dest = Path(dest)
     temp = dest.with_name(f".{dest.name}.{uuid.uuid4().hex[:12]}.tmp")

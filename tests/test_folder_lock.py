@@ -127,7 +127,7 @@ def test_who_stood_still_and_lost_the_folder_is_told_and_leaves_the_new_lock_alo
     lock.acquire()
     lock.require_held()
     change(lock.path, host="elsewhere", token="another")
-    with pytest.raises(ConfigError, match="taken over by .* on elsewhere"):
+    with pytest.raises(ConfigError, match=r"taken over by .* on elsewhere"):
         lock.require_held()
     lock.release()
     assert (tmp_path / "run.lock").exists()

@@ -4,7 +4,7 @@ import contextlib
 import os
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ def save_checkpoint(path: str | os.PathLike[str], data: dict[str, Any]) -> None:
         with open(temp, "wb") as file:
             writer = DigestWriter(file)
             try:
-                torch.save({**data, "format": dict(_FORMAT)}, writer)
+                torch.save({**data, "format": dict(_FORMAT)}, cast(IO[bytes], writer))
                 digest = writer.finish()
             except Exception:
                 if writer.failure is not None:
@@ -152,7 +152,7 @@ def _harmless() -> list[Any]:
 
     That one is read as a plain dictionary.
     """
-    core = np._core.multiarray if hasattr(np, "_core") else np.core.multiarray
-    scalars = [(core.scalar, f"numpy.{place}.multiarray.scalar") for place in ("core", "_core")]
+    scalar = np.float64(0).__reduce__()[0]  # of a private module, which has another name in older versions
+    scalars = [(scalar, f"numpy.{place}.multiarray.scalar") for place in ("core", "_core")]
     kinds = [np.dtypes.Float32DType, np.dtypes.Float64DType, np.dtypes.Int32DType, np.dtypes.Int64DType]
     return [(dict, "dnnlib.util.EasyDict"), *scalars, np.dtype, *kinds]

@@ -1,8 +1,8 @@
 """A digest of a whole file, inside the file: in the comment that the ZIP format has room for at its end.
 
-A file of torch.save is a ZIP file. Its last record gets the comment `edm2 sha256 ` + 64 hexadecimal digits; they are the
-SHA-256 of every byte before them, that record and the comment's first part included. So no bit of the file can change
-unnoticed, and whatever reads ZIP files, torch.load among them, reads it as before.
+A file of torch.save is a ZIP file. Its last record gets the comment `edm2 sha256 ` + 64 hexadecimal digits; they are
+the SHA-256 of every byte before them, that record and the comment's first part included. So no bit of the file can
+change unnoticed, and whatever reads ZIP files, torch.load among them, reads it as before.
 """
 
 import hashlib

@@ -143,13 +143,28 @@ class TrainingState:
         """Continue from what `state_dict` gave. Raises ConfigError, naming `source`, where it does not fit."""
         try:
             self.net.load_state_dict(data["net"])
-            self.optimizer.load_state_dict(data["optimizer"])
+            self.optimizer.load_state_dict(fitting_moments(data["optimizer"], list(self.net.parameters())))
             self.ema.load_state_dict(data["ema"])
             self.nimg = int(data["state"]["cur_nimg"])
-            self.elapsed_sec = float(data["state"]["total_elapsed_time"])
+            self.elapsed_sec = float(data["state"].get("total_elapsed_time", 0.0))
         except (AttributeError, IndexError, KeyError, ValueError, TypeError, RuntimeError) as error:
             # PyTorch lists every tensor that does not fit.
             raise ConfigError(f"{source} does not belong to this run: {str(error)[:400]}") from None
+
+
+def fitting_moments(stored: dict[str, Any], parameters: list[torch.nn.Parameter]) -> dict[str, Any]:
+    """The optimizer's state `stored`, if its moments have the shapes of the parameters; ValueError otherwise.
+
+    PyTorch pairs them by number and doesn't look.
+    """
+    for index, moments in stored["state"].items():
+        shape = parameters[index].shape
+        for name, value in moments.items():
+            if isinstance(value, torch.Tensor) and value.ndim and value.shape != shape:
+                raise ValueError(
+                    f"{name} of parameter {index} is {_shape(value)}, the parameter {_shape(parameters[index])}"
+                )
+    return stored
 
 
 def make_encoder(config: TrainingConfig, dataset: ImageFolderDataset) -> Encoder:
