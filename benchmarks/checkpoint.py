@@ -30,7 +30,6 @@ import torch
 from dnnlib.cli import main
 from dnnlib.errors import ConfigError
 from torch_utils.checkpoint import checkpoint_bytes
-from torch_utils.checkpoint_digest import digest_of
 from torch_utils.distributed import World, resolve_device
 from training.config import NetworkConfig, TrainingConfig
 from training.run_folder import RunFolder
@@ -68,15 +67,15 @@ def exhaust(events: Iterator[Any]) -> float:
     return time.perf_counter() - start
 
 
-def contents(state: TrainingState) -> dict[str, Any]:
-    """What a checkpoint holds."""
-    return state.state_dict() | {"stats": {}}
+def save(saver: RunSaver, state: TrainingState) -> float:
+    """Seconds that a checkpoint stops the training for."""
+    return exhaust(saver.save_checkpoint(state.nimg, state.state_dict()))
 
 
-def interval(state: TrainingState, save: Callable[[], float], steps: int, batch: int) -> tuple[float, float]:
-    """Seconds of a save with the iterations after it, and of the pause that the save made."""
+def interval(state: TrainingState, begin: Callable[[], float], steps: int, batch: int) -> tuple[float, float]:
+    """Seconds of `begin` with the iterations after it, and those that `begin` tells."""
     start = time.perf_counter()
-    pause = save()
+    pause = begin()
     take_steps(state, steps, batch)
     return time.perf_counter() - start, pause
 
@@ -100,28 +99,22 @@ def compare(parent: str | None, device: str | None, channels: int, batch: int, s
             folder = RunFolder(Path(name) / way)
             savers[way] = RunSaver(replace(config, background_saves=way == "background"), folder, state.world)
         take_steps(state, 2, batch)
-        gigabytes = checkpoint_bytes(contents(state)) / 1e9
+        gigabytes = checkpoint_bytes(state.state_dict()) / 1e9
         parameters = sum(p.numel() for p in state.net.parameters()) / 1e6
         print(f"{parameters:.0f} million parameters, {gigabytes:.2f} GB a checkpoint, {state.world.device.type}")
-        times: dict[str, list[float]] = {"none": [], **{way: [] for way in savers}}
+        times: dict[str, list[float]] = {"none": [], "background": []}
         pauses: dict[str, list[float]] = {way: [] for way in savers}
         for _ in range(repeats):
             times["none"].append(interval(state, lambda: 0.0, steps, batch)[0])
-            files = []
-            nimg, files = state.nimg, []
-            for way, saver in savers.items():
-                # The first save is followed by no iteration, so that both have the same content.
-                save = lambda saver=saver: exhaust(saver.save_checkpoint(nimg, contents(state)))  # noqa: E731
-                if way == "foreground":
-                    pauses[way].append(save())
-                    continue
-                seconds, pause = interval(state, save, steps, batch)
-                late = exhaust(saver.settle())
-                times[way].append(seconds + late)
-                pauses[way].append(pause)
-                print(f"background: pause {pause:.2f} s, written {late:.2f} s after the last iteration")
+            # No iteration in between, so that both have the same content.
+            pauses["foreground"].append(save(savers["foreground"], state))
+            seconds, pause = interval(state, lambda: save(savers["background"], state), steps, batch)
+            late = exhaust(savers["background"].settle())
+            times["background"].append(seconds + late)
+            pauses["background"].append(pause)
+            print(f"background: pause {pause:.2f} s, written {late:.2f} s after the last iteration")
             files = [next((Path(name) / way).glob("*.pt")) for way in savers]
-            if digest_of(files[0]) != digest_of(files[1]) or files[0].read_bytes() != files[1].read_bytes():
+            if files[0].read_bytes() != files[1].read_bytes():
                 raise ConfigError("the two ways wrote different files")
         plain = statistics.median(times["none"])
         lost = {
