@@ -123,6 +123,21 @@ def test_a_copy_is_of_its_moment_and_its_memory_is_used_again():
     assert torch.equal(other[0], torch.zeros(5)) and torch.equal(other[1], torch.ones(7, dtype=torch.int64))
 
 
+@pytest.mark.gpu
+def test_a_copy_from_a_gpu_waits_for_nothing_and_is_of_its_moment():
+    values = torch.arange(1 << 24, device="cuda", dtype=torch.float32)
+    copy = HostCopy()
+    taken = copy.take({"a": values, "b": values})
+    halves = HostCopy()
+    half = halves.take([values], dtype=torch.float16)
+    values.zero_()
+    copy.wait()
+    halves.wait()
+    assert taken["a"].is_pinned() and taken["a"].device.type == "cpu"
+    assert torch.equal(taken["a"], torch.arange(1 << 24, dtype=torch.float32))
+    assert torch.equal(half[0], taken["b"].half())
+
+
 def test_what_is_in_the_hosts_memory_is_copied_only_where_it_is_part_of_more():
     whole = torch.arange(10.0)
     kept = on_host({"a": whole, "b": [whole[2:4]], "c": 3})

@@ -13,7 +13,14 @@ import torch
 from dnnlib.easydict import EasyDict
 from dnnlib.errors import ConfigError
 from tests.tiny import assert_same_state, flat_state
-from torch_utils.checkpoint import DamagedCheckpoint, load_checkpoint, remove_older, save_checkpoint, set_aside
+from torch_utils.checkpoint import (
+    DamagedCheckpoint,
+    checkpoint_bytes,
+    load_checkpoint,
+    remove_older,
+    save_checkpoint,
+    set_aside,
+)
 from torch_utils.checkpoint_digest import DigestWriter, digest_of, read_digest
 
 STATE = {
@@ -140,6 +147,24 @@ def test_files_of_plain_torch_save_load(tmp_path: Path, zipped: bool):
     data = load_checkpoint(path)
     assert type(data) is dict and type(data["state"]) is dict
     assert_same_state(data, STATE)
+
+
+def test_a_sound_file_that_finds_no_memory_is_not_called_damaged(tmp_path: Path, monkeypatch):
+    def load(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: not enough memory")
+
+    save_checkpoint(tmp_path / "state.pt", STATE)
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(ConfigError, match=r"undamaged, but cannot be read here: .*not enough memory") as failure:
+        load_checkpoint(tmp_path / "state.pt")
+    assert not isinstance(failure.value, DamagedCheckpoint)
+
+
+def test_the_size_of_a_file_is_known_before_it_is_written(tmp_path: Path):
+    data = {"many": [torch.zeros(1) for _ in range(100)], "large": {"a": torch.zeros(1_000_000).half()}, "n": "x"}
+    save_checkpoint(tmp_path / "state.pt", data)
+    size = (tmp_path / "state.pt").stat().st_size
+    assert size <= checkpoint_bytes(data) <= size * 1.02
 
 
 def test_a_checkpoint_of_a_later_kind_is_not_called_damaged(tmp_path: Path, monkeypatch):

@@ -48,6 +48,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises DamagedCheckpoint where the file is not as it was written, ConfigError where it is missing or foreign.
     """
+    stored = None
     try:
         stored = read_digest(path)
         if stored is not None:
@@ -65,7 +66,10 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise DamagedCheckpoint(f"{path} cannot be read as a checkpoint: {error.strerror or error}") from None
     except DamagedCheckpoint:
         raise
-    except Exception:
+    except Exception as error:
+        if stored is not None:  # what was written, so that the fault is elsewhere: not enough memory, for one
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError(f"{path} is undamaged, but cannot be read here: {reason}") from None
         # A dozen kinds, with texts that advise to run what is in the file.
         raise _damaged(path) from None
     if not isinstance(data, dict):

@@ -44,8 +44,9 @@ def find_resumption(folder: RunFolder, world: World) -> Resumption:
         return data
 
     data = everywhere(world, load)
-    was = data.get("run", {}).get("ranks", world.size) if isinstance(data.get("run"), dict) else world.size
-    if was != world.size:
+    run = data.get("run")
+    was = run.get("ranks") if isinstance(run, dict) else None
+    if was not in (None, world.size):
         notes.append(
             f"The checkpoint is of {was} process(es), this run has {world.size}: it goes on with the next image of the"
             " epoch, so that none is left out or seen twice. Sums over processes are rounded in another order."
