@@ -11,6 +11,7 @@ python benchmarks/checkpoint.py --dir=/some/disk
 """
 
 import datetime
+import filecmp
 import platform
 import statistics
 import sys
@@ -114,7 +115,7 @@ def compare(parent: str | None, device: str | None, channels: int, batch: int, s
             pauses["background"].append(pause)
             print(f"background: pause {pause:.2f} s, written {late:.2f} s after the last iteration")
             files = [next((Path(name) / way).glob("*.pt")) for way in savers]
-            if files[0].read_bytes() != files[1].read_bytes():
+            if not filecmp.cmp(*files, shallow=False):
                 raise ConfigError("the two ways wrote different files")
         plain = statistics.median(times["none"])
         lost = {

@@ -6,6 +6,7 @@ many network file systems have none, or keep those of a machine that was taken a
 """
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -98,12 +99,11 @@ class FolderLock:
     def release(self) -> None:
         """Let go of the folder, and remove it if it was made for the lock and is empty."""
         self._ended.set()
-        if self._thread is None:
-            return
-        self._thread.join()
-        with contextlib.suppress(OSError, ConfigError):
-            self.require_held()
-            self.path.unlink()
+        if self._thread is not None:
+            self._thread.join()
+            with contextlib.suppress(OSError, ConfigError):
+                self.require_held()
+                self.path.unlink()
         for folder in self._made:
             with contextlib.suppress(OSError):
                 folder.rmdir()
@@ -119,13 +119,15 @@ class FolderLock:
     def _create(self) -> bool:
         """Make the file, with its content from the start; False where it is there already."""
         text = json.dumps(asdict(self._me)) + "\n"
-        self._spare.write_text(text, encoding="utf-8")
         try:
+            self._spare.write_text(text, encoding="utf-8")
             os.link(self._spare, self.path)
         except FileExistsError:
             return False
-        except OSError:  # a file system without links
-            try:
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EROFS):
+                raise
+            try:  # a file system without links
                 with open(self.path, "x", encoding="utf-8") as file:
                     file.write(text)
             except FileExistsError:

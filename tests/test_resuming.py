@@ -16,28 +16,30 @@ from torch_utils.distributed import World
 from torch_utils.together import everywhere, on_main
 from torch_utils.training_stats import RunningMeans
 from training.dataset import ImageFolderDataset
+from training.resuming import find_resumption
 from training.run_folder import RunFolder
 from training.streams import BatchPositions, DataOrder
-from training.training_loop import Status, TrainingRun
+from training.training_loop import Saved, Status, TrainingRun
 
 NUM = 20  # images
 
 # Trains parts of runs, and tells which images were read, for what losses, with what notes.
 PROGRAM = """
-import json, sys
+import gc, json, sys
 from pathlib import Path
 from tests.test_resuming import train_part
 from torch_utils import distributed
 world = distributed.init("cpu")
 out = Path(sys.argv[1])
-told = [train_part(out / name, int(duration), world) for name, duration in (a.split("=") for a in sys.argv[2:])]
+told = [train_part(out / name, int(stop), world) for name, stop in (a.split("=") for a in sys.argv[2:])]
 (out / f"told-{world.rank}.json").write_text(json.dumps(told))
+gc.collect()  # a DistributedDataParallel that outlives the process group may end the process in an ugly way
 world.close()
 """
 
 
-def train_part(folder: Path, duration: int, world: World) -> dict:
-    """Train the run in `folder` up to `duration` images."""
+def train_part(folder: Path, stop: int, world: World) -> dict:
+    """Train the run in `folder`, of 80 images, up to the checkpoint at `stop` images."""
     read: list[int] = []
     real = ImageFolderDataset.read_batch
 
@@ -46,12 +48,18 @@ def train_part(folder: Path, duration: int, world: World) -> dict:
         return real(self, indices, out)
 
     folder.mkdir(exist_ok=True)
-    config = tiny_config(folder.parent / "data.zip", status=32, checkpoint=24, duration=duration)
+    data = folder.parent / "data.zip"
+    config = tiny_config(data, status=32, checkpoint=8, duration=80, background_saves=False)
     ImageFolderDataset.read_batch = read_batch
     try:
         run = TrainingRun(config, RunFolder(folder), world=world)
         begin = run.state.nimg
-        losses = [(event.nimg, event.stats["Loss/loss"]) for event in run if isinstance(event, Status)]
+        losses = []
+        for event in run:
+            if isinstance(event, Status):
+                losses.append((event.nimg, event.stats["Loss/loss"]))
+            if isinstance(event, Saved) and event.nimg == stop:
+                break
         run.close()
     finally:
         ImageFolderDataset.read_batch = real
@@ -59,7 +67,7 @@ def train_part(folder: Path, duration: int, world: World) -> dict:
 
 
 def train_on_two(out: Path, *parts: str) -> list[list[dict]]:
-    """What the two processes tell of each part NAME=DURATION."""
+    """What the two processes tell of each part NAME=STOP."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python"]
     ended = subprocess.run(
         [*command, sys.executable, "-c", PROGRAM, str(out), *parts],
@@ -86,7 +94,7 @@ def positions(parts: list[dict], share: int) -> dict[int, int]:
 @pytest.mark.slow
 def test_two_processes_then_one_then_two_see_every_image_of_every_epoch_once(tmp_path: Path):
     write_dataset(tmp_path / "data.zip", num=NUM)
-    first = train_on_two(tmp_path, "moves=24", "whole=48", "cut=24", "cut=48")
+    first = train_on_two(tmp_path, "moves=24", "whole=64", "cut=24", "cut=64")
     middle = train_part(tmp_path / "moves", 56, World())
     last = train_on_two(tmp_path, "moves=80")
 
@@ -108,10 +116,10 @@ def test_two_processes_then_one_then_two_see_every_image_of_every_epoch_once(tmp
     # On as many processes as before, sums of an unfinished interval included, everything goes on bitwise.
     _, whole, _, cut = first[0]
     assert cut["begin"] == 24
-    assert [nimg for nimg, _ in whole["losses"]] == [32, 48]
+    assert [nimg for nimg, _ in whole["losses"]] == [32, 64]
     assert cut["losses"] == whole["losses"]
     ends = [load_checkpoint(tmp_path / name / "training-state-0000000.pt") for name in ("whole", "cut")]
-    assert ends[0]["state"]["cur_nimg"] == 48
+    assert ends[0]["state"]["cur_nimg"] == 64
     assert_same_state(*ends)
     # On another number of processes, those sums are not lost.
     (_, loss), *_ = middle["losses"]
@@ -175,11 +183,10 @@ def test_a_failure_of_one_process_is_that_of_all():
         everywhere(Among(rank=0, values=[None, None]), fail)
 
 
-def test_a_process_that_sees_another_file_than_the_first_is_refused(tmp_path: Path):
-    from training.resuming import find_resumption
-
+def test_a_process_that_sees_another_file_than_the_first_is_refused(tmp_path: Path, monkeypatch):
     save_checkpoint(tmp_path / "training-state-0000001.pt", {"state": {"cur_nimg": 1024}})
     theirs = tmp_path / "training-state-0000001.pt", 2048, []
-    world = Among(rank=1, values=[([theirs], None), None])
+    monkeypatch.setattr("training.resuming.on_main", lambda world, work: theirs)
+    world = World(rank=1)
     with pytest.raises(ConfigError, match="another file for process 1: all need the same --outdir"):
         find_resumption(RunFolder(tmp_path), world)
