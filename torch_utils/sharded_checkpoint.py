@@ -25,12 +25,13 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
+from dnnlib.disk import forget_cached, sync_folder
 from dnnlib.errors import ConfigError
+from torch_utils.checkpoint import MANIFEST, DamagedCheckpoint, load_checkpoint
 from torch_utils.distributed import World
 
 T = TypeVar("T")
 
-MANIFEST = "checkpoint.json"
 _INDEX = ".metadata"  # DCP's
 _FORMAT = {"name": "edm2-sharded-training-state", "version": 1}
 _BLOCK_BYTES = 8 << 20
@@ -78,7 +79,7 @@ def save_sharded(path: str | os.PathLike[str], data: dict[str, Any], world: Worl
             dcp.save(tensors, storage_writer=_Writer(temp, single_file_per_rank=True, thread_count=1))
         mine = [temp / _INDEX] if world.is_main else []
         mine += sorted(temp.glob(f"__{world.rank}_*"))
-        digests = _together(world, lambda: {file.name: digest_of_file(file) for file in mine})
+        digests = _together(world, lambda: {file.name: digest_of_file(file, from_disk=True) for file in mine})
         if world.is_main:
             files = {name: digest for part in digests for name, digest in part.items()}
         _together(world, lambda: _finish(temp, path, values, files) if world.is_main else None)
@@ -114,6 +115,11 @@ def open_sharded(path: str | os.PathLike[str], *, verify: bool = True) -> dict[s
     return result
 
 
+def read_checkpoint(path: Path, *, verify: bool = True) -> dict[str, Any]:
+    """The content of a checkpoint of either form: of a file, or of a folder as `open_sharded` gives it."""
+    return open_sharded(path, verify=verify) if path.is_dir() else load_checkpoint(path)
+
+
 def read_whole(data: Any) -> Any:
     """`data` as `open_sharded` gave it, with whole tensors on the CPU. To be called by every process."""
     leaves = {path: leaf for path, leaf in flatten(data).items() if isinstance(leaf, StoredTensor)}
@@ -146,10 +152,12 @@ def flatten(data: Any, path: str = "") -> dict[str, Any]:
     return {path.removeprefix("/"): data}
 
 
-def digest_of_file(path: Path) -> str:
-    """The SHA-256 of a file's content."""
+def digest_of_file(path: Path, *, from_disk: bool = False) -> str:
+    """The SHA-256 of a file's content; `from_disk` reads around the system's copy of it."""
     found = hashlib.sha256()
     with open(path, "rb") as file:
+        if from_disk:
+            forget_cached(file.fileno())
         while block := file.read(_BLOCK_BYTES):
             found.update(block)
     return found.hexdigest()
@@ -200,12 +208,14 @@ def _finish(temp: Path, path: Path, values: Any, files: dict[str, str]) -> None:
         file.write(json.dumps(manifest, indent=1) + "\n")
         file.flush()
         os.fsync(file.fileno())
+    sync_folder(temp)
     if path.exists():  # of the same thousand images
-        path.rename(old := temp.with_name(f"{temp.name[:-4]}-old.tmp"))
+        path.rename(old := path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp"))
         temp.rename(path)
         shutil.rmtree(old, ignore_errors=True)
     else:
         temp.rename(path)
+    sync_folder(path.parent)
 
 
 def _split(data: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
@@ -289,8 +299,8 @@ def _raise_plain(path: Path, cause: BaseException, whole: BaseException) -> NoRe
     raise whole
 
 
-def _damaged(path: Path) -> ConfigError:
-    return ConfigError(f"{path} cannot be read as a checkpoint: it is damaged or something else")
+def _damaged(path: Path) -> DamagedCheckpoint:
+    return DamagedCheckpoint(f"{path} cannot be read as a checkpoint: it is damaged or something else")
 
 
 def _nothing() -> None:

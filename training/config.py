@@ -106,6 +106,9 @@ class TrainingConfig:
     snapshot: int = _neutral(default=8 << 20)
     checkpoint: int = _neutral(default=128 << 20)
     snapshot_format: str = _neutral(default="pkl")  # pkl, safetensors or both
+    keep_checkpoints: int = _neutral(default=2)  # the newest ones; 0 = all
+    background_saves: bool = _neutral(default=True)  # write files while training goes on
+    on_disk_full: str = _neutral(default="stop")  # stop or wait
     bench: bool = _neutral(default=True)  # let cuDNN time its algorithms
     compile: bool | None = _neutral(default=None)  # compile the network; None = on CUDA devices
     recompute: bool = _neutral(default=False)  # compute a block's activations again for the backward pass
@@ -129,6 +132,7 @@ class TrainingConfig:
             "snapshot": self.snapshot,
             "checkpoint": self.checkpoint,
         }
+        not_negative |= {"keep-checkpoints": self.keep_checkpoints}
         not_negative |= {"workers": self.workers, "decay": self.decay, "rampup": self.rampup, "seed": self.seed}
         for name, value in not_negative.items():
             if not 0 <= value < math.inf:

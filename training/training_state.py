@@ -160,11 +160,12 @@ class TrainingState:
             else:
                 data = read_whole(data)
                 self.net.load_state_dict(data["net"])
-                self.optimizer.load_state_dict(with_fused_adam(data["optimizer"]))
+                moments = fitting_moments(data["optimizer"], list(self.net.parameters()))
+                self.optimizer.load_state_dict(with_fused_adam(moments))
                 self.ema.load_state_dict(data["ema"])
             self.loss_scale.load_state_dict(read_whole(data.get("loss_scale", {})))
             self.nimg = int(data["state"]["cur_nimg"])
-            self.elapsed_sec = float(data["state"]["total_elapsed_time"])
+            self.elapsed_sec = float(data["state"].get("total_elapsed_time", 0.0))
         except (AttributeError, IndexError, KeyError, ValueError, TypeError, RuntimeError) as error:
             # PyTorch lists every tensor that does not fit.
             raise ConfigError(f"{source} does not belong to this run: {str(error)[:400]}") from None
@@ -193,6 +194,21 @@ class TrainingState:
                 yield gathered(ema, self.net, self.world, main_only=main_only), suffix
             else:
                 yield cast(Precond, ema), suffix
+
+
+def fitting_moments(stored: dict[str, Any], parameters: list[torch.nn.Parameter]) -> dict[str, Any]:
+    """The optimizer's state `stored`, if its moments have the shapes of the parameters; ValueError otherwise.
+
+    PyTorch pairs them by number and doesn't look.
+    """
+    for index, moments in stored["state"].items():
+        shape = parameters[index].shape
+        for name, value in moments.items():
+            if isinstance(value, torch.Tensor) and value.ndim and value.shape != shape:
+                raise ValueError(
+                    f"{name} of parameter {index} is {_shape(value)}, the parameter {_shape(parameters[index])}"
+                )
+    return stored
 
 
 def make_encoder(config: TrainingConfig, dataset: ImageFolderDataset) -> Encoder:
