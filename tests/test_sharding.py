@@ -30,6 +30,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sharded": {"shard": True},
     "sharded, rounds": {"shard": True, "batch_gpu": 2},
     "sharded, recomputed": {"shard": True, "recompute": True, "batch_gpu": 2},
+    "sharded in two copies": {"shard": True, "shard_group": 1, "batch_gpu": 2},
     "sharded, adaptive scale": {"shard": True, "ls": "auto"},
     "replicated, dropout": {"dropout": 0.5},
     "sharded, dropout": {"shard": True, "dropout": 0.5},
@@ -55,7 +56,8 @@ def steps(config: TrainingConfig, world: World) -> dict[str, Any]:
 
     def note(*_: Any) -> None:
         pairs = zip(state.net.named_parameters(), state.part.parameters(), strict=True)
-        seen.append(whole({name: whole_like(rows.grad, param) for (name, param), rows in pairs}))
+        grads = {name: whole_like(rows.grad, param) for (name, param), rows in pairs}
+        seen.append({name: value.clone() for name, value in whole(grads).items()})
 
     state.optimizer.register_step_pre_hook(note)
     images, labels = batch_of(RGB)

@@ -30,7 +30,7 @@ def make_replica(net: Precond, config: TrainingConfig, world: World) -> torch.nn
     if config.shards_over(world.size):
         if compiled:
             compile_blocks(replica)
-        shard_network(replica, world)
+        shard_network(replica, world, group=config.group_of(world.size))
         return replica
     if compiled:
         replica.compile(fullgraph=True, dynamic=False)
