@@ -28,9 +28,13 @@ EFFICIENCY = 0.5  # share of that in a training step: the target, not a measurem
 GPU_BYTES = 141e9  # of an H200
 USABLE = 0.9  # of it: the rest is for the CUDA context, workspaces and fragments
 NODE_GPUS = 8
-BUS_BYTES = {True: 360e9, False: 320e9}  # a second, within a node and across: 80 % of NVLink's 450, of 8 x 400 Gbit/s
+# Bytes a second over a ring within a node and across nodes, each of which it enters once by every one of 8 ports of
+# 400 Gbit/s; and of one port: 80 % of 450, 400 and 50 GB/s.
+BUS_BYTES = {True: 360e9, False: 320e9}
+PORT_BYTES = 40e9
 HOP_SEC = 5e-6  # latency of one step of a ring or tree
 FLOAT, HALF = 4, 2  # bytes
+_BUCKET_BYTES = 25 << 20  # of DistributedDataParallel
 STATE_FLOATS = 6  # a parameter: itself, its gradient, two moments, two averages
 NETWORKS = {"XXL": 448, "5B": 832}  # width of the first level
 PLANS = [(8, 2048), (64, 2048), (1024, 2048), (1024, 16384)]  # GPUs, images a step
@@ -79,8 +83,8 @@ def kept_bytes(
     """Bytes that a forward pass on `num` images leaves for the backward pass, the parameters themselves aside."""
     replica = FastPrecond(net.train(), dtype=dtype, recompute=recompute)
     device = next(net.parameters()).device
-    x = torch.zeros(num, net.img_channels, net.img_resolution, net.img_resolution, device=device)
-    labels = torch.zeros(num, net.label_dim, device=device) if net.label_dim else None
+    x = images_for(net, num)
+    labels = torch.zeros(num, net.label_dim, device=device)
     sigma = torch.ones(num, device=device)
     with saved_storages(net) as found, flash_attention(like_flash):
         result = replica(x, sigma, labels, return_logvar=True)
@@ -92,7 +96,7 @@ def kept_bytes(
 def block_bytes(net: Precond, num: int) -> list[int]:
     """Bytes that each block leaves for its backward pass on `num` images, half-precision weights included."""
     replica = FastPrecond(net.train(), dtype=torch.bfloat16)
-    sizes = []
+    sizes: list[int] = []
 
     def around(block: torch.nn.Module, *args: torch.Tensor) -> torch.Tensor:
         with saved_storages(net) as found:
@@ -101,10 +105,17 @@ def block_bytes(net: Precond, num: int) -> list[int]:
         return result
 
     device = next(net.parameters()).device
-    x = torch.zeros(num, net.img_channels, net.img_resolution, net.img_resolution, device=device)
+    x = images_for(net, num)
     with mock.patch.object(replica, "_run", around), flash_attention(True):
         replica(x, torch.ones(num, device=device), torch.zeros(num, net.label_dim, device=device))
     return sizes
+
+
+def images_for(net: Precond, num: int) -> torch.Tensor:
+    """Black images of the network's shape, where its parameters are."""
+    side = net.img_resolution
+    assert isinstance(side, int)
+    return torch.zeros(num, net.img_channels, side, side, device=next(net.parameters()).device)
 
 
 @contextmanager
@@ -147,7 +158,7 @@ class Plan:
 
     gpus: int
     batch: int
-    sharded: bool
+    group: int  # GPUs that share one copy of the weights; 1 = DDP
     recompute: bool
     batch_gpu: int  # images a round; 0 = does not fit
     state_bytes: float
@@ -162,34 +173,49 @@ class Plan:
         return self.batch / (self.compute_sec + self.comm_sec), self.batch / max(self.compute_sec, self.comm_sec)
 
 
-def plan(cost: Cost, gpus: int, batch: int, *, sharded: bool, recompute: bool) -> Plan:
+def plan(cost: Cost, gpus: int, batch: int, *, group: int, recompute: bool) -> Plan:
     """The largest power of two of images a round that fits, and what follows from it."""
     share = batch // gpus
     state = STATE_FLOATS * FLOAT * cost.params
-    if sharded:
+    if group > 1:
         # Whole at once: what is outside of blocks, and of blocks the current one, the next one and a gradient.
-        state = state / gpus + FLOAT * (2 * cost.root_params + 3 * cost.block_params)
+        state = state / group + FLOAT * (2 * cost.root_params + 3 * cost.block_params)
     room = USABLE * GPU_BYTES - state
     fitting = [n for n in (2**i for i in range(12)) if n <= share and cost.round_bytes(n, recompute=recompute) <= room]
     batch_gpu = max(fitting, default=0)
-    rounds = share // batch_gpu if batch_gpu else 1
-    passes = 3 * rounds if sharded else 2  # over a ring: gathers for forward and backward, a scatter; or an all-reduce
-    sent = passes * FLOAT * cost.params * (gpus - 1) / gpus
-    # Rings to gather and scatter, one a block; trees to sum, one a bucket.
-    hops = passes * ((gpus - 1) * (len(cost.blocks) + 1) if sharded else math.log2(gpus) * cost.params * FLOAT / 25e6)
+    sent, comm_sec = exchange(cost, gpus, group, rounds=share // max(batch_gpu, 1))
     flops = cost.flops * share * (4 / 3 if recompute else 1)
     return Plan(
         gpus=gpus,
         batch=batch,
-        sharded=sharded,
+        group=group,
         recompute=recompute,
         batch_gpu=batch_gpu,
         state_bytes=state,
         round_bytes=cost.round_bytes(max(batch_gpu, 1), recompute=recompute),
         sent_bytes=sent,
         compute_sec=flops / (PEAK_FLOPS * EFFICIENCY),
-        comm_sec=sent / BUS_BYTES[gpus <= NODE_GPUS] + hops * HOP_SEC,
+        comm_sec=comm_sec,
     )
+
+
+def exchange(cost: Cost, gpus: int, group: int, *, rounds: int) -> tuple[float, float]:
+    """Bytes that a GPU sends in a step, and the seconds that this takes by itself."""
+    size = float(FLOAT * cost.params)
+    bus = BUS_BYTES[gpus <= NODE_GPUS]
+    if group == 1:  # one sum, in buckets, over trees
+        sent = 2 * size * (gpus - 1) / gpus
+        return sent, sent / bus + size / _BUCKET_BYTES * 2 * math.log2(gpus) * HOP_SEC
+    # Two gathers and a scatter a round, block by block, over a ring of the group.
+    passes = 3 * rounds
+    sent = passes * size * (group - 1) / group
+    seconds = sent / BUS_BYTES[group <= NODE_GPUS] + passes * (len(cost.blocks) + 1) * (group - 1) * HOP_SEC
+    copies = gpus // group
+    if copies > 1:  # and a sum of what a GPU keeps over the copies, by the GPU's own port
+        more = 2 * size / group * (copies - 1) / copies
+        sent, seconds = sent + more, seconds + more / PORT_BYTES
+        seconds += (len(cost.blocks) + 1) * 2 * math.log2(copies) * HOP_SEC
+    return sent, seconds
 
 
 def print_table(head: list[str], rows: list[list[str]]) -> None:
@@ -249,9 +275,11 @@ def main() -> None:
         print(f"{name}:\n")
         rows = []
         for gpus, batch in PLANS:
-            for sharded in (False, True):
-                for recompute in (False, True):
-                    rows.append(plan_row(plan(cost, gpus, batch, sharded=sharded, recompute=recompute)))
+            for group in sorted({1, NODE_GPUS, gpus}):
+                found = plan(cost, gpus, batch, group=group, recompute=False)
+                rows.append(plan_row(found))
+                if found.batch_gpu < batch // gpus:  # then --recompute may need fewer rounds, or fit at all
+                    rows.append(plan_row(plan(cost, gpus, batch, group=group, recompute=True)))
         print_table(
             [
                 *["GPUs", "batch", "weights", "--recompute", "--batch-gpu", "state GB", "round GB", "sent GB"],
@@ -263,7 +291,9 @@ def main() -> None:
 
 def plan_row(p: Plan) -> list[str]:
     """A plan as a row of a table."""
-    row = [f"{p.gpus:,}", f"{p.batch:,}", "--shard" if p.sharded else "DDP", "yes" if p.recompute else "no"]
+    ways = {1: "DDP", p.gpus: "--shard"}
+    way = ways.get(p.group, f"--shard --shard-group={p.group}")
+    row = [f"{p.gpus:,}", f"{p.batch:,}", way, "yes" if p.recompute else "no"]
     if not p.batch_gpu:
         return [*row, "does not fit", gb(p.state_bytes), gb(p.round_bytes), *["-"] * 4]
     low, high = p.rates

@@ -1,6 +1,7 @@
 """A sharded run (FSDP2, over gloo) computes what a run without sharding does, and its files are read by any run."""
 
 import dataclasses
+import functools
 import os
 import shutil
 from pathlib import Path
@@ -32,6 +33,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sharded, recomputed": {"shard": True, "recompute": True, "batch_gpu": 2},
     "sharded in two copies": {"shard": True, "shard_group": 1, "batch_gpu": 2},
     "sharded, adaptive scale": {"shard": True, "ls": "auto"},
+    "replicated, compiled": {"compile": True},
+    "sharded, compiled": {"compile": True, "shard": True, "recompute": True},
     "replicated, dropout": {"dropout": 0.5},
     "sharded, dropout": {"shard": True, "dropout": 0.5},
 }
@@ -83,6 +86,8 @@ def _join(rank: int, store: str) -> World:
 def _first_member(rank: int, folder: str, data: str) -> None:
     """Steps of all variants, a loss scale, and the first part of a run."""
     world = _join(rank, f"{folder}/store")
+    # The graphs are traced, whole or with an error, and not turned into kernels, which takes long.
+    torch.compile = functools.partial(torch.compile, backend="eager")
     results: dict[str, Any] = {
         name: steps(tiny_config(Path("none"), **changes), world) for name, changes in VARIANTS.items()
     }

@@ -195,7 +195,7 @@ class TrainingConfig:
         group = num_ranks if self.shard_group is None else self.shard_group
         if self.shards_over(num_ranks) and num_ranks % group:
             raise ConfigError(
-                f"--shard-group={group} does not divide {num_ranks} processes; try --shard-group={math.gcd(group, num_ranks)}"
+                f"--shard-group={group} does not divide {num_ranks} processes; try {math.gcd(group, num_ranks)}"
             )
         return group
 
