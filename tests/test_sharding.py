@@ -66,7 +66,9 @@ def steps(config: TrainingConfig, world: World) -> dict[str, Any]:
     images, labels = batch_of(RGB)
     share = slice(world.rank * 8 // world.size, (world.rank + 1) * 8 // world.size)
     losses = [state.step(images[share], labels[share]).mean() for _ in range(NUM_STEPS)]
+    averages = [(suffix, net.state_dict()) for net, suffix in state.averages()]
     result = {
+        "averages": {f"{suffix}/{name}": value.half() for suffix, net in averages for name, value in net.items()},
         "loss": world.all_reduce_sum(torch.stack(losses)) / world.size,
         "state": {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in whole(state.state_dict()).items()},
         "gradients": seen[0],
@@ -142,6 +144,9 @@ def assert_agree(actual: dict[str, Any], expected: dict[str, Any], tolerance: fl
     assert actual["gradients"].keys() == expected["gradients"].keys()
     for name, value in expected["gradients"].items():
         assert_close(actual["gradients"][name], value, 1e-4 if value.ndim == 0 else tolerance, name)
+    assert actual["averages"].keys() == expected["averages"].keys()
+    for name, value in expected["averages"].items():
+        assert_close(actual["averages"][name].float(), value.float(), 1e-3, name)  # a last digit of float16
     # A constant scale of the loss has no state.
     theirs = {k: v for k, v in actual["state"].items() if not k.startswith("/loss_scale")}
     assert theirs.keys() == expected["state"].keys()
