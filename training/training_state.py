@@ -5,13 +5,12 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from dnnlib.errors import ConfigError
 from torch_utils.distributed import World
 from torch_utils.loss_scale import LossScale
-from torch_utils.sharded_checkpoint import StoredTensor, flatten, read_into, read_whole
+from torch_utils.stored_tensor import has_stored, read_whole
 from training.config import TrainingConfig
 from training.dataset import ImageFolderDataset
 from training.encoders import Encoder, StabilityVAEEncoder
@@ -137,7 +136,7 @@ class TrainingState:
         copies waits.
         """
         if self.sharded:
-            cast(FSDPModule, self._replica).set_requires_all_reduce(not later)
+            cast(Any, self._replica).set_requires_all_reduce(not later)
         if later and isinstance(self._replica, DistributedDataParallel):
             return self._replica.no_sync()
         return contextlib.nullcontext()
@@ -186,9 +185,12 @@ class TrainingState:
             {"net": d["net"], "optimizer": d["optimizer"]["state"], "ema": d["ema"]["emas"]}
             for d in (self.state_dict(), data)
         )
-        (read_into if any(isinstance(leaf, StoredTensor) for leaf in flatten(theirs).values()) else take_rows)(
-            theirs, ours
-        )
+        if has_stored(theirs):
+            from torch_utils.sharded_checkpoint import read_into  # slow to import
+
+            read_into(theirs, ours)
+        else:
+            take_rows(theirs, ours)
 
     def averages(self, *, main_only: bool = False) -> Iterator[tuple[Precond, str]]:
         """The averaged networks, each with a suffix for its file name; every process must take all of them.
