@@ -1,7 +1,7 @@
 """Everything about a training run that changes as it trains: how it starts, takes a step, is saved and is restored."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -192,17 +192,16 @@ class TrainingState:
         else:
             take_rows(theirs, ours)
 
-    def averages(self, *, main_only: bool = False) -> Iterator[tuple[Precond, str]]:
-        """The averaged networks, each with a suffix for its file name; every process must take all of them.
+    def averages(self, *, main_only: bool = False) -> Iterable[tuple[torch.nn.Module, str]]:
+        """The averaged networks, each with a suffix for its file name; every process must take all of them, once.
 
-        Where the run is sharded they are gathered for this, one at a time and in float16; with `main_only` they have
-        no content in other processes than the main one. Otherwise they are the averages themselves.
+        Where the run is sharded they are gathered as they are taken, one at a time and in float16; with `main_only`
+        they have no content in other processes than the main one. Otherwise they are the averages themselves.
         """
-        for ema, suffix in self.ema.get():
-            if self.sharded:
-                yield gathered(ema, self.net, self.world, main_only=main_only), suffix
-            else:
-                yield cast(Precond, ema), suffix
+        averages = self.ema.get()
+        if not self.sharded:
+            return averages
+        return ((gathered(ema, self.net, self.world, main_only=main_only), suffix) for ema, suffix in averages)
 
 
 def fitting_moments(stored: dict[str, Any], parameters: list[torch.nn.Parameter]) -> dict[str, Any]:
