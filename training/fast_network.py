@@ -18,8 +18,9 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import nn
 
-from training.fast_ops import SILU_MAGNITUDE, cosine_attention, effective_weight, head_order, pixel_norm, scaled_silu
+from training.fast_ops import SILU_MAGNITUDE, cosine_attention, effective_weight, head_order, pixel_norm
 from training.networks_edm2 import Block, MPConv, Precond, mp_silu, mp_sum, resample
+from training.silu_conv import silu_convolve
 
 
 def activation_layout(device: torch.device) -> torch.memory_format:
@@ -48,12 +49,10 @@ class FastBlock(nn.Module):
             x = pixel_norm(x)
 
         keep, add = balance(block.res_balance)
-        y = convolve(F.silu(x), block.conv_res0, 1 / SILU_MAGNITUDE)
+        y = silu_convolve(x, effective(block.conv_res0, x, 1 / SILU_MAGNITUDE))
         scale = fully_connect(emb, block.emb_linear, block.emb_gain) + 1
-        y = scaled_silu(y, scale.to(y.dtype))
-        if self.training and block.dropout:
-            y = F.dropout(y, p=block.dropout)
-        y = convolve(y, block.conv_res1, add / SILU_MAGNITUDE)
+        weight = effective(block.conv_res1, x, add / SILU_MAGNITUDE)
+        y = silu_convolve(y, weight, scale.to(y.dtype), block.dropout if self.training else 0)
         if block.flavor == "dec" and block.conv_skip is not None:
             x = convolve(x, block.conv_skip, keep) + y
         else:
@@ -166,6 +165,11 @@ def convolve(
     weight = layer.weight if num_heads is None else head_order(layer.weight, num_heads)
     weight = effective_weight(weight, gain, x.dtype, activation_layout(x.device))
     return F.conv2d(x, weight, padding=weight.shape[-1] // 2)
+
+
+def effective(layer: MPConv, x: torch.Tensor, gain: float | torch.Tensor = 1) -> torch.Tensor:
+    """The weight of `layer` that acts on `x`."""
+    return effective_weight(layer.weight, gain, x.dtype, activation_layout(x.device))
 
 
 def fully_connect(x: torch.Tensor, layer: MPConv, gain: float | torch.Tensor = 1) -> torch.Tensor:

@@ -33,8 +33,8 @@ def make_replica(net: Precond, config: TrainingConfig, world: World) -> torch.nn
                 device_ids=[device.index] if device.type == "cuda" else None,
                 broadcast_buffers=False,
                 gradient_as_bucket_view=True,
-                # Not when compiled, where the compiler splits its graph at the buckets, nor with rounds of accumulation,
-                # which a static graph cannot leave out of the exchange.
+                # Not when compiled, where the compiler splits its graph at the buckets, nor with rounds of
+                # accumulation, which a static graph cannot leave out of the exchange.
                 static_graph=not compiled and config.share_of(world.size)[1] == 1,
             )
     if compiled:

@@ -57,7 +57,7 @@ class TrainingState:
         self.loss_scale = LossScale(config.ls, world.device)
         self.ema = PowerFunctionEMA(self.net, stds=list(config.ema_stds))
         self._noise = NoiseStream(config.seed, world.device)
-        self._replica = make_replica(self.net, config, world)
+        self.replica = make_replica(self.net, config, world)
 
     def close(self) -> None:
         """Let go of the process group; there are no steps after this.
@@ -65,7 +65,7 @@ class TrainingState:
         Without it the group may live on in DistributedDataParallel after it was closed, and then its end is a deadlock
         now and again: that waits, with Python's global lock held, for a thread that wants the lock to drop a tensor.
         """
-        self._replica = self.net
+        self.replica = self.net
 
     @property
     def learning_rate(self) -> float:
@@ -115,15 +115,15 @@ class TrainingState:
         rounds = (t.chunk(num_rounds) for t in (latents, labels, rnd_normal, unit_noise))
         for index, (x, y, n, e) in enumerate(zip(*rounds, strict=True)):
             with self._gradients_later(index < num_rounds - 1):
-                loss = self.loss_fn(self._replica, x, y, rnd_normal=n, unit_noise=e)
+                loss = self.loss_fn(self.replica, x, y, rnd_normal=n, unit_noise=e)
                 (loss.sum() * (self.loss_scale.factor / share)).backward()
             losses.append(loss.detach())
         return torch.cat(losses)
 
     def _gradients_later(self, later: bool) -> contextlib.AbstractContextManager[Any]:
         """Where `later`, leave the exchange of gradients between processes to a following round."""
-        if later and isinstance(self._replica, DistributedDataParallel):
-            return self._replica.no_sync()
+        if later and isinstance(self.replica, DistributedDataParallel):
+            return self.replica.no_sync()
         return contextlib.nullcontext()
 
     def state_dict(self) -> dict[str, Any]:
