@@ -174,10 +174,16 @@ class TrainingConfig:
         try:
             old = json.loads(stored)
             old_network = dict(old["network"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise ConfigError("training_options.json cannot be read; give another --outdir") from None
         new = json.loads(self.to_json())
         neutral = {f.name for f in dataclasses.fields(self) if f.metadata.get("neutral")}
         pairs = [(key, old.get(key), value) for key, value in new.items() if key not in neutral | {"network"}]
         pairs += [(key, old_network.get(key), value) for key, value in new["network"].items()]
-        return [f"{key}: {was} in the run, {now} asked for" for key, was, now in pairs if was != now]
+        return [f"{key}: {_shown(was)} in the run, {now} asked for" for key, was, now in pairs if was != now]
+
+
+def _shown(value: Any) -> str:
+    """A value out of a file, on one line of bounded length."""
+    text = str(value)
+    return text if text.isprintable() and len(text) <= 100 else json.dumps(value)[:100]
