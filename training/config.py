@@ -188,10 +188,16 @@ class TrainingConfig:
             old_network = dict(old["network"])
             if "fp16" in old_network:  # runs from before there were more precisions than these two
                 old_network["precision"] = "fp16" if old_network["fp16"] else "fp32"
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise ConfigError("training_options.json cannot be read; give another --outdir") from None
         new = json.loads(self.to_json())
         neutral = {f.name for f in dataclasses.fields(self) if f.metadata.get("neutral")}
         pairs = [(key, old.get(key), value) for key, value in new.items() if key not in neutral | {"network"}]
         pairs += [(key, old_network.get(key), value) for key, value in new["network"].items()]
-        return [f"{key}: {was} in the run, {now} asked for" for key, was, now in pairs if was != now]
+        return [f"{key}: {_shown(was)} in the run, {now} asked for" for key, was, now in pairs if was != now]
+
+
+def _shown(value: Any) -> str:
+    """A value out of a file, on one line of bounded length."""
+    text = str(value)
+    return text if text.isprintable() and len(text) <= 100 else json.dumps(value)[:100]

@@ -23,7 +23,7 @@ from torch_utils.training_stats import RunningMeans
 from training.config import TrainingConfig
 from training.dataset import BatchReader, ImageFolderDataset
 from training.encoders import Encoder, StabilityVAEEncoder
-from training.latents import PUBLISHED_VAE, encoder_entry, measured_encoder, read_encoder
+from training.latents import PUBLISHED_VAE, encoder_entry, measured_encoder, read_encoder_file
 from training.loss import EDM2Loss
 from training.run_folder import RunFolder
 from training.schedule import learning_rate_schedule
@@ -103,7 +103,7 @@ def load_vae_encoder(
             make_folder(folder.path)
             write_text(folder.encoder_file, json.dumps(encoder_entry(measured_encoder(encoder, dataset, world.device))))
         world.barrier()
-        encoder = read_encoder(json.loads(folder.encoder_file.read_text("utf-8")), str(folder.encoder_file))
+        encoder = read_encoder_file(folder.encoder_file)
     encoder.init(world.device)
     return encoder
 

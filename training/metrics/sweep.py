@@ -220,7 +220,7 @@ def read_points(path: Path, settings: Mapping[str, Any]) -> list[Point]:
             )
             for entry in record["points"]
         ]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         raise ConfigError(f"{path} is there, and is no record of a sweep; name another file") from None
     if not points:
         return []
