@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 from typing import Any
@@ -9,20 +10,23 @@ from typing import Any
 import click
 import tqdm
 
+from dnnlib.appending import LineFile
 from dnnlib.cli import INT_LIST, LOSS_SCALE, NIMG, STD_LIST, main
 from dnnlib.cli_metrics import given_metrics, training_metrics_options
+from dnnlib.cli_saving import saving_options
 from dnnlib.cli_speed import take_fp16, training_speed_options
 from dnnlib.cli_streaming import streaming_options
 from dnnlib.errors import ConfigError
 from dnnlib.parse import format_nimg
 from torch_utils import distributed
 from torch_utils.precision import precision_note
+from torch_utils.together import on_main
 from training.config import MetricsConfig, TrainingConfig
 from training.latents import PUBLISHED_VAE
 from training.presets import locate, training_preset
 from training.run_folder import RunFolder
 from training.streaming.remote import is_remote
-from training.training_loop import Iteration, Saved, Status, TrainingRun, open_dataset
+from training.training_loop import Iteration, Notice, Saved, Status, TrainingRun, open_dataset
 from training.training_metrics import check_metrics
 from training.training_state import check_network, network_shape
 
@@ -40,22 +44,21 @@ _NETWORK_FIELDS = {
 class Log:
     """What the main process tells: on the screen, past the progress bar, and in the run's log.txt."""
 
-    def __init__(self, folder: RunFolder, *, is_main: bool) -> None:
-        self._folder = folder
+    def __init__(self, folder: RunFolder, *, is_main: bool, patient: bool) -> None:
+        self._log = LineFile(folder.log_file, patient=patient)
+        self._stats = LineFile(folder.stats_file, patient=patient)
         self.is_main = is_main
 
     def say(self, text: str) -> None:
         """Print a line and append it to log.txt."""
         if self.is_main:
             tqdm.tqdm.write(text)
-            with open(self._folder.log_file, "a", encoding="utf-8") as file:
-                file.write(text + "\n")
+            self._log.append(text)
 
     def record(self, stats: dict[str, float], texts: dict[str, str]) -> None:
         """Append a line to stats.jsonl and say the same in short."""
         if self.is_main:
-            with open(self._folder.stats_file, "a", encoding="utf-8") as file:
-                file.write(json.dumps(stats | texts) + "\n")
+            self._stats.append(json.dumps(stats | texts))
             self.say(_status_line(stats, texts))
 
 
@@ -98,6 +101,7 @@ class Log:
 @click.option("--snapshot", metavar="NIMG", type=NIMG, help="Interval of network snapshots; 0 = none  [default: 8Mi]")
 @click.option("--checkpoint", metavar="NIMG", type=NIMG, help="Interval of checkpoints; 0 = none  [default: 128Mi]")
 @click.option("--format", "snapshot_format", type=click.Choice(["pkl", "safetensors", "both"]), help="Of snapshots")
+@saving_options
 @training_metrics_options
 @streaming_options
 @click.option("--seed", metavar="INT", type=int, help="Random seed  [default: 0]")
@@ -142,11 +146,9 @@ def train_edm2(
     try:
         if options["workers"] is None and world.device.type == "cuda":
             config = dataclasses.replace(config, workers=2)
-        with contextlib.closing(TrainingRun(config, folder, world=world)) as run:
-            log = Log(folder, is_main=world.is_main)
-            if world.is_main:
-                folder.start(config, nimg=run.state.nimg)
-            world.barrier()
+        with folder.held(world, say=click.echo), contextlib.closing(TrainingRun(config, folder, world=world)) as run:
+            log = Log(folder, is_main=world.is_main, patient=config.on_disk_full == "wait")
+            on_main(world, functools.partial(folder.start, config, nimg=run.state.nimg))
             log.say(_describe(config, folder, dataset))
             note = precision_note(config.network.precision, world.device)
             if note is not None:
@@ -182,6 +184,8 @@ def configure(preset: str, options: dict[str, Any]) -> TrainingConfig:
 
 def _train(run: TrainingRun, log: Log) -> None:
     """Carry the run to its end, telling how it goes."""
+    for note in run.notes:
+        log.say(note)
     if run.resumed_from is not None:
         log.say(f"Continuing from {run.resumed_from} at {run.state.nimg / 1e3:.1f} kimg.")
     if run.state.left_fresh:
@@ -208,6 +212,8 @@ def _train(run: TrainingRun, log: Log) -> None:
                 case Status():
                     log.record(event.stats, event.texts)
                     bar.set_postfix(loss=f"{event.stats['Loss/loss']:.4f}")
+                case Notice():
+                    log.say(event.text)
                 case Saved():
                     log.say(f"Saved {', '.join(path.name for path in event.paths)}")
     log.say(f"Done: {run.state.nimg / 1e3:.1f} kimg in {_duration(run.state.elapsed_sec)}.")

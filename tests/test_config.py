@@ -106,6 +106,9 @@ def test_every_field_changes_the_result_except_these():
         "metrics",
         "data_cache",
         "data_cache_size",
+        "keep_checkpoints",
+        "background_saves",
+        "on_disk_full",
     }
     for key in record["network"]:
         changed = {**record, "network": {**record["network"], key: "another"}}

@@ -106,9 +106,13 @@ class TrainingConfig:
     snapshot: int = _neutral(default=8 << 20)
     checkpoint: int = _neutral(default=128 << 20)
     snapshot_format: str = _neutral(default="pkl")  # pkl, safetensors or both
+    keep_checkpoints: int = _neutral(default=2)  # the newest ones; 0 = all
+    background_saves: bool = _neutral(default=True)  # write files while training goes on
+    on_disk_full: str = _neutral(default="stop")  # stop or wait
     bench: bool = _neutral(default=True)  # let cuDNN time its algorithms
     compile: bool | None = _neutral(default=None)  # compile the network; None = on CUDA devices
     recompute: bool = _neutral(default=False)  # compute a block's activations again for the backward pass
+    shard: bool = _neutral(default=False)  # spread weights, moments and averages over the processes
     workers: int = _neutral(default=0)  # processes that read data, a rank
     data_cache: str | None = _neutral(default=None)  # folder for what is read from a URL; None = the usual one
     data_cache_size: int = _neutral(default=50 * 10**9)  # bytes of shards in it, at most
@@ -128,6 +132,7 @@ class TrainingConfig:
             "snapshot": self.snapshot,
             "checkpoint": self.checkpoint,
         }
+        not_negative |= {"keep-checkpoints": self.keep_checkpoints}
         not_negative |= {"workers": self.workers, "decay": self.decay, "rampup": self.rampup, "seed": self.seed}
         for name, value in not_negative.items():
             if not 0 <= value < math.inf:
@@ -176,6 +181,10 @@ class TrainingConfig:
     def compiles_on(self, device: torch.device) -> bool:
         """Whether the network is compiled there."""
         return device.type == "cuda" if self.compile is None else self.compile
+
+    def shards_over(self, num_ranks: int) -> bool:
+        """Whether each process keeps only a part of the weights."""
+        return self.shard and num_ranks > 1
 
     def to_json(self) -> str:
         """The text of training_options.json."""

@@ -5,6 +5,8 @@ The keys are described in docs/file-formats.md.
 
 import importlib.metadata
 import json
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -66,7 +68,7 @@ def write(
     ema_std: float | None,
     info: Mapping[str, Any],
 ) -> None:
-    """Write the parts to `path`."""
+    """Write the parts to `path`. Raises OSError where that fails."""
     arguments = network_arguments(net._init_args, net._init_kwargs)
     entries = {
         "network": {"class": type(net).__name__, "arguments": arguments},
@@ -80,7 +82,13 @@ def write(
     }
     metadata = {key: json.dumps(value, sort_keys=True) for key, value in entries.items()}
     metadata |= {"format": FORMAT, "format_version": str(VERSION)}
-    save_file({name: value.contiguous() for name, value in net.state_dict().items()}, path, metadata)
+    try:
+        save_file({name: value.contiguous() for name, value in net.state_dict().items()}, path, metadata)
+    except SafetensorError as error:  # which has the system's error as text only
+        code = re.search(r"\(os error (\d+)\)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
 
 
 def _shape(file: Any, name: str) -> torch.Tensor:

@@ -7,8 +7,6 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -16,24 +14,34 @@ import torch
 from dnnlib.atomic import write_text
 from dnnlib.errors import ConfigError
 from dnnlib.folders import make_folder
-from torch_utils.checkpoint import load_checkpoint, save_checkpoint
 from torch_utils.distributed import World
 from torch_utils.precision import numerics
+from torch_utils.sharded_checkpoint import read_whole
 from torch_utils.training_stats import RunningMeans
 from training.config import TrainingConfig
 from training.dataset import BatchReader, ImageFolderDataset
 from training.encoders import Encoder, StabilityVAEEncoder
 from training.latents import PUBLISHED_VAE, encoder_entry, measured_encoder, read_encoder_file
 from training.loss import EDM2Loss
+from training.resuming import find_resumption, tick_of
 from training.run_folder import RunFolder
+from training.saving import Notice, RunSaver, Saved
 from training.schedule import learning_rate_schedule
-from training.snapshot import Snapshot, save_snapshot
 from training.streaming.dataset import StreamedDataset, data_order, is_remote
 from training.streams import BatchPositions, Order
 from training.training_metrics import TrainingMetrics
 from training.training_state import TrainingState, make_encoder
 
-__all__ = ["EDM2Loss", "Iteration", "Saved", "Status", "TrainingRun", "learning_rate_schedule", "open_dataset"]
+__all__ = [
+    "EDM2Loss",
+    "Iteration",
+    "Notice",
+    "Saved",
+    "Status",
+    "TrainingRun",
+    "learning_rate_schedule",
+    "open_dataset",
+]
 
 # Data sets whose decoded items take no more than this are kept in memory where this process reads them itself.
 _CACHE_BYTES = 512 << 20
@@ -53,14 +61,6 @@ class Status:
     nimg: int
     stats: dict[str, float]
     texts: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Saved:
-    """Files were written; every process sees the event, the main one wrote them."""
-
-    nimg: int
-    paths: list[Path]
 
 
 def open_dataset(config: TrainingConfig) -> ImageFolderDataset:
@@ -120,44 +120,52 @@ class TrainingRun:
         self.metrics = None
         if config.metrics is not None:
             self.metrics = TrainingMetrics(config.metrics, snapshot=config.snapshot, folder=folder, world=world)
-        self.resumed_from = folder.newest_checkpoint()
+        resumption = find_resumption(folder, world)
+        self.resumed_from, self.notes = resumption.path, resumption.notes
         resumed = self.resumed_from is not None
         encoder = load_vae_encoder(config, self.dataset, folder, world)
         self.state = TrainingState(config, self.dataset, world, resumed=resumed, encoder=encoder)
         self._means = RunningMeans(world)
+        self._saver = RunSaver(config, folder, world)
         if self.resumed_from is not None:
-            data = load_checkpoint(self.resumed_from)
-            self.state.load_state_dict(data, source=str(self.resumed_from))
-            self._means.load_state_dict(data.get("stats", {}) if world.size == 1 else {})
+            self.state.load_state_dict(resumption.data, source=str(self.resumed_from))
+            self._means.load_state_dict(read_whole(resumption.data.get("stats", {})))
+        self._tick = tick_of(resumption.data, nimg=self.state.nimg, elapsed_sec=self.state.elapsed_sec)
         if self.metrics is not None:
             self.metrics.prepare(self.state.encoder, self.state.nimg)
 
     def close(self) -> None:
-        """Let go of the other processes. To be called before the World's own `close`."""
-        self.state.close()
+        """Wait for files on their way, and let go of the other processes. To be called before the World's `close`."""
+        try:
+            self._saver.close()
+        finally:
+            self.state.close()
 
     def __len__(self) -> int:
         return max(-(-(self.config.duration - self.state.nimg) // self.config.batch), 0)
 
-    def __iter__(self) -> Iterator[Iteration | Status | Saved]:
+    def __iter__(self) -> Iterator[Iteration | Status | Saved | Notice]:
         with numerics(cudnn_benchmark=self.config.bench, precision=self.config.network.precision):
             yield from self._events()
 
-    def _events(self) -> Iterator[Iteration | Status | Saved]:
+    def _events(self) -> Iterator[Iteration | Status | Saved | Notice]:
         config, state = self.config, self.state
         batches = self._batches()
-        session_start = tick_start = time.monotonic()
-        elapsed_before, tick_nimg, maintenance_sec = state.elapsed_sec, state.nimg, 0.0
+        session_start = time.monotonic()
+        elapsed_before, maintenance_sec = state.elapsed_sec, 0.0
+        tick_nimg, tick_start = self._tick[0], session_start - (elapsed_before - self._tick[1])
         while state.nimg < config.duration:
             images, labels = next(batches)
             learning_rate = state.learning_rate
             self._means.add("Loss/loss", state.step(images, labels))
             self._means.add("Loss/learning_rate", torch.full([], learning_rate, device=self.world.device))
             yield Iteration(nimg=state.nimg)
+            yield from self._saver.poll()
 
             measures = self.metrics is not None and self._due(self.metrics.every)
             reports = self._due(config.status) or measures
             if reports:
+                self._saver.check()
                 stats = self._means.collect()  # waits for the device, so that the time below is that of finished work
             now = time.monotonic()
             state.elapsed_sec = elapsed_before + now - session_start
@@ -165,19 +173,23 @@ class TrainingRun:
                 stats |= self._timing(now - tick_start - maintenance_sec, state.nimg - tick_nimg, maintenance_sec)
                 tick_start, tick_nimg, maintenance_sec = now, state.nimg, 0.0
             if self._due(config.snapshot) or measures:
-                yield Saved(nimg=state.nimg, paths=self._save_snapshots())
+                yield from self._saver.save_snapshots(state)
+            if measures:
+                yield from self._saver.settle()  # the best snapshot can be named only when it is there
             if reports:
                 yield self._status(stats, measures=measures)
             if self._due(config.checkpoint):
                 state.elapsed_sec = elapsed_before + time.monotonic() - session_start
-                yield Saved(nimg=state.nimg, paths=self._save_checkpoint())
+                self._tick = tick_nimg, elapsed_before + tick_start + maintenance_sec - session_start
+                yield from self._save_checkpoint()
             maintenance_sec += time.monotonic() - now
+        yield from self._saver.settle()
 
     def _status(self, stats: dict[str, float], *, measures: bool) -> Status:
         """The event that reports `stats`, with metrics if it `measures`: of the snapshots that were just taken."""
         if self.metrics is None or not measures:
             return Status(nimg=self.state.nimg, stats=stats)
-        found = self.metrics.measure(self.state.ema.get(), self.state.encoder, self.state.nimg)
+        found = self.metrics.measure(self.state.averages(), self.state.encoder, self.state.nimg)
         return Status(nimg=self.state.nimg, stats=stats | found.stats, texts=found.texts)
 
     def _due(self, interval: int) -> bool:
@@ -236,37 +248,8 @@ class TrainingRun:
             torch.cuda.reset_peak_memory_stats()
         return stats
 
-    def _save_snapshots(self) -> list[Path]:
-        """Write one network file for each tracked EMA length and format."""
-        paths = []
-        for (net, suffix), std in zip(self.state.ema.get(), self.config.ema_stds, strict=True):
-            for extension in ("pkl", "safetensors"):
-                if self.config.snapshot_format not in (extension, "both"):
-                    continue
-                path = self.folder.snapshot_path(self.state.nimg, suffix, extension)
-                paths.append(path)
-                if self.world.is_main:
-                    save_snapshot(self._snapshot(net, std), path)
-        return paths
-
-    def _snapshot(self, net: Any, std: float) -> Snapshot:
-        return Snapshot(
-            net=net,
-            encoder=self.state.encoder,
-            dataset_kwargs={
-                "class_name": "training.dataset.ImageFolderDataset",
-                "path": self.config.data,
-                "use_labels": self.config.cond,
-                "xflip": self.config.xflip,
-            },
-            loss_fn=self.state.loss_fn,
-            nimg=self.state.nimg,
-            ema_std=std,
-            info={"batch": self.config.batch, "seed": self.config.seed},
-        )
-
-    def _save_checkpoint(self) -> list[Path]:
-        path = self.folder.checkpoint_path(self.state.nimg)
-        if self.world.is_main:
-            save_checkpoint(path, self.state.state_dict() | {"stats": self._means.state_dict()})
-        return [path]
+    def _save_checkpoint(self) -> Iterator[Saved | Notice]:
+        nimg, elapsed_sec = self._tick
+        run = {"ranks": self.world.size, "tick": {"cur_nimg": nimg, "total_elapsed_time": elapsed_sec}}
+        data = self.state.state_dict() | {"stats": self._means.state_dict(), "run": run}
+        yield from self._saver.save_checkpoint(self.state.nimg, data)

@@ -4,7 +4,7 @@ import contextlib
 import copy
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,7 +74,7 @@ class TrainingMetrics:
             if line.get(_SETTINGS) == self._settings:
                 self._remember(line, round(line["Progress/kimg"] * 1e3))
 
-    def measure(self, emas: Sequence[tuple[torch.nn.Module, str]], encoder: Encoder, nimg: int) -> Measured:
+    def measure(self, emas: Iterable[tuple[torch.nn.Module, str]], encoder: Encoder, nimg: int) -> Measured:
         """Score the averages at `nimg` images, given with their suffixes; their snapshots must be there already.
 
         To be called by every process. Each average is taken as its snapshot has it, in float16, so that
