@@ -1,10 +1,11 @@
 """Files that appear whole or not at all."""
 
 import os
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from dnnlib.leftovers import temporary_name
 
 
 @contextmanager
@@ -16,7 +17,7 @@ def atomic_path(dest: str | os.PathLike[str], *, sync: bool = True) -> Iterator[
     exist. Threads may do this at the same time.
     """
     dest = Path(dest)
-    temp = dest.with_name(f".{dest.name}.{uuid.uuid4().hex[:12]}.tmp")
+    temp = dest.with_name(temporary_name(dest.name))
     # Made here and not by tempfile, whose files no one else may read, whatever the umask says.
     temp.touch(exist_ok=False)
     mode = temp.stat().st_mode

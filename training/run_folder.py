@@ -8,6 +8,7 @@ from typing import Any
 from dnnlib.atomic import write_text
 from dnnlib.errors import ConfigError
 from dnnlib.folders import make_folder, require_folder
+from dnnlib.leftovers import sweep
 from torch_utils.checkpoint import newest
 from training.config import TrainingConfig
 
@@ -52,8 +53,12 @@ class RunFolder:
                 )
 
     def start(self, config: TrainingConfig, *, nimg: int) -> None:
-        """Make the folder, record the options, and drop statistics from beyond `nimg`, where the run goes on."""
+        """Make the folder, record the options, and drop statistics from beyond `nimg`, where the run goes on.
+
+        What a killed process had half written is removed.
+        """
         make_folder(self.path)
+        sweep(self.path)
         try:
             write_text(self.options_file, config.to_json())
             if self.stats_file.exists():

@@ -3,6 +3,7 @@
 Source: Karras et al., arXiv 2312.02696, Section 2 and Appendix B.
 """
 
+import contextlib
 import json
 import time
 from collections.abc import Iterator
@@ -16,24 +17,38 @@ import torch
 from dnnlib.atomic import write_text
 from dnnlib.errors import ConfigError
 from dnnlib.folders import make_folder
+from torch_utils import distributed
 from torch_utils.checkpoint import load_checkpoint, save_checkpoint
 from torch_utils.distributed import World
 from torch_utils.precision import numerics
+from torch_utils.stopping import prepare_worker, spared_children
 from torch_utils.training_stats import RunningMeans
 from training.config import TrainingConfig
+from training.consistency import require_same
 from training.dataset import BatchReader, ImageFolderDataset
 from training.encoders import Encoder, StabilityVAEEncoder
 from training.latents import PUBLISHED_VAE, encoder_entry, measured_encoder, read_encoder
 from training.loss import EDM2Loss
 from training.run_folder import RunFolder
 from training.schedule import learning_rate_schedule
+from training.session import Cause, Ended, Session
 from training.snapshot import Snapshot, save_snapshot
 from training.streaming.dataset import StreamedDataset, data_order, is_remote
 from training.streams import BatchPositions, Order
 from training.training_metrics import TrainingMetrics
 from training.training_state import TrainingState, make_encoder
 
-__all__ = ["EDM2Loss", "Iteration", "Saved", "Status", "TrainingRun", "learning_rate_schedule", "open_dataset"]
+__all__ = [
+    "Cause",
+    "EDM2Loss",
+    "Ended",
+    "Iteration",
+    "Saved",
+    "Status",
+    "TrainingRun",
+    "learning_rate_schedule",
+    "open_dataset",
+]
 
 # Data sets whose decoded items take no more than this are kept in memory where this process reads them itself.
 _CACHE_BYTES = 512 << 20
@@ -121,6 +136,8 @@ class TrainingRun:
         if config.metrics is not None:
             self.metrics = TrainingMetrics(config.metrics, snapshot=config.snapshot, folder=folder, world=world)
         self.resumed_from = folder.newest_checkpoint()
+        found = "" if self.resumed_from is None else self.resumed_from.name
+        require_same(world, config, self.dataset, resumed_from=found)
         resumed = self.resumed_from is not None
         encoder = load_vae_encoder(config, self.dataset, folder, world)
         self.state = TrainingState(config, self.dataset, world, resumed=resumed, encoder=encoder)
@@ -139,24 +156,34 @@ class TrainingRun:
     def __len__(self) -> int:
         return max(-(-(self.config.duration - self.state.nimg) // self.config.batch), 0)
 
-    def __iter__(self) -> Iterator[Iteration | Status | Saved]:
+    def __iter__(self) -> Iterator[Iteration | Status | Saved | Ended]:
+        session = Session(self.config, self.world, nimg=self.state.nimg)
         with numerics(cudnn_benchmark=self.config.bench):
-            yield from self._events()
+            yield from self._events(session)
+        session.close()
 
-    def _events(self) -> Iterator[Iteration | Status | Saved]:
+    def _events(self, session: Session) -> Iterator[Iteration | Status | Saved | Ended]:
         config, state = self.config, self.state
         batches = self._batches()
         session_start = tick_start = time.monotonic()
         elapsed_before, tick_nimg, maintenance_sec = state.elapsed_sec, state.nimg, 0.0
+        self._progress()
+        if state.nimg < config.duration and (end := session.before_start(state.nimg)) is not None:
+            yield end
+            return
         while state.nimg < config.duration:
             images, labels = next(batches)
             learning_rate = state.learning_rate
+            watches = config.monitor or config.on_nonfinite == "stop"
+            if watches and self._reports(state.nimg + config.batch):
+                state.monitor.arm()
             self._means.add("Loss/loss", state.step(images, labels))
             self._means.add("Loss/learning_rate", torch.tensor(learning_rate))
             yield Iteration(nimg=state.nimg)
 
+            end = session.after_iteration(state.nimg)
             measures = self.metrics is not None and self._due(self.metrics.every)
-            reports = self._due(config.status) or measures
+            reports = self._reports(state.nimg)
             if reports:
                 stats = self._means.collect()  # waits for the device, so that the time below is that of finished work
             now = time.monotonic()
@@ -164,14 +191,39 @@ class TrainingRun:
             if reports:
                 stats |= self._timing(now - tick_start - maintenance_sec, state.nimg - tick_nimg, maintenance_sec)
                 tick_start, tick_nimg, maintenance_sec = now, state.nimg, 0.0
-            if self._due(config.snapshot) or measures:
+                if watches:
+                    stats |= state.monitor.collect(state.loss_fn)
+                    end = session.after_status(state.nimg, stats["Loss/loss"], state.monitor.lost) or end
+                self._progress()
+            if self._due(config.snapshot) or measures or (end is not None and end.is_final and config.snapshot):
                 yield Saved(nimg=state.nimg, paths=self._save_snapshots())
             if reports:
-                yield self._status(stats, measures=measures)
-            if self._due(config.checkpoint):
+                # Who is told to go may have no time for pictures.
+                hurries = end is not None and end.cause in (Cause.SIGNAL, Cause.SUSPEND)
+                yield self._status(stats, measures=measures and not hurries)
+            if (self._due(config.checkpoint) or end is not None) and self._worth_keeping(end):
                 state.elapsed_sec = elapsed_before + time.monotonic() - session_start
                 yield Saved(nimg=state.nimg, paths=self._save_checkpoint())
+            if end is not None and (state.nimg < config.duration or end.cause == Cause.NONFINITE):
+                yield end
+                return
             maintenance_sec += time.monotonic() - now
+
+    def _reports(self, nimg: int) -> bool:
+        """Whether there is a line for stats.jsonl after the iteration that ends at `nimg`."""
+        every = 0 if self.metrics is None else self.metrics.every
+        return self._due(self.config.status, nimg) or self._due(every, nimg)
+
+    def _progress(self) -> None:
+        if self.world.is_main:
+            distributed.update_progress(self.state.nimg, self.config.duration)
+
+    def _worth_keeping(self, end: Ended | None) -> bool:
+        """Whether the run can go on from the state at the session's `end`: not from weights that are no numbers."""
+        if end is None or end.cause != Cause.NONFINITE:
+            return True
+        finite = torch.stack([param.detach().isfinite().all() for param in self.state.net.parameters()]).all()
+        return all(self.world.all_gather_objects(bool(finite)))
 
     def _status(self, stats: dict[str, float], *, measures: bool) -> Status:
         """The event that reports `stats`, with metrics if it `measures`: of the snapshots that were just taken."""
@@ -180,11 +232,12 @@ class TrainingRun:
         found = self.metrics.measure(self.state.ema.get(), self.state.encoder, self.state.nimg)
         return Status(nimg=self.state.nimg, stats=stats | found.stats, texts=found.texts)
 
-    def _due(self, interval: int) -> bool:
-        """Whether the iteration just taken crossed a multiple of `interval` images, or was the last one."""
+    def _due(self, interval: int, nimg: int | None = None) -> bool:
+        """Whether the iteration that ended at `nimg`, by default the one just taken, crossed a multiple of `interval`
+        images, or was the last one."""
         if interval == 0:
             return False
-        nimg = self.state.nimg
+        nimg = self.state.nimg if nimg is None else nimg
         return nimg // interval > (nimg - self.config.batch) // interval or nimg >= self.config.duration
 
     def _batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -210,9 +263,12 @@ class TrainingRun:
             pin_memory=device.type == "cuda",
             multiprocessing_context="spawn" if workers else None,
             prefetch_factor=2 if workers else None,
+            worker_init_fn=prepare_worker,
         )
         try:
-            for images, labels in loader:
+            with spared_children() if workers else contextlib.nullcontext():
+                batches = iter(loader)
+            for images, labels in batches:
                 yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         except ConfigError as error:
             # A worker's exception arrives with the worker's traceback as its message, ending in the original.

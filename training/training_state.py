@@ -14,6 +14,7 @@ from training.dataset import ImageFolderDataset
 from training.encoders import Encoder, StabilityVAEEncoder
 from training.latents import encoder_of, vae_encoder, vae_geometry
 from training.loss import EDM2Loss
+from training.monitor import Monitor
 from training.networks_edm2 import MPConv, Precond, normalize
 from training.phema import PowerFunctionEMA
 from training.schedule import learning_rate_schedule
@@ -53,6 +54,7 @@ class TrainingState:
         self.loss_fn = EDM2Loss(P_mean=config.P_mean, P_std=config.P_std, sigma_data=self.net.sigma_data)
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=config.lr, betas=(0.9, 0.99))
         self.ema = PowerFunctionEMA(self.net, stds=list(config.ema_stds))
+        self.monitor = Monitor(self.net, world, everything=config.monitor, loss_scale=config.ls)
         self._noise = NoiseStream(config.seed, world.device)
         self._replica: torch.nn.Module = self.net
         if world.size > 1:
@@ -82,6 +84,7 @@ class TrainingState:
         `images` [N, C, H, W] as the data set holds them, `labels` [N, L] float32, both on the run's device.
         """
         loss = self.accumulate_gradients(images, labels)
+        self.monitor.see_gradients()
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
         for param in self.net.parameters():
@@ -118,6 +121,7 @@ class TrainingState:
         losses = []
         rounds = (t.chunk(num_rounds) for t in (latents, labels, rnd_normal, unit_noise))
         for index, (x, y, n, e) in enumerate(zip(*rounds, strict=True)):
+            self.monitor.see_inputs(x, y, rnd_normal=n, unit_noise=e)
             with self._gradients_later(index < num_rounds - 1):
                 loss = self.loss_fn(self._replica, x, y, rnd_normal=n, unit_noise=e)
                 (loss.sum() * (self.config.ls / share)).backward()
