@@ -6,6 +6,8 @@ same code runs over NCCL on GPUs and over gloo elsewhere.
 
 import datetime
 import os
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -164,8 +166,9 @@ def _join(device: torch.device, timeout: datetime.timedelta) -> torch.distribute
         os.environ.setdefault("TORCH_NCCL_PROPAGATE_ERROR", "1")
     where = f"{os.environ.get('MASTER_ADDR', '(no MASTER_ADDR)')}:{os.environ.get('MASTER_PORT', '(no MASTER_PORT)')}"
     try:
-        store, rank, size = next(iter(rendezvous("env://", timeout=timeout)))
-        store.set_timeout(timeout)
+        shared, rank, size = next(iter(rendezvous("env://", timeout=timeout)))
+        shared.set_timeout(timeout)
+        store = _unused_part(shared, rank, size, timeout)
         store.set(f"device/{rank}", device.type)
         first = store.get("device/0").decode()
         if first != device.type:
@@ -188,5 +191,33 @@ def _join(device: torch.device, timeout: datetime.timedelta) -> torch.distribute
         raise ConfigError(
             f"the processes of this run do not find each other at {where} within {timeout}: {reason}"
         ) from None
-    assert isinstance(store, torch.distributed.Store)
     return store
+
+
+def _unused_part(
+    store: torch.distributed.Store, rank: int, size: int, timeout: datetime.timedelta
+) -> torch.distributed.Store:
+    """A part of `store` that only these processes know.
+
+    torchrun keeps its store when it restarts the processes (seen with PyTorch 2.13), and what killed ones left there,
+    their addresses first of all, would be taken for that of the new ones: these then fail to connect, or wait for ever.
+    So every process introduces itself with a word that nobody can have used, and learns by it where to meet.
+    """
+    word = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"hello/{rank}", word)
+        place = store.get(f"welcome/{word}").decode()
+        store.set(f"{place}/here/{rank}", "")
+        return torch.distributed.PrefixStore(place, store)
+    place, missing = word, set(range(1, size))
+    end = time.monotonic() + timeout.total_seconds()
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"{place}/here/{other}"]):
+                missing.discard(other)
+            elif store.check([f"hello/{other}"]):  # its word, or one of a process that is gone, which does no harm
+                store.set(f"welcome/{store.get(f'hello/{other}').decode()}", place)
+        if time.monotonic() > end:
+            raise RuntimeError(f"no word from process {', '.join(map(str, sorted(missing)))} of {size}")
+        time.sleep(0.01 if missing else 0)
+    return torch.distributed.PrefixStore(place, store)

@@ -74,8 +74,8 @@ class Session:
         if self._config.on_nonfinite != "stop" or len(self._bad_intervals) < self._config.nonfinite_limit:
             return None
         explanation = (
-            f"In each of the last {len(self._bad_intervals)} status intervals something was not finite; in the last one,"
-            f" {problem}."
+            f"In each of the last {len(self._bad_intervals)} status intervals something was not finite; in the last"
+            f" one, {problem}."
         )
         return Ended(nimg=nimg, cause=Cause.NONFINITE, explanation=explanation)
 
