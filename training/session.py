@@ -79,6 +79,11 @@ class Session:
         )
         return Ended(nimg=nimg, cause=Cause.NONFINITE, explanation=explanation)
 
+    @property
+    def in_doubt(self) -> bool:
+        """Whether something was not finite in the last status interval, which may come to stop the run."""
+        return self._config.on_nonfinite == "stop" and bool(self._bad_intervals)
+
     def close(self) -> None:
         """Wait for what is under way between the processes, and take the request that was honoured as done."""
         self._agreement.settle()

@@ -182,6 +182,8 @@ class TrainingRun:
             yield Iteration(nimg=state.nimg)
 
             end = session.after_iteration(state.nimg)
+            finished = state.nimg >= config.duration
+            end = None if finished else end
             measures = self.metrics is not None and self._due(self.metrics.every)
             reports = self._reports(state.nimg)
             if reports:
@@ -201,10 +203,12 @@ class TrainingRun:
                 # Who is told to go may have no time for pictures.
                 hurries = end is not None and end.cause in (Cause.SIGNAL, Cause.SUSPEND)
                 yield self._status(stats, measures=measures and not hurries)
-            if (self._due(config.checkpoint) or end is not None) and self._worth_keeping(end):
+            # Also with --checkpoint=0: what the run went on from is not to remain as if it were the newest.
+            wanted = self._due(config.checkpoint) or (finished and self.resumed_from is not None)
+            if (wanted or end is not None) and self._worth_keeping(session):
                 state.elapsed_sec = elapsed_before + time.monotonic() - session_start
                 yield Saved(nimg=state.nimg, paths=self._save_checkpoint())
-            if end is not None and (state.nimg < config.duration or end.cause == Cause.NONFINITE):
+            if end is not None:
                 yield end
                 return
             maintenance_sec += time.monotonic() - now
@@ -218,9 +222,9 @@ class TrainingRun:
         if self.world.is_main:
             distributed.update_progress(self.state.nimg, self.config.duration)
 
-    def _worth_keeping(self, end: Ended | None) -> bool:
-        """Whether the run can go on from the state at the session's `end`: not from weights that are no numbers."""
-        if end is None or end.cause != Cause.NONFINITE:
+    def _worth_keeping(self, session: Session) -> bool:
+        """Whether the run can go on from where it is: not from weights that are no numbers."""
+        if not session.in_doubt:
             return True
         finite = torch.stack([param.detach().isfinite().all() for param in self.state.net.parameters()]).all()
         return all(self.world.all_gather_objects(bool(finite)))
