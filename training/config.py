@@ -117,12 +117,17 @@ class TrainingConfig:
     data_cache: str | None = _neutral(default=None)  # folder for what is read from a URL; None = the usual one
     data_cache_size: int = _neutral(default=50 * 10**9)  # bytes of shards in it, at most
     metrics: MetricsConfig | None = field(default=None, metadata={"neutral": True})  # None = nothing is measured
+    slice: int | None = _neutral(default=None)  # images until a session ends; None = the whole duration
+    on_nonfinite: str = _neutral(default="stop")  # stop or continue
+    nonfinite_limit: int = _neutral(default=3)  # status intervals in a row before that
+    monitor: bool = _neutral(default=False)  # magnitudes of gradients, activations and weights in stats.jsonl
 
     def __post_init__(self) -> None:
         positive: dict[str, float] = {"batch": self.batch, "duration": self.duration, "channels": self.network.channels}
         positive |= {"batch-gpu": self.batch_gpu if self.batch_gpu is not None else 1, "lr": self.lr}
         positive |= {"ls": 1.0 if self.ls == "auto" else self.ls}
         positive |= {"P_std": self.P_std, "num-blocks": self.network.num_blocks}
+        positive |= {"slice": 1 if self.slice is None else self.slice, "nonfinite-limit": self.nonfinite_limit}
         positive |= {"shuffle-buffer": self.shuffle_images, "data-cache-size": self.data_cache_size}
         for name, value in positive.items():
             if not 0 < value < math.inf:

@@ -16,6 +16,7 @@ from training.dataset import ImageFolderDataset
 from training.encoders import Encoder, StabilityVAEEncoder
 from training.latents import encoder_of, vae_encoder, vae_geometry
 from training.loss import EDM2Loss
+from training.monitor import Monitor
 from training.networks_edm2 import Precond
 from training.phema import PowerFunctionEMA
 from training.replica import make_replica
@@ -64,6 +65,9 @@ class TrainingState:
         self.optimizer = make_optimizer(self.part.parameters(), lr=config.lr)
         self.loss_scale = LossScale(config.ls, world.device, shared=world if self.sharded else None)
         self.ema = PowerFunctionEMA(self.part, stds=list(config.ema_stds))
+        self.monitor = Monitor(
+            self.net, world, everything=config.monitor, replica=self.replica if self.sharded else None
+        )
         self._noise = NoiseStream(config.seed, world.device)
 
     def close(self) -> None:
@@ -86,6 +90,7 @@ class TrainingState:
         `images` [N, C, H, W] as the data set holds them, `labels` [N, L] float32, both on the run's device.
         """
         loss = self.accumulate_gradients(images, labels)
+        self.monitor.see_gradients(self.loss_scale.factor)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
         if self.sharded:
@@ -123,6 +128,7 @@ class TrainingState:
         losses = []
         rounds = (t.chunk(num_rounds) for t in (latents, labels, rnd_normal, unit_noise))
         for index, (x, y, n, e) in enumerate(zip(*rounds, strict=True)):
+            self.monitor.see_inputs(x, y, rnd_normal=n, unit_noise=e)
             with self._gradients_later(index < num_rounds - 1):
                 loss = self.loss_fn(self.replica, x, y, rnd_normal=n, unit_noise=e)
                 (loss.sum() * (self.loss_scale.factor / share)).backward()
