@@ -17,8 +17,9 @@ from dnnlib.errors import ConfigError
 from tests.conftest import GOLDEN_DIR, Golden
 from torch_utils.distributed import World
 from training.generation import GeneratedImages, generate_images, split_batches
-from training.image_files import ImageWriter, contact_sheet, write_png
+from training.image_files import ImageWriter, contact_sheet
 from training.networks_edm2 import Precond
+from training.png_files import write_png
 
 NET = GOLDEN_DIR / "snapshots" / "rgb-cond.pkl"
 GUIDE = GOLDEN_DIR / "snapshots" / "rgb-cond-guide.pkl"
@@ -244,11 +245,12 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     write_png(path, np.zeros([3, 2, 2], np.uint8))
     before = path.read_bytes()
 
-    def full(self: Any, file: Path, **kwargs: Any) -> None:
-        file.write_bytes(b"half")
+    def full(self: Path, data: bytes) -> None:
+        with open(self, "wb") as file:
+            file.write(data[: len(data) // 2])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(PIL.Image.Image, "save", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(ConfigError, match="No space left"):
         write_png(path, np.ones([3, 2, 2], np.uint8))
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
