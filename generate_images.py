@@ -19,7 +19,8 @@ from dnnlib.parse import parse_int_list
 from torch_utils import distributed
 from torch_utils.distributed import World
 from torch_utils.precision import numerics
-from training.generation import GeneratedImages, generate_images, require_writable_images
+from training.generation import GeneratedImages, generate_images
+from training.generation_checks import require_writable_images
 from training.image_decoder import DecoderOptions
 from training.image_files import require_sheet, write_sheet
 from training.png_files import FAST, read_png
@@ -176,7 +177,8 @@ def run(request: Request, world: World) -> None:
         make_folder(request.grid.parent)
     tiles: dict[int, np.ndarray] = {}
     # Batches are taken in order by whichever process is free: the number of this one tells how far all of them are.
-    done = np.cumsum([len(images.skipped), *map(len, images.batches)]).tolist()
+    sizes = [len(batch) for batch in images.batches]
+    done = np.cumsum([len(images.seeds) - sum(sizes), *sizes]).tolist()
     with tqdm(total=done[-1], initial=done[0], desc="Generating", unit="image", disable=not world.is_main) as progress:
         for batch in images:
             if request.grid is not None and batch.images is not None:
@@ -189,8 +191,8 @@ def run(request: Request, world: World) -> None:
     world.barrier()
     if world.is_main:
         places = [str(place) for place in (request.outdir, request.grid) if place is not None]
-        there = f", {len(images.skipped)} were there already" if images.skipped else ""
-        click.echo(f"Wrote {done[-1] - done[0]} images{there}: {', '.join(places)}")
+        there = f", {len(images.there)} were there already" if images.there else ""
+        click.echo(f"Wrote {len(request.seeds) - len(images.there)} images{there}: {', '.join(places)}")
 
 
 def announce_code(world: World, code: EmbeddedCode) -> None:
@@ -207,7 +209,7 @@ def write_grid(path: Path, images: GeneratedImages, tiles: dict[int, np.ndarray]
     """
     merged = {index: tile for share in world.all_gather_objects(tiles) for index, tile in share.items()}
     if world.is_main:
-        merged |= {position: read_png(images.path_of(position)) for position in images.skipped}
+        merged |= {position: read_png(images.path_of(position)) for position in images.there}
         num_images = len(images.seeds)
         num_columns = num_images // images.net.label_dim if images.one_row_per_class else math.isqrt(num_images - 1) + 1
         write_sheet(path, np.stack([merged[i] for i in range(num_images)]), num_columns=num_columns)

@@ -16,7 +16,8 @@ import torch
 from dnnlib.errors import ConfigError
 from tests.conftest import GOLDEN_DIR, Golden
 from torch_utils.distributed import World
-from training.generation import GeneratedImages, generate_images, split_batches
+from training.dealing import split_batches
+from training.generation import GeneratedImages, generate_images
 from training.image_files import ImageWriter, contact_sheet
 from training.networks_edm2 import Precond
 from training.png_files import write_png

@@ -3,7 +3,6 @@
 Shape legend: N images, C channels, H x W pixels, L labels; latents and images may differ in C, H and W.
 """
 
-import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -18,14 +17,22 @@ import torch.distributed
 from dnnlib.errors import ConfigError
 from dnnlib.folders import make_folder, require_folder
 from torch_utils.distributed import World, resolve_device
-from training.dealing import all_batches, deal_on_demand, split_batches
+from training.dealing import all_batches, deal_on_demand, remaining_batches
 from training.encoders import Encoder, StandardRGBEncoder
+from training.generation_checks import (
+    check_request,
+    classes_per_seed,
+    image_size,
+    require_matching_guide,
+    require_one_image_per_file,
+    require_writable_images,
+)
 from training.generation_files import BatchFiles, FilePlan, plan_files
-from training.guidance import Guidance, listed
+from training.guidance import listed
 from training.image_decoder import DecoderOptions
 from training.pipeline import streams_of, two_stages
-from training.png_files import FAST, require_compression, require_png_channels
-from training.sampler import HeunOptions, StackedRandomGenerator, choose_solver, edm_sampler
+from training.png_files import FAST, require_compression
+from training.sampler import StackedRandomGenerator, edm_sampler
 from training.snapshot import load_snapshot
 from training.snapshot_code import TrustCode
 
@@ -82,9 +89,9 @@ class GeneratedImages:
     full_batch: int  # images in the largest batch of any process
 
     @property
-    def skipped(self) -> list[int]:
-        """Positions in `seeds` of the images that are not made, because their files are there."""
-        return [] if self.files is None else self.files.skipped
+    def there(self) -> frozenset[int]:
+        """Positions in `seeds` of the images whose files were there and stay. Some may be in a batch all the same."""
+        return frozenset() if self.files is None else self.files.there
 
     def path_of(self, position: int) -> Path:
         """The file of an image, by its position in `seeds`."""
@@ -206,11 +213,11 @@ def generate_images(
     called like `edm_sampler`.
 
     `prepare` is applied to `net` and each guide, with the device, before they are used (see `Prepare`); if it has an
-    attribute `settings`, a dictionary, this is noted in the files. `skip_existing`: images whose files are in
-    `outdir` are not made, and the others are dealt evenly; files that say they were made from something else are
-    refused. `on_demand`: a batch goes to whichever process is free, so that batch_idx, num_batches and the length
-    count those of all processes, and a process sees some of them; every process must iterate. `decoder`: how
-    latents are decoded; default, see DecoderOptions. `png_compression`: see `encode_png`.
+    attribute `settings`, a dictionary, this is noted in the files. `skip_existing`: images whose files are in `outdir`
+    stay as they are, and what is left is dealt evenly (see `remaining_batches`); files that say they were made from
+    something else are refused. `on_demand`: a batch goes to whichever process is free, so that batch_idx, num_batches
+    and the length count those of all processes, and a process sees some of them; every process must iterate.
+    `decoder`: how latents are decoded; default: see DecoderOptions. `png_compression`: see `encode_png`.
 
     Image i depends on seed i alone: a generator on the compute device, seeded with the seed modulo 2**32, draws the
     noise [C, H, W], then the class (whether used or not), then churn. Raises ConfigError before anything runs or is
@@ -219,7 +226,7 @@ def generate_images(
     """
     seeds = [int(seed) for seed in seeds]
     guides = listed(gnet)
-    _check_request(seeds, max_batch_size, encoder_batch_size, sampler_fn, sampler_kwargs, num_guides=len(guides))
+    check_request(seeds, max_batch_size, encoder_batch_size, sampler_fn, sampler_kwargs, num_guides=len(guides))
     require_compression(png_compression)
     if outdir is not None:
         require_folder(Path(outdir))
@@ -234,12 +241,12 @@ def generate_images(
         require_matching_guide(net, guide)
     if outdir is not None:
         require_writable_images(net, encoder)
-    classes = _classes_per_seed(net, seeds, class_idx)
+    classes = classes_per_seed(net, seeds, class_idx)
     encoder, decoder_record = (decoder or DecoderOptions()).apply(encoder, device, encoder_batch_size)
     encoder.init(device)
     files = None
     if outdir is not None:
-        _require_one_image_per_file(seeds, classes)
+        require_one_image_per_file(seeds, classes)
         files = plan_files(
             Path(outdir), subdirs, seeds, classes, skip_existing, png_compression, world,
             net=net, guides=guides, encoder=encoder, device=device, sampler_fn=sampler_fn,
@@ -248,9 +255,9 @@ def generate_images(
         make_folder(Path(outdir))
     if prepare is not None:
         net, *guides = (prepare(network, device) for network in (net, *guides))
-    left = np.arange(len(seeds)) if files is None else np.setdiff1d(np.arange(len(seeds)), files.skipped)
-    everyones = all_batches(len(left), max_batch_size, world.size)
-    own = everyones if on_demand else split_batches(len(left), max_batch_size, world)
+    batches = all_batches(len(seeds), max_batch_size, world.size)
+    if files is not None and files.there:
+        batches = remaining_batches(batches, sorted(files.there), max_batch_size, world.size)
     return GeneratedImages(
         net=net,
         gnet=guides if len(guides) > 1 else guides[0] if guides else None,
@@ -260,7 +267,7 @@ def generate_images(
         seeds=seeds,
         classes=classes,
         one_row_per_class=class_idx == "all",
-        batches=[left[part] for part in own],
+        batches=batches if on_demand else batches[world.rank :: world.size],
         encoder_batch_size=encoder_batch_size,
         device=device,
         sampler_fn=sampler_fn,
@@ -268,7 +275,7 @@ def generate_images(
         world=world,
         on_demand=on_demand,
         files=files,
-        full_batch=max(map(len, everyones), default=0),
+        full_batch=max(map(len, batches), default=0),
     )
 
 
@@ -280,94 +287,8 @@ def load_network(source: Any, device: torch.device, trust_code: TrustCode | None
     return (source.to(device) if isinstance(source, torch.nn.Module) else source), None
 
 
-def image_size(net: Any) -> tuple[int, int]:
-    """Height and width in pixels of what `net` denoises; its img_resolution may be one number or both."""
-    size = net.img_resolution
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-
-
-def deal_classes(num_seeds: int, num_classes: int) -> list[int]:
-    """A class per seed, all classes equally often and each for a contiguous part of the seeds.
-
-    Raises ConfigError where the seeds do not divide over the classes.
-    """
-    if num_seeds % num_classes:
-        fit = -(-num_seeds // num_classes) * num_classes
-        raise ConfigError(
-            f"{num_seeds} seeds do not deal evenly over all {num_classes} classes; "
-            f"give a multiple of {num_classes}, e.g. --seeds=0-{fit - 1}"
-        )
-    return [i // (num_seeds // num_classes) for i in range(num_seeds)]
-
-
-def require_matching_guide(net: Any, gnet: Any) -> None:
-    """Raise ConfigError if the guide takes other images or labels than the main network."""
-    shapes = [(n.img_channels, *image_size(n)) for n in (net, gnet)]
-    if shapes[0] != shapes[1]:
-        main, guide = ("x".join(map(str, shape)) for shape in shapes)
-        raise ConfigError(f"the guide is for images of {guide} (channels, height, width), the main network for {main}")
-    if gnet.label_dim not in (0, net.label_dim):
-        raise ConfigError(
-            f"the guide knows {gnet.label_dim} classes and the main network {net.label_dim}; "
-            "a guide is unconditional or has the same classes"
-        )
-
-
-def require_writable_images(net: Any, encoder: Encoder | None) -> None:
-    """Raise ConfigError if the images of `net` cannot be written as PNG. Decoders of latents give RGB."""
-    if encoder is None or isinstance(encoder, StandardRGBEncoder):
-        require_png_channels(net.img_channels)
-
-
-def _check_request(
-    seeds: list[int],
-    max_batch_size: int,
-    encoder_batch_size: int,
-    sampler_fn: Callable[..., torch.Tensor],
-    sampler_kwargs: dict[str, Any],
-    *,
-    num_guides: int,
-) -> None:
-    if not seeds:
-        raise ConfigError("there are no seeds; give at least one")
-    for name, count in (("max_batch_size", max_batch_size), ("encoder_batch_size", encoder_batch_size)):
-        if count < 1:
-            raise ConfigError(f"{name}={count} images at once cannot be computed; ask for 1 or more")
-    guided = {key: sampler_kwargs[key] for key in ("shares", "interval") if key in sampler_kwargs}
-    Guidance(weight=sampler_kwargs.get("guidance", 1), num_guides=num_guides, **guided)
-    if sampler_fn is edm_sampler:
-        known = inspect.signature(HeunOptions).parameters
-        options = HeunOptions(**{key: value for key, value in sampler_kwargs.items() if key in known})
-        choose_solver(sampler_kwargs.get("solver", "heun"), options)
-
-
 def _current_world(device: torch.device | str | None) -> World:
     resolved = resolve_device() if device is None else torch.device(device)
     if not torch.distributed.is_initialized():
         return World(device=resolved)
     return World(rank=torch.distributed.get_rank(), size=torch.distributed.get_world_size(), device=resolved)
-
-
-def _classes_per_seed(net: Any, seeds: list[int], class_idx: int | Sequence[int] | str | None) -> list[int] | None:
-    if class_idx is None:
-        return None
-    if net.label_dim == 0:
-        raise ConfigError("the network is unconditional and takes no class; leave the class out")
-    if class_idx == "all":
-        return deal_classes(len(seeds), net.label_dim)
-    classes = [class_idx] * len(seeds) if isinstance(class_idx, int | np.integer) else [int(c) for c in class_idx]
-    if len(classes) != len(seeds):
-        raise ConfigError(f"{len(classes)} classes were given for {len(seeds)} seeds; give one each, or one for all")
-    for chosen in classes:
-        if not 0 <= chosen < net.label_dim:
-            raise ConfigError(f"class {chosen} is out of range; the network knows classes 0 to {net.label_dim - 1}")
-    return classes
-
-
-def _require_one_image_per_file(seeds: list[int], classes: list[int] | None) -> None:
-    if classes is None:
-        return
-    class_of: dict[int, int] = {}
-    for seed, chosen in zip(seeds, classes, strict=True):
-        if class_of.setdefault(seed, chosen) != chosen:
-            raise ConfigError(f"seed {seed} is asked for with two classes, but has one file; list each seed once")

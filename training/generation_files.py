@@ -35,7 +35,7 @@ class FilePlan:
 
     paths: list[Path]
     records: list[dict[str, Any]]  # what goes into each file, see training.image_records
-    skipped: list[int]  # positions of those that are there and are not made anew
+    there: frozenset[int]  # positions of those whose files are there and stay
     compression: int  # see encode_png
 
 
@@ -62,18 +62,18 @@ def plan_files(
     records = [
         image_record(request, seed, None if classes is None else classes[index]) for index, seed in enumerate(seeds)
     ]
-    skipped: list[int] = []
+    there: list[int] = []
     if skip_existing:
         size = net.img_resolution if not isinstance(net.img_resolution, int) else (net.img_resolution,) * 2
         shape = (net.img_channels, *size) if isinstance(encoder, StandardRGBEncoder) else None
 
         def look() -> list[int]:
-            there = images_there(paths, records, shape)
+            found = images_there(paths, records, shape)
             remove_leftovers(paths)
-            return np.flatnonzero(there).tolist()
+            return np.flatnonzero(found).tolist()
 
-        skipped = _of_the_first(look, world)
-    return FilePlan(paths=paths, records=records, skipped=skipped, compression=compression)
+        there = _of_the_first(look, world)
+    return FilePlan(paths=paths, records=records, there=frozenset(there), compression=compression)
 
 
 def _of_the_first(look: Callable[[], list[int]], world: World) -> list[int]:
@@ -113,7 +113,9 @@ class BatchFiles:
 
             return pixels
 
-        for row, index in enumerate(indices):
+        for row, index in enumerate(indices.tolist()):
+            if index in self._plan.there:
+                continue
             texts = {KEYWORD: as_text(self._plan.records[index])}
             self._writer.write(self._plan.paths[index], pixels_of(row), texts, image_bytes=host[row].numel())
 
