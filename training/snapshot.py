@@ -61,7 +61,7 @@ def load_snapshot(
     The file's content, not its name, tells which format it has. Where it does not record image count and EMA length,
     they are taken from its name. Raises ConfigError, naming the file, where it is missing, foreign or damaged.
     """
-    fields = _read_fields(str(source), values=True, trust_code=trust_code)
+    fields = _read_fields(str(source), values=True, trust_code=trust_code, device=device)
     fields["net"].to(device)
     return Snapshot(**fields)
 
@@ -87,8 +87,13 @@ def read_header(source: str | os.PathLike[str]) -> SnapshotHeader:
     )
 
 
-def _read_fields(name: str, values: bool, trust_code: TrustCode | None = None) -> dict[str, Any]:
-    """The fields of a Snapshot from the file called `name`; without `values` the network is on the meta device."""
+def _read_fields(
+    name: str, values: bool, trust_code: TrustCode | None = None, device: torch.device | str = "cpu"
+) -> dict[str, Any]:
+    """The fields of a Snapshot from the file called `name`; without `values` the network is on the meta device.
+
+    With `values` it may be on `device`, or still on the CPU.
+    """
     path = Path(open_url(name, return_filename=True))
     try:
         format_name = _format_of(path)
@@ -99,7 +104,7 @@ def _read_fields(name: str, values: bool, trust_code: TrustCode | None = None) -
         if format_name == "pickle":
             fields = snapshot_pickle.parts_of(tree, path.stat().st_size, trust_code)
         elif format_name == "safetensors":
-            fields = snapshot_safetensors.read(path, values)
+            fields = snapshot_safetensors.read(path, values, device)
         else:
             raise ConfigError("it is neither a pickle nor a safetensors file")
     except ConfigError as error:

@@ -16,7 +16,8 @@ from typing import Any
 
 from dnnlib.errors import ConfigError
 from torch_utils.distributed import World
-from training.generation import generate_images, load_network, split_batches
+from training.dealing import split_batches
+from training.generation import generate_images, load_network
 from training.metrics import report
 from training.metrics.evaluate import StatsPass
 from training.metrics.plan import Plan
