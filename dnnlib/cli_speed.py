@@ -20,6 +20,7 @@ _OPTIONS = (
     click.option("--compile", metavar="BOOL", type=bool, help="Compile the network  [default: on CUDA devices]"),
     click.option("--recompute", metavar="BOOL", type=bool, help="Less memory: compute activations a second time"),
     click.option("--shard", metavar="BOOL", type=bool, help="Less memory: spread weights over the processes (FSDP2)"),
+    click.option("--shard-group", metavar="INT", type=int, help="Processes that share one copy  [default: all]"),
 )
 
 

@@ -1,6 +1,7 @@
 """A sharded run (FSDP2, over gloo) computes what a run without sharding does, and its files are read by any run."""
 
 import dataclasses
+import functools
 import os
 import shutil
 from pathlib import Path
@@ -30,7 +31,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sharded": {"shard": True},
     "sharded, rounds": {"shard": True, "batch_gpu": 2},
     "sharded, recomputed": {"shard": True, "recompute": True, "batch_gpu": 2},
+    "sharded in two copies": {"shard": True, "shard_group": 1, "batch_gpu": 2},
     "sharded, adaptive scale": {"shard": True, "ls": "auto"},
+    "replicated, compiled": {"compile": True},
+    "sharded, compiled": {"compile": True, "shard": True, "recompute": True},
     "replicated, dropout": {"dropout": 0.5},
     "sharded, dropout": {"shard": True, "dropout": 0.5},
 }
@@ -55,13 +59,16 @@ def steps(config: TrainingConfig, world: World) -> dict[str, Any]:
 
     def note(*_: Any) -> None:
         pairs = zip(state.net.named_parameters(), state.part.parameters(), strict=True)
-        seen.append(whole({name: whole_like(rows.grad, param) for (name, param), rows in pairs}))
+        grads = {name: whole_like(rows.grad, param) for (name, param), rows in pairs}
+        seen.append({name: value.clone() for name, value in whole(grads).items()})
 
     state.optimizer.register_step_pre_hook(note)
     images, labels = batch_of(RGB)
     share = slice(world.rank * 8 // world.size, (world.rank + 1) * 8 // world.size)
     losses = [state.step(images[share], labels[share]).mean() for _ in range(NUM_STEPS)]
+    averages = [(suffix, net.state_dict()) for net, suffix in state.averages()]
     result = {
+        "averages": {f"{suffix}/{name}": value.half() for suffix, net in averages for name, value in net.items()},
         "loss": world.all_reduce_sum(torch.stack(losses)) / world.size,
         "state": {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in whole(state.state_dict()).items()},
         "gradients": seen[0],
@@ -81,6 +88,8 @@ def _join(rank: int, store: str) -> World:
 def _first_member(rank: int, folder: str, data: str) -> None:
     """Steps of all variants, a loss scale, and the first part of a run."""
     world = _join(rank, f"{folder}/store")
+    # The graphs are traced, whole or with an error, and not turned into kernels, which takes long.
+    torch.compile = functools.partial(torch.compile, backend="eager")
     results: dict[str, Any] = {
         name: steps(tiny_config(Path("none"), **changes), world) for name, changes in VARIANTS.items()
     }
@@ -135,6 +144,9 @@ def assert_agree(actual: dict[str, Any], expected: dict[str, Any], tolerance: fl
     assert actual["gradients"].keys() == expected["gradients"].keys()
     for name, value in expected["gradients"].items():
         assert_close(actual["gradients"][name], value, 1e-4 if value.ndim == 0 else tolerance, name)
+    assert actual["averages"].keys() == expected["averages"].keys()
+    for name, value in expected["averages"].items():
+        assert_close(actual["averages"][name].float(), value.float(), 1e-3, name)  # a last digit of float16
     # A constant scale of the loss has no state.
     theirs = {k: v for k, v in actual["state"].items() if not k.startswith("/loss_scale")}
     assert theirs.keys() == expected["state"].keys()

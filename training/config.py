@@ -113,6 +113,7 @@ class TrainingConfig:
     compile: bool | None = _neutral(default=None)  # compile the network; None = on CUDA devices
     recompute: bool = _neutral(default=False)  # compute a block's activations again for the backward pass
     shard: bool = _neutral(default=False)  # spread weights, moments and averages over the processes
+    shard_group: int | None = _neutral(default=None)  # processes that share one copy; None = all
     workers: int = _neutral(default=0)  # processes that read data, a rank
     data_cache: str | None = _neutral(default=None)  # folder for what is read from a URL; None = the usual one
     data_cache_size: int = _neutral(default=50 * 10**9)  # bytes of shards in it, at most
@@ -125,6 +126,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         positive: dict[str, float] = {"batch": self.batch, "duration": self.duration, "channels": self.network.channels}
         positive |= {"batch-gpu": self.batch_gpu if self.batch_gpu is not None else 1, "lr": self.lr}
+        positive |= {"shard-group": 1 if self.shard_group is None else self.shard_group}
         positive |= {"ls": 1.0 if self.ls == "auto" else self.ls}
         positive |= {"P_std": self.P_std, "num-blocks": self.network.num_blocks}
         positive |= {"slice": 1 if self.slice is None else self.slice, "nonfinite-limit": self.nonfinite_limit}
@@ -132,6 +134,8 @@ class TrainingConfig:
         for name, value in positive.items():
             if not 0 < value < math.inf:
                 raise ConfigError(f"--{name}={value} must be a number above 0")
+        if self.shard_group is not None and not self.shard:
+            raise ConfigError(f"--shard-group={self.shard_group} is for a sharded run; add --shard=True")
         not_negative: dict[str, float] = {
             "status": self.status,
             "snapshot": self.snapshot,
@@ -190,6 +194,15 @@ class TrainingConfig:
     def shards_over(self, num_ranks: int) -> bool:
         """Whether each process keeps only a part of the weights."""
         return self.shard and num_ranks > 1
+
+    def group_of(self, num_ranks: int) -> int:
+        """How many processes share one copy of the weights where they are sharded. Raises ConfigError."""
+        group = num_ranks if self.shard_group is None else self.shard_group
+        if self.shards_over(num_ranks) and num_ranks % group:
+            raise ConfigError(
+                f"--shard-group={group} does not divide {num_ranks} processes; try {math.gcd(group, num_ranks)}"
+            )
+        return group
 
     def to_json(self) -> str:
         """The text of training_options.json."""

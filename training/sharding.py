@@ -25,13 +25,19 @@ from training.fast_network import FastPrecond
 from training.networks_edm2 import Precond
 
 
-def shard_network(replica: FastPrecond, world: World) -> None:
-    """Spread the weights of `replica`, and so of its `net`, over all processes, which must have the same ones.
+def shard_network(replica: FastPrecond, world: World, *, group: int) -> None:
+    """Spread the weights of `replica`, and so of its `net`, over `group` processes in a row, which must have the same.
+
+    Where there are more processes, every such group has a copy, and gradients are averaged over all (HSDP).
 
     The parameters of `net` become DTensors; they are on the run's device then, whatever they were on before. Scalars
     (gains) stay whole in every process, since `fully_shard` takes none: see `hand_over_gradients`.
     """
-    mesh = init_device_mesh(world.device.type, (world.size,))
+    if group == world.size:
+        mesh = init_device_mesh(world.device.type, (group,))
+    else:
+        names = ("copies", "parts")
+        mesh = init_device_mesh(world.device.type, (world.size // group, group), mesh_dim_names=names)
     for param in replica.parameters():
         if param.ndim == 0:
             param.data = param.data.to(world.device)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from dnnlib.errors import ConfigError
@@ -136,7 +137,13 @@ class TrainingState:
         return torch.cat(losses)
 
     def _gradients_later(self, later: bool) -> contextlib.AbstractContextManager[Any]:
-        """Where `later`, leave the exchange of gradients between processes to a following round."""
+        """Where `later`, leave the exchange of gradients between processes to a following round.
+
+        Sharded ones are still scattered, since the whole would take as much memory as all weights do; the sum over
+        copies waits.
+        """
+        if self.sharded:
+            cast(FSDPModule, self.replica).set_requires_all_reduce(not later)
         if later and isinstance(self.replica, DistributedDataParallel):
             return self.replica.no_sync()
         return contextlib.nullcontext()
