@@ -9,17 +9,15 @@ from typing import Any
 import torch
 
 from dnnlib.atomic import atomic_path
-from dnnlib.download import open_url
 from dnnlib.errors import ConfigError
 from torch_utils.safe_pickle import printable, read_pickle
-from training import snapshot_pickle, snapshot_safetensors
+from training import model_folder, snapshot_pickle, snapshot_safetensors
 from training.encoders import Encoder
 from training.loss import EDM2Loss
+from training.network_source import SUFFIXES, locate_network
 from training.networks_edm2 import Precond
 from training.snapshot_code import TrustCode
 from training.snapshot_parts import build_encoder, build_loss, build_network, described, network_arguments, plain
-
-SUFFIXES = (".pkl", ".safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +51,9 @@ class SnapshotHeader:
 def load_snapshot(
     source: str | os.PathLike[str], trust_code: TrustCode | None = None, *, device: torch.device | str = "cpu"
 ) -> Snapshot:
-    """Read the network file `source`, a path or an http(s) URL, without running anything from it.
+    """Read the network `source`, without running anything from it: a file, a model folder, their URL or name on the hub.
+
+    See `training.network_source.locate_network` for what may be named.
 
     Files with other classes than ours are refused, unless the caller gives `trust_code`: then the source text that the
     file has for them is run, as if it were a program that was downloaded. `trust_code` is told of it before.
@@ -67,7 +67,7 @@ def load_snapshot(
 
 
 def read_header(source: str | os.PathLike[str]) -> SnapshotHeader:
-    """What the network file `source`, a path or an http(s) URL, says of itself, without the numbers in its tensors.
+    """What the network `source`, named as for `load_snapshot`, says of itself, without the numbers in its tensors.
 
     Of a .safetensors file only the header is read; a pickle is read through, but no tensor is kept. The same files
     are refused, with the same errors, as by `load_snapshot`, save for damage inside the numbers.
@@ -89,15 +89,17 @@ def read_header(source: str | os.PathLike[str]) -> SnapshotHeader:
 
 def _read_fields(name: str, values: bool, trust_code: TrustCode | None = None) -> dict[str, Any]:
     """The fields of a Snapshot from the file called `name`; without `values` the network is on the meta device."""
-    path = Path(open_url(name, return_filename=True))
+    path = locate_network(name)
     try:
-        format_name = _format_of(path)
+        format_name = "folder" if path.is_dir() else _format_of(path)
         tree = read_pickle(path, name, values=values) if format_name == "pickle" else None
     except OSError as error:
         raise ConfigError(f"cannot read {name}: {error.strerror or error}") from None
     try:
         if format_name == "pickle":
             fields = snapshot_pickle.parts_of(tree, path.stat().st_size, trust_code)
+        elif format_name == "folder":
+            fields = model_folder.read(path, values)
         elif format_name == "safetensors":
             fields = snapshot_safetensors.read(path, values)
         else:
@@ -105,7 +107,7 @@ def _read_fields(name: str, values: bool, trust_code: TrustCode | None = None) -
     except ConfigError as error:
         raise ConfigError(f"{name}: {printable(error)}") from error
     fields = {"nimg": None, "ema_std": None, "info": {}} | fields
-    nimg, ema_std = parse_name(name) or (None, None)
+    nimg, ema_std = parse_name(name) or parse_name(path.name) or (None, None)
     fields["nimg"] = nimg if fields["nimg"] is None else fields["nimg"]
     fields["ema_std"] = ema_std if fields["ema_std"] is None else fields["ema_std"]
     return fields
