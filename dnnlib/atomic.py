@@ -43,8 +43,8 @@ def write_text(dest: str | os.PathLike[str], text: str) -> None:
 def atomic_folder(dest: str | os.PathLike[str]) -> Iterator[Path]:
     """Give the path of a new folder beside `dest` to fill; rename it to `dest` when the block ends well.
 
-    `dest` must not exist, or be an empty folder. Raises FileExistsError where there is anything else by then, and leaves
-    that as it is; when the block raises, too.
+    `dest` must not exist, or be an empty folder. Raises FileExistsError where there is anything else by then, and
+    leaves that as it is; when the block raises, too.
     """
     dest = Path(dest)
     temp = dest.with_name(f".{dest.name}.{uuid.uuid4().hex[:12]}.tmp")

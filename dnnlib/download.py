@@ -93,7 +93,9 @@ def _open_from_hub(url: str, return_filename: bool) -> Any:
 def _open_local(source: str, return_filename: bool) -> Any:
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+)://", str(source))
     if scheme:
-        raise ConfigError(f"'{source}' has the scheme {scheme[1]}; give an http(s) URL, hf://user/name/file or a local path")
+        raise ConfigError(
+            f"'{source}' has the scheme {scheme[1]}; give an http(s) URL, hf://user/name/file or a local path"
+        )
     path = Path(source)
     if not path.is_file():
         raise ConfigError(f"'{source}' is no file" if path.exists() else f"'{source}' does not exist")

@@ -132,8 +132,10 @@ def _explained(error: Exception, name: HubName) -> ConfigError:
     import huggingface_hub.utils as utils
 
     if isinstance(error, utils.GatedRepoError):
-        text = f"{name.repo} gives its files to users who accepted its terms: do so at {constants.ENDPOINT}/{name.repo}"
-        return ConfigError(f"{text}, then log in with `hf auth login` or set HF_TOKEN")
+        return ConfigError(
+            f"{name.repo} gives its files to users who accepted its terms: do so at {constants.ENDPOINT}/{name.repo}, then"
+            " log in with `hf auth login` or set HF_TOKEN"
+        )
     if isinstance(error, utils.RepositoryNotFoundError):
         return ConfigError(
             f"there is no model repository {name.repo} at {constants.ENDPOINT}, or it is private: check the name, or log"
@@ -155,7 +157,8 @@ def _explained(error: Exception, name: HubName) -> ConfigError:
         return ConfigError(f"{name.repo} has no file {name.file}{where}")
     reason = _one_line(error.__cause__ or error)
     return ConfigError(
-        f"'{name}' is not in the cache and cannot be had from {constants.ENDPOINT}: {reason}; check the network connection"
+        f"'{name}' is not in the cache and cannot be had from {constants.ENDPOINT}: {reason};"
+        " check the network connection"
     )
 
 

@@ -14,8 +14,8 @@ from training.snapshot_parts import network_arguments
 
 PUBLISHED_LICENCE = "cc-by-nc-sa-4.0"
 PUBLISHED_NOTICE = (
-    "© 2024 NVIDIA Corporation & affiliates. These are weights that were published with the EDM2 and autoguidance papers,"
-    " in another form. They keep their own terms, Creative Commons Attribution-NonCommercial-ShareAlike 4.0"
+    "© 2024 NVIDIA Corporation & affiliates. These are weights that were published with the EDM2 and autoguidance"
+    " papers, in another form. They keep their own terms, Creative Commons Attribution-NonCommercial-ShareAlike 4.0"
     " (CC BY-NC-SA 4.0, https://creativecommons.org/licenses/by-nc-sa/4.0/), whatever the licence of the code: no"
     " commercial use, credit to the authors, and the same terms for the files and for what is made of them."
 )
@@ -96,7 +96,7 @@ def _usage(snapshot: Snapshot, name: str) -> str:
         f"image = pipe({labels}generator=torch.Generator().manual_seed(0)).images[0]\n"
         "```\n\n"
         f"```\npython generate_images.py --net={name} --seeds=0{chosen} --outdir=out\n```\n\n"
-        "Both make the same image."
+        "Both make the same image, on the same kind of device: generators of CPUs and GPUs differ."
     )
 
 
@@ -125,7 +125,7 @@ def _training(snapshot: Snapshot, facts: CardFacts) -> str:
     rows += [("source", f"{snapshot.info['source']}")] if "source" in snapshot.info else []
     parts = [_table(("", ""), rows)] if rows else []
     command = facts.training_command or snapshot.info.get("training_command")
-    parts += [f"Command:\n\n```\n{command}\n```"] if command else []
+    parts += [f"Command:\n\n```\n{str(command).replace('```', '')}\n```"] if command else []
     if facts.training_options is not None:
         parts.append(f"Options:\n\n```json\n{json.dumps(facts.training_options, indent=2)}\n```")
     return "\n\n".join(["## Training", *(parts or ["The network file says nothing of its training."])])

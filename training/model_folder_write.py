@@ -12,8 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
 from dnnlib.atomic import atomic_folder, write_text
 from dnnlib.errors import ConfigError
 from training.encoders import StabilityVAEEncoder
@@ -22,7 +20,7 @@ from training.model_folder import ENTRIES, NETWORK_CLASS
 from training.network_source import CONFIG_FILE, INDEX_FILE, NETWORK_FOLDER, VAE_FOLDER, WEIGHTS_FILE
 from training.sampler import HeunOptions
 from training.snapshot import Snapshot, save_snapshot
-from training.snapshot_parts import build_encoder, described
+from training.snapshot_parts import build_encoder, described, network_arguments, plain
 
 PACKAGE = "edm2_diffusers"
 SCHEDULER_CLASS = "EDM2HeunScheduler"
@@ -51,7 +49,7 @@ def save_folder(snapshot: Snapshot, folder: str | os.PathLike[str], facts: CardF
             weights = temp / NETWORK_FOLDER / WEIGHTS_FILE
             weights.parent.mkdir()
             save_snapshot(snapshot, weights)
-            _write_json(weights.with_name(CONFIG_FILE), _network_config(weights))
+            _write_json(weights.with_name(CONFIG_FILE), _network_config(snapshot))
             (temp / "scheduler").mkdir()
             _write_json(temp / "scheduler" / "scheduler_config.json", _scheduler_config())
             if vae is not None:
@@ -70,17 +68,28 @@ def require_free(folder: Path) -> None:
         raise ConfigError(f"{folder} exists and is no folder; remove it or choose another place")
 
 
-def _network_config(weights: Path) -> dict[str, Any]:
-    """The configuration of the network in the network file `weights`."""
-    with safe_open(weights, framework="pt") as file:
-        metadata = file.metadata()
-    return {
-        "_class_name": NETWORK_CLASS,
-        "_diffusers_version": _diffusers_version(),
-        "network": json.loads(metadata["network"])["arguments"],
-        "snapshot": {key: json.loads(metadata[key]) for key in ENTRIES},
-        "stored_dtype": STORED_DTYPE,
+def described_snapshot(snapshot: Snapshot) -> dict[str, Any]:
+    """The constructor's arguments of `edm2_diffusers.EDM2UNet` for the network of `snapshot`, as JSON has them."""
+    net: Any = snapshot.net  # Any: the decorator adds the attributes with the constructor arguments
+    entries = {
+        "encoder": None if snapshot.encoder is None else described(snapshot.encoder),
+        "loss": None if snapshot.loss_fn is None else described(snapshot.loss_fn),
+        "dataset_kwargs": None if snapshot.dataset_kwargs is None else plain(snapshot.dataset_kwargs, "dataset_kwargs"),
+        "nimg": snapshot.nimg,
+        "ema_std": snapshot.ema_std,
+        "info": plain(dict(snapshot.info), "info"),
     }
+    assert tuple(entries) == ENTRIES
+    return {
+        "network": network_arguments(net._init_args, net._init_kwargs),
+        "snapshot": entries,
+        "stored_dtype": str(next(net.parameters()).dtype).removeprefix("torch."),
+    }
+
+
+def _network_config(snapshot: Snapshot) -> dict[str, Any]:
+    names = {"_class_name": NETWORK_CLASS, "_diffusers_version": _diffusers_version()}
+    return names | described_snapshot(snapshot) | {"stored_dtype": STORED_DTYPE}
 
 
 def _scheduler_config() -> dict[str, Any]:

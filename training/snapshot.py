@@ -51,9 +51,9 @@ class SnapshotHeader:
 def load_snapshot(
     source: str | os.PathLike[str], trust_code: TrustCode | None = None, *, device: torch.device | str = "cpu"
 ) -> Snapshot:
-    """Read the network `source`, without running anything from it: a file, a model folder, their URL or name on the hub.
+    """Read the network `source`, without running anything from it.
 
-    See `training.network_source.locate_network` for what may be named.
+    That is a file, an http(s) URL, a model folder or a name on the hub: see `training.network_source.locate_network`.
 
     Files with other classes than ours are refused, unless the caller gives `trust_code`: then the source text that the
     file has for them is run, as if it were a program that was downloaded. `trust_code` is told of it before.
