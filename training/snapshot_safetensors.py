@@ -25,16 +25,22 @@ VERSION = 1
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
 
-def read(path: Path, values: bool = True, device: torch.device | str = "cpu") -> dict[str, Any]:
+def read(
+    path: Path,
+    values: bool = True,
+    device: torch.device | str = "cpu",
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
     """The fields of a Snapshot from the file `path`. Raises ConfigError, without the file's name.
 
     The network is on `device`, to which its tensors go from the mapped file, without a copy in between. Without
-    `values`, it is on the meta device and only the header is read.
+    `values`, it is on the meta device and only the header is read. `metadata` takes the place of the file's own.
     """
     device = torch.device(device)
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+            metadata = metadata or file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise ConfigError(f"it is a safetensors file, but its header does not say that it is an {FORMAT}")
             if metadata.get("format_version") != str(VERSION):
