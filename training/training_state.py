@@ -99,6 +99,7 @@ class TrainingState:
         gradients = [param.grad for param in self.part.parameters() if param.grad is not None]
         self.loss_scale.unscale_(gradients)
         clear_nonfinite(gradients)
+        self.optimizer.found_inf = self.loss_scale.overflow  # type: ignore[attr-defined]  # read by fused Adam
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.nimg += self.config.batch
