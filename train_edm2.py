@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 import click
@@ -13,7 +14,9 @@ from dnnlib.cli import INT_LIST, LOSS_SCALE, NIMG, STD_LIST, main
 from dnnlib.cli_metrics import given_metrics, training_metrics_options
 from dnnlib.cli_speed import take_fp16, training_speed_options
 from dnnlib.cli_streaming import streaming_options
+from dnnlib.cli_watching import given_samples, watching_options
 from dnnlib.errors import ConfigError
+from dnnlib.invocation import invocation
 from dnnlib.parse import format_nimg
 from torch_utils import distributed
 from torch_utils.precision import precision_note
@@ -21,8 +24,12 @@ from training.config import MetricsConfig, TrainingConfig
 from training.latents import PUBLISHED_VAE
 from training.presets import locate, training_preset
 from training.run_folder import RunFolder
+from training.run_loggers import RunLoggers, check_loggers
+from training.run_samples import check_samples, preferred_std
+from training.run_sessions import record_session
+from training.samples_config import SamplesConfig
 from training.streaming.remote import is_remote
-from training.training_loop import Iteration, Saved, Status, TrainingRun, open_dataset
+from training.training_loop import Iteration, Sampled, Saved, Status, TrainingRun, open_dataset
 from training.training_metrics import check_metrics
 from training.training_state import check_network, network_shape
 
@@ -40,9 +47,10 @@ _NETWORK_FIELDS = {
 class Log:
     """What the main process tells: on the screen, past the progress bar, and in the run's log.txt."""
 
-    def __init__(self, folder: RunFolder, *, is_main: bool) -> None:
+    def __init__(self, folder: RunFolder, *, is_main: bool, loggers: RunLoggers | None = None) -> None:
         self._folder = folder
         self.is_main = is_main
+        self._loggers = loggers
 
     def say(self, text: str) -> None:
         """Print a line and append it to log.txt."""
@@ -51,12 +59,26 @@ class Log:
             with open(self._folder.log_file, "a", encoding="utf-8") as file:
                 file.write(text + "\n")
 
-    def record(self, stats: dict[str, float], texts: dict[str, str]) -> None:
+    def record(self, stats: dict[str, float], texts: dict[str, str], nimg: int) -> None:
         """Append a line to stats.jsonl and say the same in short."""
         if self.is_main:
             with open(self._folder.stats_file, "a", encoding="utf-8") as file:
                 file.write(json.dumps(stats | texts) + "\n")
             self.say(_status_line(stats, texts))
+        if self._loggers is not None:
+            self._loggers.scalars(stats, texts, nimg)
+            self._say_notes(self._loggers)
+
+    def drew(self, path: Path, nimg: int) -> None:
+        """Say that there is a new sample grid."""
+        self.say(f"Drew {path.name}")
+        if self._loggers is not None:
+            self._loggers.image(path, nimg)
+            self._say_notes(self._loggers)
+
+    def _say_notes(self, loggers: RunLoggers) -> None:
+        while loggers.notes:
+            self.say(loggers.notes.pop(0))
 
 
 @click.command()
@@ -100,11 +122,18 @@ class Log:
 @click.option("--format", "snapshot_format", type=click.Choice(["pkl", "safetensors", "both"]), help="Of snapshots")
 @training_metrics_options
 @streaming_options
+@watching_options
 @click.option("--seed", metavar="INT", type=int, help="Random seed  [default: 0]")
 @click.option("--allow-changes", is_flag=True, help="Continue a run even where options differ that change its result")
 @click.option("-n", "--dry-run", is_flag=True, help="Print the training options and exit")
 def train_edm2(
-    outdir: str, preset: str, device: str | None, allow_changes: bool, dry_run: bool, **options: Any
+    outdir: str,
+    preset: str,
+    device: str | None,
+    log_names: tuple[str, ...],
+    allow_changes: bool,
+    dry_run: bool,
+    **options: Any,
 ) -> None:
     """Train a diffusion model with the recipe of the paper "Analyzing and Improving the Training Dynamics of
     Diffusion Models".
@@ -120,6 +149,7 @@ def train_edm2(
     # A small network on the shipped data, on whatever this machine has
     python train_edm2.py --outdir=training-runs/fashion --preset=fashion
     """
+    check_loggers(log_names)
     config = configure(preset, options)
     dataset = open_dataset(config)
     resolution, _ = network_shape(config, dataset)
@@ -127,6 +157,7 @@ def train_edm2(
     config.share_of(int(os.environ.get("WORLD_SIZE", "1")))
     check_network(config, dataset)
     check_metrics(config, dataset)
+    check_samples(config, dataset)
     folder = RunFolder(outdir)
     folder.check(config, allow_changes=allow_changes)
     if dry_run:
@@ -142,10 +173,14 @@ def train_edm2(
     try:
         if options["workers"] is None and world.device.type == "cuda":
             config = dataclasses.replace(config, workers=2)
-        with contextlib.closing(TrainingRun(config, folder, world=world)) as run:
-            log = Log(folder, is_main=world.is_main)
+        with contextlib.ExitStack() as stack:
+            run = stack.enter_context(contextlib.closing(TrainingRun(config, folder, world=world)))
+            loggers = None
             if world.is_main:
                 folder.start(config, nimg=run.state.nimg)
+                record_session(folder.path, nimg=run.state.nimg, command=invocation(), world=world)
+                loggers = stack.enter_context(RunLoggers(log_names, folder.path, config, nimg=run.state.nimg))
+            log = Log(folder, is_main=world.is_main, loggers=loggers)
             world.barrier()
             log.say(_describe(config, folder, dataset))
             note = precision_note(config.network.precision, world.device)
@@ -159,7 +194,7 @@ def train_edm2(
 def configure(preset: str, options: dict[str, Any]) -> TrainingConfig:
     """The preset with every option that was given put in its place. Raises ConfigError for values that cannot work."""
     base = training_preset(preset)
-    metrics = given_metrics(options)
+    metrics, samples = given_metrics(options), given_samples(options)
     take_fp16(options)
     encode, vae = options.pop("encode_on_the_fly"), options.pop("model_url")
     if vae is not None and not encode:
@@ -172,6 +207,9 @@ def configure(preset: str, options: dict[str, Any]) -> TrainingConfig:
     }
     if metrics is not None:
         given["metrics"] = MetricsConfig(**metrics)
+    if samples is not None:
+        best = preferred_std(preset, given.get("ema_stds", base.ema_stds))
+        given["samples"] = SamplesConfig(**{"std": best, **samples})
     config = dataclasses.replace(base, network=dataclasses.replace(base.network, **network), **given)
     if not config.data:
         raise ConfigError(f"--data is missing; --preset={preset} brings no data set of its own")
@@ -206,10 +244,12 @@ def _train(run: TrainingRun, log: Log) -> None:
                 case Iteration():
                     bar.update(batch)
                 case Status():
-                    log.record(event.stats, event.texts)
+                    log.record(event.stats, event.texts, event.nimg)
                     bar.set_postfix(loss=f"{event.stats['Loss/loss']:.4f}")
                 case Saved():
                     log.say(f"Saved {', '.join(path.name for path in event.paths)}")
+                case Sampled():
+                    log.drew(event.path, event.nimg)
     log.say(f"Done: {run.state.nimg / 1e3:.1f} kimg in {_duration(run.state.elapsed_sec)}.")
 
 

@@ -11,6 +11,7 @@ import torch
 from dnnlib.errors import ConfigError
 from torch_utils.precision import PRECISIONS, Precision
 from training.metrics.table import parse_metrics
+from training.samples_config import SamplesConfig
 from training.streaming.remote import is_remote
 
 SHUFFLE_BUFFER = 10_000  # images of a data set behind a URL
@@ -113,6 +114,7 @@ class TrainingConfig:
     data_cache: str | None = _neutral(default=None)  # folder for what is read from a URL; None = the usual one
     data_cache_size: int = _neutral(default=50 * 10**9)  # bytes of shards in it, at most
     metrics: MetricsConfig | None = field(default=None, metadata={"neutral": True})  # None = nothing is measured
+    samples: SamplesConfig | None = field(default=None, metadata={"neutral": True})  # None = no sample grids
 
     def __post_init__(self) -> None:
         positive: dict[str, float] = {"batch": self.batch, "duration": self.duration, "channels": self.network.channels}
@@ -152,6 +154,11 @@ class TrainingConfig:
             raise ConfigError(
                 "--metrics measures whenever a snapshot is taken; with --snapshot=0, give --metrics-every"
             )
+
+        if self.samples is not None:
+            self.samples.check_tracked(self.ema_stds)
+            if self.snapshot == 0 and self.metrics is None:
+                raise ConfigError("--samples draws whenever a snapshot is taken; with --snapshot=0 there is none")
 
     @property
     def shuffle_images(self) -> int:

@@ -5,17 +5,20 @@ Shape legend: N images, C channels (1 grey, 3 RGB), H x W pixels.
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 import PIL.Image
+import PIL.PngImagePlugin
 
 from dnnlib.atomic import atomic_path
 from dnnlib.errors import ConfigError
 from dnnlib.folders import make_folder, require_folder
+
+SHEET_GAP = 2  # white pixels between and around the images of a contact sheet
 
 
 def require_png_channels(num_channels: int) -> None:
@@ -27,17 +30,20 @@ def require_png_channels(num_channels: int) -> None:
         )
 
 
-def write_png(path: Path, image: np.ndarray) -> None:
-    """Write `image` (uint8 [C, H, W]) to `path`, whole or not at all; the folder must exist.
+def write_png(path: Path, image: np.ndarray, *, texts: Mapping[str, str] | None = None) -> None:
+    """Write `image` (uint8 [C, H, W]) to `path`, whole or not at all, with `texts` by key; the folder must exist.
 
     Not flushed to disk file by file, which would cost more than the encoding: an image lost to a power cut is made
     again from its seed.
     """
     require_png_channels(image.shape[0])
     pixels = image[0] if image.shape[0] == 1 else image.transpose(1, 2, 0)  # [H, W] or [H, W, C]
+    info = PIL.PngImagePlugin.PngInfo()
+    for key, text in (texts or {}).items():
+        info.add_text(key, text)
     try:
         with atomic_path(path, sync=False) as temp:
-            PIL.Image.fromarray(np.ascontiguousarray(pixels)).save(temp, format="PNG")
+            PIL.Image.fromarray(np.ascontiguousarray(pixels)).save(temp, format="PNG", pnginfo=info)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror or error}") from None
 
@@ -85,7 +91,7 @@ def _write_into_folder(path: Path, image: Callable[[], np.ndarray]) -> None:
     write_png(path, image())
 
 
-def contact_sheet(images: np.ndarray, *, num_columns: int, gap: int = 2) -> np.ndarray:
+def contact_sheet(images: np.ndarray, *, num_columns: int, gap: int = SHEET_GAP) -> np.ndarray:
     """Lay `images` (uint8 [N, C, H, W]) out row by row with `gap` white pixels between and around them.
 
     Returns uint8 [C, rows * (H + gap) + gap, num_columns * (W + gap) + gap]; places left over stay white.
@@ -108,7 +114,7 @@ def require_sheet(path: Path) -> None:
     require_folder(path.parent)
 
 
-def write_sheet(path: Path, images: np.ndarray, *, num_columns: int) -> None:
-    """Write a contact sheet of `images` (uint8 [N, C, H, W]) to `path`, whose folder is made."""
+def write_sheet(path: Path, images: np.ndarray, *, num_columns: int, texts: Mapping[str, str] | None = None) -> None:
+    """Write a contact sheet of `images` (uint8 [N, C, H, W]) to `path`, whose folder is made; `texts` go with it."""
     make_folder(path.parent)
-    write_png(path, contact_sheet(images, num_columns=num_columns))
+    write_png(path, contact_sheet(images, num_columns=num_columns), texts=texts)

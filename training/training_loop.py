@@ -26,6 +26,7 @@ from training.encoders import Encoder, StabilityVAEEncoder
 from training.latents import PUBLISHED_VAE, encoder_entry, measured_encoder, read_encoder
 from training.loss import EDM2Loss
 from training.run_folder import RunFolder
+from training.run_samples import RunSamples
 from training.schedule import learning_rate_schedule
 from training.snapshot import Snapshot, save_snapshot
 from training.streaming.dataset import StreamedDataset, data_order, is_remote
@@ -33,7 +34,16 @@ from training.streams import BatchPositions, Order
 from training.training_metrics import TrainingMetrics
 from training.training_state import TrainingState, make_encoder
 
-__all__ = ["EDM2Loss", "Iteration", "Saved", "Status", "TrainingRun", "learning_rate_schedule", "open_dataset"]
+__all__ = [
+    "EDM2Loss",
+    "Iteration",
+    "Sampled",
+    "Saved",
+    "Status",
+    "TrainingRun",
+    "learning_rate_schedule",
+    "open_dataset",
+]
 
 # Data sets whose decoded items take no more than this are kept in memory where this process reads them itself.
 _CACHE_BYTES = 512 << 20
@@ -61,6 +71,14 @@ class Saved:
 
     nimg: int
     paths: list[Path]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampled:
+    """A sample grid was drawn; every process sees the event, the main one wrote the file."""
+
+    nimg: int
+    path: Path
 
 
 def open_dataset(config: TrainingConfig) -> ImageFolderDataset:
@@ -120,6 +138,9 @@ class TrainingRun:
         self.metrics = None
         if config.metrics is not None:
             self.metrics = TrainingMetrics(config.metrics, snapshot=config.snapshot, folder=folder, world=world)
+        self.samples = None
+        if config.samples is not None:
+            self.samples = RunSamples(config.samples, ema_stds=config.ema_stds, folder=folder, world=world)
         self.resumed_from = folder.newest_checkpoint()
         resumed = self.resumed_from is not None
         encoder = load_vae_encoder(config, self.dataset, folder, world)
@@ -131,6 +152,8 @@ class TrainingRun:
             self._means.load_state_dict(data.get("stats", {}) if world.size == 1 else {})
         if self.metrics is not None:
             self.metrics.prepare(self.state.encoder, self.state.nimg)
+        if self.samples is not None:
+            self.samples.prepare(self.state.encoder)
 
     def close(self) -> None:
         """Let go of the other processes. To be called before the World's own `close`."""
@@ -139,11 +162,11 @@ class TrainingRun:
     def __len__(self) -> int:
         return max(-(-(self.config.duration - self.state.nimg) // self.config.batch), 0)
 
-    def __iter__(self) -> Iterator[Iteration | Status | Saved]:
+    def __iter__(self) -> Iterator[Iteration | Status | Saved | Sampled]:
         with numerics(cudnn_benchmark=self.config.bench, precision=self.config.network.precision):
             yield from self._events()
 
-    def _events(self) -> Iterator[Iteration | Status | Saved]:
+    def _events(self) -> Iterator[Iteration | Status | Saved | Sampled]:
         config, state = self.config, self.state
         batches = self._batches()
         session_start = tick_start = time.monotonic()
@@ -166,6 +189,9 @@ class TrainingRun:
                 tick_start, tick_nimg, maintenance_sec = now, state.nimg, 0.0
             if self._due(config.snapshot) or measures:
                 yield Saved(nimg=state.nimg, paths=self._save_snapshots())
+                if self.samples is not None:
+                    path = self.samples.draw(state.ema.get(), state.encoder, state.nimg)
+                    yield Sampled(nimg=state.nimg, path=path)
             if reports:
                 yield self._status(stats, measures=measures)
             if self._due(config.checkpoint):
