@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 from html import escape
 from typing import Any
 
-from training.report.chart import Chart, colour_of, number, svg
+from training.report.chart import WIDE, Chart, colour_of, number, svg
 from training.report.commands import commands_for
 from training.report.figures import (
     LOSS,
@@ -56,8 +56,7 @@ def render(record: RunRecord, *, now: datetime) -> str:
 
 def _sections(record: RunRecord, now: datetime) -> Iterator[Iterable[str]]:
     yield _head(record, now)
-    yield _charts("Training", main_charts(record))
-    yield _charts("Metrics", metric_charts(record))
+    yield _charts("Curves", [*main_charts(record), *metric_charts(record)])
     yield _samples(record)
     for sweep in record.sweeps:
         yield _charts(f"Sweep: {sweep.path.name}", list(sweep_charts(sweep)))
@@ -163,7 +162,11 @@ def _figure(chart: Chart) -> str:
             index += not line.pale
         legend = f'<ul class="legend">{"".join(items)}</ul>'
     note = f"<figcaption><p>{escape(chart.note)}</p></figcaption>" if chart.note else ""
-    return f"<figure><h3>{escape(chart.title)}{unit}</h3>{svg(chart)}{legend}{note}</figure>"
+    drawing = svg(chart)
+    if chart.wide:  # one of the two is shown
+        drawing = f'<div class="narrow">{drawing}</div><div class="broad">{svg(chart, width=WIDE)}</div>'
+    style = ' class="span"' if chart.wide else ""
+    return f"<figure{style}><h3>{escape(chart.title)}{unit}</h3>{drawing}{legend}{note}</figure>"
 
 
 def _samples(record: RunRecord) -> Iterator[str]:
@@ -246,7 +249,7 @@ def _options(options: Mapping[str, Any]) -> Iterator[str]:
         return
     yield '<section><h2>Options</h2><dl class="options">'
     for name, value in _flat(options):
-        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False).strip("[]")
         yield f"<div><dt>{escape(name)}</dt><dd>{escape(text)}</dd></div>"
     yield "</dl></section>"
 

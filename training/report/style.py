@@ -38,10 +38,18 @@ p { margin: .3rem 0; }
 figure { margin: 0; min-width: 0; }
 figure h3 { margin: 0 0 .1rem; font-size: .95rem; }
 figure h3 small { font-weight: 400; color: var(--soft); }
+figure .broad { display: none; }
+@media (min-width: 51rem) {
+  .charts .span { grid-column: span 2; }
+  .charts .narrow { display: none; }
+  .charts .broad { display: block; }
+}
 figcaption { font-size: .85rem; }
-.legend { display: flex; flex-wrap: wrap; gap: 0 1rem; margin: .1rem 0 0; padding: 0; list-style: none; font-size: .85rem; }
+.legend {
+  display: flex; flex-wrap: wrap; gap: 0 1rem; margin: .1rem 0 0; padding: 0; list-style: none; font-size: .85rem;
+}
 .legend svg { width: 1.6rem; height: .6rem; vertical-align: middle; margin-right: .35rem; }
-figure > svg { display: block; width: 100%; height: auto; }
+figure svg[role] { display: block; width: 100%; height: auto; }
 svg text { font: 11.5px var(--sans); fill: var(--soft); font-variant-numeric: tabular-nums; }
 svg .grid { stroke: var(--rule); stroke-width: 1; }
 svg .axis { stroke: var(--soft); stroke-width: 1; fill: none; }
@@ -105,6 +113,9 @@ footer { margin-top: 2.4rem; padding-top: .7rem; border-top: 1px solid var(--rul
   @page { margin: 14mm; }
   body { padding: 0; max-width: none; font-size: 10pt; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   .charts { grid-template-columns: 1fr 1fr; }
+  .charts .span { grid-column: span 2; }
+  .charts .narrow { display: none; }
+  .charts .broad { display: block; }
   .tiles { grid-template-columns: repeat(4, 1fr); }
   figure, .tiles div, pre, tr { break-inside: avoid; }
   h2, h3 { break-after: avoid; }
