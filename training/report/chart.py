@@ -102,10 +102,11 @@ def svg(chart: Chart, *, width: int = WIDTH) -> str:
     """The drawing; it names no colour and needs the page's style sheet."""
     frame = replace(_frame(chart), right=width - _RIGHT)
     body = [_axes(chart, frame), *_marks(chart, frame)]
-    index = 0
+    curves, index = [], 0
     for line in chart.lines:
-        body.append(_curve(chart, line, frame, colour_of(index)))
+        curves.append(_curve(chart, line, frame, colour_of(index)))
         index += not line.pale
+    body.append(_within_frame("".join(curves), frame) if frame.clipped else "".join(curves))
     if chart.best is not None:
         x, y = frame.x(chart.best[0] / chart.x_scale), frame.y(chart.best[1])
         body.append(f'<circle class="best" cx="{x:.1f}" cy="{y:.1f}" r="7"/>')
@@ -173,6 +174,12 @@ def tick_texts(values: Sequence[float]) -> list[str]:
     return [f"{value + 0:,.{min(decimals, 6)}f}" for value in values] if even else texts
 
 
+def _within_frame(drawing: str, frame: _Frame) -> str:
+    """`drawing` without what lies above the frame, where an inner drawing ends."""
+    x, y, width, height = 0, _TOP, frame.right + _RIGHT, HEIGHT - _TOP
+    return f'<svg x="{x}" y="{y}" width="{width}" height="{height}" viewBox="{x} {y} {width} {height}">{drawing}</svg>'
+
+
 def _marks(chart: Chart, frame: _Frame) -> list[str]:
     found = []
     for place, what in chart.marks:
@@ -185,11 +192,10 @@ def _marks(chart: Chart, frame: _Frame) -> list[str]:
 
 def _curve(chart: Chart, line: Line, frame: _Frame, colour: str) -> str:
     parts = []
-    top = _TOP - 6
-    places = [(frame.x(p.x / chart.x_scale), max(frame.y(p.mean), top)) for p in line.points]
+    places = [(frame.x(p.x / chart.x_scale), frame.y(p.mean)) for p in line.points]
     if any(p.high > p.low for p in line.points):
-        upper = [f"{x:.1f} {max(frame.y(p.high), top):.1f}" for (x, _), p in zip(places, line.points, strict=True)]
-        lower = [f"{x:.1f} {max(frame.y(p.low), top):.1f}" for (x, _), p in zip(places, line.points, strict=True)]
+        upper = [f"{x:.1f} {frame.y(p.high):.1f}" for (x, _), p in zip(places, line.points, strict=True)]
+        lower = [f"{x:.1f} {frame.y(p.low):.1f}" for (x, _), p in zip(places, line.points, strict=True)]
         parts.append(f'<path class="band {colour}" d="M{"L".join(upper)}L{"L".join(reversed(lower))}Z"/>')
     path = "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
     kind = "pale" if line.pale else "line"

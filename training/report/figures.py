@@ -223,4 +223,4 @@ def _maintenance_note(record: RunRecord) -> str:
     aside, training = math.fsum(series[MAINTENANCE].values), math.fsum(series[SEC_PER_TICK].values)
     if not math.isfinite(aside + training) or aside + training <= 0:
         return ""
-    return f"Of training proper; {aside / (aside + training):.0%} of the time went to saving, samples and metrics."
+    return f"Of training alone; {aside / (aside + training):.0%} of the time went to saving, samples and metrics."

@@ -17,6 +17,7 @@ STRIP_COLUMNS = 8
 STRIP_ROWS = 10
 
 _MAX_SIDE, _MAX_EARLIER_SIDE, _STRIP_CELL = 1600, 480, 96  # pixels
+_MAX_SHOWN_HEIGHT = 760
 _LOSSLESS_BYTES = 256 << 10
 
 
@@ -107,7 +108,7 @@ def _layout(grid: Grid) -> object:
 
 
 def _picture(image: PIL.Image.Image, nimg: int, *, max_side: int, shown: int) -> Picture:
-    """`image` within `max_side` pixels; small pictures are shown by whole multiples, up to about `shown` wide."""
+    """`image` within `max_side` pixels; small pictures are shown by whole multiples, up to `shown` wide."""
     factor = min(1.0, max_side / max(image.size))
     if factor < 1:
         size = (max(round(image.width * factor), 1), max(round(image.height * factor), 1))
@@ -119,5 +120,5 @@ def _picture(image: PIL.Image.Image, nimg: int, *, max_side: int, shown: int) ->
         data, kind = io.BytesIO(), "jpeg"
         image.convert("RGB").save(data, format="JPEG", quality=85, optimize=True)
     url = f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}"
-    times = max(shown // image.width, 1)
+    times = max(min(shown // image.width, _MAX_SHOWN_HEIGHT // image.height), 1)
     return Picture(nimg=nimg, url=url, width=image.width * times, height=image.height * times)

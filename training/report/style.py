@@ -83,6 +83,7 @@ pre {
   margin: .2rem 0 .9rem; padding: .6rem .8rem; background: var(--panel); border-radius: 6px;
   font: .82rem/1.5 var(--mono); white-space: pre-wrap; overflow-wrap: anywhere;
 }
+.word { display: inline-block; max-width: 100%; }
 table { border-collapse: collapse; width: 100%; font-size: .87rem; }
 th, td { text-align: left; vertical-align: top; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--rule); }
 th { font-weight: 600; color: var(--soft); white-space: nowrap; }
@@ -102,7 +103,7 @@ footer { margin-top: 2.4rem; padding-top: .7rem; border-top: 1px solid var(--rul
   .wide thead { display: none; }
   .wide tr { padding: .4rem 0; border-bottom: 1px solid var(--rule); }
   .wide td { border: 0; padding: .1rem 0; }
-  .wide td::before { content: attr(data-head); display: inline-block; min-width: 6rem; color: var(--soft); }
+  .wide td::before { content: attr(data-head); display: inline-block; min-width: 6rem; margin-right: .6rem; color: var(--soft); }
 }
 @media print {
   :root {
