@@ -211,8 +211,13 @@ def _commands(record: RunRecord) -> Iterator[str]:
         return
     yield "<section><h2>Go on from here</h2>"
     for command in commands:
-        yield f"<p>{escape(command.purpose)}</p><pre>{escape(command.text)}</pre>"
+        yield f"<p>{escape(command.purpose)}</p><pre>{_words(command.text)}</pre>"
     yield "</section>"
+
+
+def _words(command: str) -> str:
+    """A command that breaks between its words, where a line has room for them, and not at their hyphens."""
+    return " ".join(f'<span class="word">{escape(word)}</span>' for word in command.split(" "))
 
 
 def _session_table(record: RunRecord) -> Iterator[str]:
@@ -233,14 +238,12 @@ def _session_table(record: RunRecord) -> Iterator[str]:
             f"torch {session.get('torch', '?')}, Python {session.get('python', '?')}",
             str(session.get("command", "")),
         ]
-        yield (
-            "<tr>"
-            + "".join(
-                f'<td data-head="{escape(head)}"{" class=mono" * (head == "Command")}>{escape(cell)}</td>'
-                for head, cell in zip(heads, cells, strict=True)
-            )
-            + "</tr>"
-        )
+        yield "<tr>"
+        for head, cell in zip(heads, cells, strict=True):
+            is_command = head == "Command"
+            text = _words(cell) if is_command else escape(cell)
+            yield f'<td data-head="{escape(head)}"{" class=mono" * is_command}>{text}</td>'
+        yield "</tr>"
     yield "</tbody></table></div></section>"
 
 

@@ -103,7 +103,9 @@ footer { margin-top: 2.4rem; padding-top: .7rem; border-top: 1px solid var(--rul
   .wide thead { display: none; }
   .wide tr { padding: .4rem 0; border-bottom: 1px solid var(--rule); }
   .wide td { border: 0; padding: .1rem 0; }
-  .wide td::before { content: attr(data-head); display: inline-block; min-width: 6rem; margin-right: .6rem; color: var(--soft); }
+  .wide td::before {
+    content: attr(data-head); display: inline-block; min-width: 6rem; margin-right: .6rem; color: var(--soft);
+  }
 }
 @media print {
   :root {
