@@ -43,10 +43,9 @@ def check_loggers(names: Sequence[str]) -> None:
     """Raise ConfigError where the package behind one of `names` is not installed. Imports none of them."""
     for name in names:
         assert name in _PACKAGES
-        if importlib.util.find_spec(name) is None:
-            raise ConfigError(
-                f'--log={name} needs the {name} package, which is not installed; pip install "edm2[{name}]"'
-            )
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:  # none, or a mere folder of that name, such as W&B's own
+            raise ConfigError(f'--log={name} needs the {name} package, which is missing; pip install "edm2[{name}]"')
 
 
 class TensorBoardLogger:

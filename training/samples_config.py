@@ -32,6 +32,4 @@ class SamplesConfig:
         """Raise ConfigError where the run does not track the EMA length."""
         if self.std is not None and f"{self.std:.3f}" not in [f"{std:.3f}" for std in ema_stds]:
             tracked = ", ".join(f"{std:.3f}" for std in ema_stds)
-            raise ConfigError(
-                f"--samples-std={self.std:g} is no length that the run tracks ({tracked}; see --ema-stds)"
-            )
+            raise ConfigError(f"--samples-std={self.std:g} is none of the tracked lengths: {tracked}")

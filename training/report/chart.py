@@ -71,7 +71,7 @@ def ticks(low: float, high: float, count: int) -> list[float]:
 def log_ticks(low: float, high: float) -> list[float]:
     """Round numbers within [low, high], positive: powers of ten, with 2 and 5 times these over a short range."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    factors = (1, 2, 5) if len(decades) <= 4 else (1,)
+    factors = (1, 2, 5) if high / low <= 1000 else (1,)
     found = [f * 10.0**d for d in decades for f in factors if low * 0.999 <= f * 10.0**d <= high * 1.001]
     return found[:: -(-len(found) // 8)] if found else [low, high]
 

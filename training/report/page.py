@@ -224,7 +224,7 @@ def _session_table(record: RunRecord) -> Iterator[str]:
     if not record.sessions:
         return
     unit, scale = unit_of(record.nimg)
-    heads = ("Session", "Started", f"From ({unit})", "On", "Versions", "Command")
+    heads = ("Session", "Started", f"From ({unit})", "On", "Versions")
     yield '<section><h2>Sessions</h2><div class="wide"><table><thead><tr>'
     yield "".join(f"<th>{escape(head)}</th>" for head in heads) + "</tr></thead><tbody>"
     for index, session in enumerate(record.sessions, start=1):
@@ -236,14 +236,11 @@ def _session_table(record: RunRecord) -> Iterator[str]:
             number(session["nimg"] / scale),
             f"{on} ({session.get('device_name', '?')})",
             f"torch {session.get('torch', '?')}, Python {session.get('python', '?')}",
-            str(session.get("command", "")),
         ]
-        yield "<tr>"
-        for head, cell in zip(heads, cells, strict=True):
-            is_command = head == "Command"
-            text = _words(cell) if is_command else escape(cell)
-            yield f'<td data-head="{escape(head)}"{" class=mono" * is_command}>{text}</td>'
-        yield "</tr>"
+        pairs = zip(heads, cells, strict=True)
+        yield "<tr>" + "".join(f'<td data-head="{escape(head)}">{escape(cell)}</td>' for head, cell in pairs) + "</tr>"
+        command = _words(str(session.get("command", "")))
+        yield f'<tr class="command"><td colspan="{len(heads)}">{command}</td></tr>'
     yield "</tbody></table></div></section>"
 
 
@@ -252,9 +249,18 @@ def _options(options: Mapping[str, Any]) -> Iterator[str]:
         return
     yield '<section><h2>Options</h2><dl class="options">'
     for name, value in _flat(options):
-        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False).strip("[]")
+        text = _option_text(value)
         yield f"<div><dt>{escape(name)}</dt><dd>{escape(text)}</dd></div>"
     yield "</dl></section>"
+
+
+def _option_text(value: Any) -> str:
+    """An option's value for people."""
+    if isinstance(value, list):
+        return ", ".join(_option_text(item) for item in value)
+    if value is None:
+        return "none"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _flat(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

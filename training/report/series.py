@@ -13,6 +13,9 @@ from typing import Any
 PROGRESS, TIMESTAMP = "Progress/kimg", "timestamp"
 
 
+_LARGEST = 1e100  # beyond it, as with what is no number, a value has no place in a drawing
+
+
 @dataclass(kw_only=True)
 class Series:
     """One quantity over the run: values at image counts, in ascending order."""
@@ -88,8 +91,8 @@ def _record(line: str) -> dict[str, Any] | None:
 
 
 def thin(series: Series, max_points: int) -> list[Point]:
-    """The finite points, or near equal groups of neighbours where there are more than `max_points`."""
-    pairs = [(x, y) for x, y in zip(series.nimg, series.values, strict=True) if math.isfinite(y)]
+    """The points that can be drawn, or near equal groups of neighbours where there are more than `max_points`."""
+    pairs = [(x, y) for x, y in zip(series.nimg, series.values, strict=True) if abs(y) < _LARGEST]
     count = min(len(pairs), max_points)
     edges = [round(i * len(pairs) / count) for i in range(count + 1)] if count else []
     points = []

@@ -87,7 +87,8 @@ pre {
 table { border-collapse: collapse; width: 100%; font-size: .87rem; }
 th, td { text-align: left; vertical-align: top; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--rule); }
 th { font-weight: 600; color: var(--soft); white-space: nowrap; }
-td.mono { font-family: var(--mono); font-size: .95em; }
+td[data-head] { border-bottom: 0; padding-bottom: 0; }
+.command td { font: .82rem/1.5 var(--mono); padding-top: .1rem; padding-bottom: .6rem; }
 .options { columns: 19rem auto; column-gap: 2.4rem; }
 .options div { display: flex; gap: 1rem; border-bottom: 1px solid var(--rule); padding: .18rem 0; break-inside: avoid; }
 .options dt { flex: none; max-width: 55%; color: var(--soft); }
@@ -101,9 +102,9 @@ footer { margin-top: 2.4rem; padding-top: .7rem; border-top: 1px solid var(--rul
   .tiles { grid-template-columns: 1fr 1fr; }
   .wide table, .wide tbody, .wide tr, .wide td { display: block; min-width: 0; width: 100%; }
   .wide thead { display: none; }
-  .wide tr { padding: .4rem 0; border-bottom: 1px solid var(--rule); }
+  .wide .command { padding-bottom: .5rem; margin-bottom: .5rem; border-bottom: 1px solid var(--rule); }
   .wide td { border: 0; padding: .1rem 0; }
-  .wide td::before {
+  .wide td[data-head]::before {
     content: attr(data-head); display: inline-block; min-width: 6rem; margin-right: .6rem; color: var(--soft);
   }
 }
@@ -122,6 +123,8 @@ footer { margin-top: 2.4rem; padding-top: .7rem; border-top: 1px solid var(--rul
   .tiles { grid-template-columns: repeat(4, 1fr); }
   figure, .tiles div, pre, tr { break-inside: avoid; }
   h2, h3 { break-after: avoid; }
+  .two { flex-wrap: nowrap; gap: 1.2rem; }
+  .two figure { flex: 1; }
   .earlier { flex-wrap: wrap; overflow: visible; }
   .earlier figure { width: 30%; }
 }
