@@ -55,29 +55,29 @@ class TensorBoardLogger:
         from torch.utils.tensorboard import SummaryWriter
 
         try:
-            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=nimg + 1)  # type: ignore[no-untyped-call]
+            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=nimg + 1)
         except OSError as error:
             raise ConfigError(f"--log=tensorboard cannot write to {folder}: {error.strerror or error}") from None
-        self._writer.add_text("options", "    " + config.to_json().replace("\n", "\n    "), nimg)  # type: ignore[no-untyped-call]
+        self._writer.add_text("options", "    " + config.to_json().replace("\n", "\n    "), nimg)
 
     def scalars(self, stats: Mapping[str, float], texts: Mapping[str, str], nimg: int) -> None:
         """Numbers under the names that stats.jsonl has, and texts."""
         for key, value in stats.items():
-            self._writer.add_scalar(key, value, nimg)  # type: ignore[no-untyped-call]
+            self._writer.add_scalar(key, value, nimg)
         for key, text in texts.items():
-            self._writer.add_text(key, text, nimg)  # type: ignore[no-untyped-call]
-        self._writer.flush()  # type: ignore[no-untyped-call]
+            self._writer.add_text(key, text, nimg)
+        self._writer.flush()
 
     def image(self, path: Path, nimg: int) -> None:
         """A sample grid."""
         with PIL.Image.open(path) as image:
             pixels = np.asarray(image.convert("RGB"))
-        self._writer.add_image("samples", pixels, nimg, dataformats="HWC")  # type: ignore[no-untyped-call]
-        self._writer.flush()  # type: ignore[no-untyped-call]
+        self._writer.add_image("samples", pixels, nimg, dataformats="HWC")
+        self._writer.flush()
 
     def close(self, *, failed: bool) -> None:
         """Write what is left."""
-        self._writer.close()  # type: ignore[no-untyped-call]
+        self._writer.close()
 
 
 class WandbLogger:
@@ -123,7 +123,10 @@ class WandbLogger:
             self._run.log(data, step=nimg)
 
 
-_LOGGERS = {"tensorboard": TensorBoardLogger, "wandb": WandbLogger}
+_LOGGERS: dict[str, type[TensorBoardLogger] | type[WandbLogger]] = {
+    "tensorboard": TensorBoardLogger,
+    "wandb": WandbLogger,
+}
 
 
 class RunLoggers:
