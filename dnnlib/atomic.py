@@ -6,14 +6,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from dnnlib.disk import sync_folder
+
 
 @contextmanager
 def atomic_path(dest: str | os.PathLike[str], *, sync: bool = True) -> Iterator[Path]:
     """Give the path of a new empty file beside `dest` to write to; rename it to `dest` when the block ends well.
 
-    With `sync` the data is flushed to disk before the rename, so that a crash, a kill or a full disk leaves the old
-    file or no file. When the block raises, the temporary file is removed and `dest` is untouched. The folder must
-    exist. Threads may do this at the same time.
+    With `sync` the data is flushed to disk before the rename, and the new name after it, so that a crash, a kill, a
+    power cut or a full disk leaves the old file or no file. When the block raises, the temporary file is removed and
+    `dest` is untouched. The folder must exist. Threads may do this at the same time.
     """
     dest = Path(dest)
     temp = dest.with_name(f".{dest.name}.{uuid.uuid4().hex[:12]}.tmp")
@@ -27,6 +29,8 @@ def atomic_path(dest: str | os.PathLike[str], *, sync: bool = True) -> Iterator[
             with open(temp, "rb+") as file:
                 os.fsync(file.fileno())
         os.replace(temp, dest)
+        if sync:
+            sync_folder(dest.parent)
     finally:
         temp.unlink(missing_ok=True)
 

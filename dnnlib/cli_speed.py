@@ -19,6 +19,8 @@ _OPTIONS = (
     click.option("--fp16", metavar="BOOL", type=bool, help="Same as --precision=fp16 or fp32"),
     click.option("--compile", metavar="BOOL", type=bool, help="Compile the network  [default: on CUDA devices]"),
     click.option("--recompute", metavar="BOOL", type=bool, help="Less memory: compute activations a second time"),
+    click.option("--shard", metavar="BOOL", type=bool, help="Less memory: spread weights over the processes (FSDP2)"),
+    click.option("--shard-group", metavar="INT", type=int, help="Processes that share one copy  [default: all]"),
 )
 
 

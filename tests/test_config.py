@@ -102,10 +102,19 @@ def test_every_field_changes_the_result_except_these():
         "bench",
         "compile",
         "recompute",
+        "shard",
+        "shard_group",
         "workers",
         "metrics",
         "data_cache",
         "data_cache_size",
+        "keep_checkpoints",
+        "background_saves",
+        "on_disk_full",
+        "slice",
+        "on_nonfinite",
+        "nonfinite_limit",
+        "monitor",
     }
     for key in record["network"]:
         changed = {**record, "network": {**record["network"], key: "another"}}
@@ -123,3 +132,17 @@ def test_heads_are_never_wider_than_the_narrowest_level_with_attention():
     assert narrow.fitted_to(32).channels_per_head == 32
     assert dataclasses.replace(narrow, attn_resolutions=(32,)).fitted_to(32).channels_per_head == 16
     assert NetworkConfig(channels=192).fitted_to(64) == NetworkConfig(channels=192)
+
+
+def test_sharding_is_neutral_and_its_groups_must_divide_the_processes():
+    config = TrainingConfig(data="x", shard=True, shard_group=4)
+    assert not config.differences(TrainingConfig(data="x").to_json())
+    assert config.group_of(8) == 4 and config.shards_over(8)
+    assert dataclasses.replace(config, shard_group=None).group_of(8) == 8
+    assert not config.shards_over(1) and config.group_of(1) == 4  # one process has nothing to spread
+    with pytest.raises(ConfigError, match="--shard-group=4 does not divide 6 processes; try 2"):
+        config.group_of(6)
+    with pytest.raises(ConfigError, match="--shard=True"):
+        TrainingConfig(data="x", shard_group=4)
+    with pytest.raises(ConfigError, match="--shard-group=0"):
+        TrainingConfig(data="x", shard=True, shard_group=0)

@@ -130,9 +130,9 @@ def test_a_resumed_run_takes_back_what_tensorboard_has_from_beyond_the_checkpoin
     out = tmp_path / "run"
     train(data, out, "--duration=192", "--checkpoint=64", "--log=tensorboard")
     (out / "training-state-0000000.pt").rename(tmp_path / "kept.pt")
-    folder = SimpleNamespace(path=out)
     config = tiny_config(data)
-    with RunLoggers(["tensorboard"], folder.path, config, nimg=128) as loggers:
+    with RunLoggers(["tensorboard"], out, config) as loggers:
+        loggers.begin(nimg=128)
         loggers.scalars({"Loss/loss": 7.5}, {}, 192)
         loggers.scalars({"Loss/loss": 8.5}, {"Metrics/best_fid": "a.pkl"}, 256)
     found = [(event.step, event.value) for event in read_tensorboard(tensorboard, out).Scalars("Loss/loss")]
@@ -168,7 +168,8 @@ def test_all_sessions_of_a_run_are_one_run_of_wandb(data, tmp_path, wandb, monke
     monkeypatch.setenv("WANDB_PROJECT", "other")
     config, seen = tiny_config(data), []
     for nimg in (0, 64):
-        with RunLoggers(["wandb"], tmp_path, config, nimg=nimg) as loggers:
+        with RunLoggers(["wandb"], tmp_path, config) as loggers:
+            loggers.begin(nimg=nimg)
             loggers.scalars({"Loss/loss": 1.0}, {"Metrics/best_fid": "a.pkl"}, nimg + 64)
         assert loggers.notes == []
         # The newest of the two: their names differ by the second.

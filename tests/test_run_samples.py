@@ -21,7 +21,7 @@ import train_edm2 as script
 from dnnlib.errors import ConfigError
 from tests.tiny import assert_same_state, global_random_states, tiny_config, train, write_dataset
 from torch_utils.distributed import World
-from training import encoders
+from training import encoders, run_samples
 from training.config import TrainingConfig
 from training.generation import generate_images
 from training.presets import REPOSITORY_DIR
@@ -29,7 +29,7 @@ from training.run_folder import RunFolder
 from training.run_samples import check_samples, grid_rows, preferred_std
 from training.samples_config import SamplesConfig
 from training.snapshot import load_snapshot
-from training.training_loop import Sampled, Saved, TrainingRun
+from training.training_loop import Notice, Sampled, Saved, TrainingRun
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +175,18 @@ def test_grids_that_cannot_be_are_refused_before_anything_is_written(data, tmp_p
     with pytest.raises(ConfigError, match=r"cannot be loaded; --samples needs it to decode latents"):
         make_run(dataclasses.replace(config, data=str(latents)), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_grid_that_cannot_be_written_does_not_end_the_run(data, tmp_path, monkeypatch):
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise ConfigError("samples-0000001.png cannot be written: No space left on device")
+
+    monkeypatch.setattr(run_samples, "write_sheet", full)
+    run = make_run(sampled(data), tmp_path / "run")
+    run.folder.path.mkdir()
+    texts = [event.text for event in run if isinstance(event, Notice)]
+    assert len(texts) == 2 and texts[0].endswith("No space left on device; going on without this sample grid.")
+    assert run.state.nimg == 2048
 
 
 class HalfSizeVAE(torch.nn.Module):

@@ -72,7 +72,8 @@ def test_a_run_cut_at_any_checkpoint_ends_bitwise_as_one_that_was_not(
 
 
 def _stored(run: TrainingRun) -> dict:
-    return run.state.state_dict() | {"stats": {}}
+    tick = {"cur_nimg": run.state.nimg, "total_elapsed_time": 0.0}
+    return run.state.state_dict() | {"stats": {}, "run": {"ranks": 1, "tick": tick}}
 
 
 def _mean_loss(events: list, since: int) -> list[tuple[int, float]]:
@@ -239,7 +240,8 @@ def test_init_counts_at_the_start_only(data: Path, tmp_path: Path):
     config = tiny_config(data, snapshot=16, checkpoint=16, duration=16, snapshot_format="safetensors")
     source = train(make_run(config, tmp_path / "source"))
     snapshot = next((tmp_path / "source").glob("*-0.050.safetensors"))
-    tuned = dataclasses.replace(config, init=str(snapshot), seed=1, snapshot=0, duration=32)
+    options = {"seed": 1, "snapshot": 0, "duration": 32, "background_saves": False}
+    tuned = dataclasses.replace(config, init=str(snapshot), **options)
     run = make_run(tuned, tmp_path / "tuned")
     expected = source.state.ema.get()[0][0].state_dict()
     assert all(torch.equal(v, expected[k].half().float()) for k, v in run.state.net.state_dict().items())

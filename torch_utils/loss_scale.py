@@ -5,6 +5,8 @@ from typing import Any, Literal
 
 import torch
 
+from torch_utils.distributed import World
+
 _START = 2.0**16
 _GROWTH_STEPS = 2000
 
@@ -14,14 +16,15 @@ class LossScale:
 
     The adaptive one halves after a step with a gradient element that is not finite, and doubles after 2,000 steps
     without one; gradients are divided by it again. A constant one stays in the gradients, as in the published code:
-    Adam does not depend on it, but for its epsilon.
+    Adam does not depend on it, but for its epsilon. `shared` are processes that each see a part of the gradients.
     """
 
-    def __init__(self, value: float | Literal["auto"], device: torch.device) -> None:
+    def __init__(self, value: float | Literal["auto"], device: torch.device, shared: World | None = None) -> None:
         self._constant = None if value == "auto" else float(value)
         self._scale = torch.full([], _START, device=device)
         self._clean_steps = torch.zeros([], dtype=torch.int32, device=device)
         self._overflow = torch.zeros([], device=device)
+        self._shared = shared
 
     @property
     def factor(self) -> float | torch.Tensor:
@@ -36,6 +39,8 @@ class LossScale:
         self._overflow.zero_()
         inverse = self._scale.double().reciprocal().float()
         torch._amp_foreach_non_finite_check_and_unscale_(list(gradients), self._overflow, inverse)
+        if self._shared is not None:
+            self._shared.all_reduce_sum(self._overflow)  # any number but 0 is an overflow
         torch._amp_update_scale_(self._scale, self._clean_steps, self._overflow, 2.0, 0.5, _GROWTH_STEPS)
 
     def state_dict(self) -> dict[str, torch.Tensor]:

@@ -34,9 +34,22 @@ class RunningMeans:
         return means
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """What has been added in this process since the last `collect`."""
-        return dict(self._moments)
+        """What has been added since the last `collect`: sum and count by name [2], of several processes [R, 2].
+
+        To be called by every process.
+        """
+        if self._world.size == 1:
+            return dict(self._moments)
+        rows = self._world.all_gather_objects({name: value.tolist() for name, value in self._moments.items()})
+        return {name: torch.tensor([row[name] for row in rows], dtype=self._dtype) for name in self._moments}
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Continue from `state`."""
-        self._moments = {name: value.to(self._world.device, self._dtype) for name, value in state.items()}
+        """Continue from `state`. Of another number of processes, the first one takes the sums of all of them."""
+        rank, size = self._world.rank, self._world.size
+        self._moments = {}
+        for name, value in state.items():
+            rows = value.to(self._world.device, self._dtype).reshape(-1, 2)
+            if len(rows) == size:
+                self._moments[name] = rows[rank].clone()
+            else:
+                self._moments[name] = rows.sum(0) if rank == 0 else torch.zeros_like(rows[0])

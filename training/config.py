@@ -107,29 +107,43 @@ class TrainingConfig:
     snapshot: int = _neutral(default=8 << 20)
     checkpoint: int = _neutral(default=128 << 20)
     snapshot_format: str = _neutral(default="pkl")  # pkl, safetensors or both
+    keep_checkpoints: int = _neutral(default=2)  # the newest ones; 0 = all
+    background_saves: bool = _neutral(default=True)  # write files while training goes on
+    on_disk_full: str = _neutral(default="stop")  # stop or wait
     bench: bool = _neutral(default=True)  # let cuDNN time its algorithms
     compile: bool | None = _neutral(default=None)  # compile the network; None = on CUDA devices
     recompute: bool = _neutral(default=False)  # compute a block's activations again for the backward pass
+    shard: bool = _neutral(default=False)  # spread weights, moments and averages over the processes
+    shard_group: int | None = _neutral(default=None)  # processes that share one copy; None = all
     workers: int = _neutral(default=0)  # processes that read data, a rank
     data_cache: str | None = _neutral(default=None)  # folder for what is read from a URL; None = the usual one
     data_cache_size: int = _neutral(default=50 * 10**9)  # bytes of shards in it, at most
     metrics: MetricsConfig | None = field(default=None, metadata={"neutral": True})  # None = nothing is measured
+    slice: int | None = _neutral(default=None)  # images until a session ends; None = the whole duration
+    on_nonfinite: str = _neutral(default="stop")  # stop or continue
+    nonfinite_limit: int = _neutral(default=3)  # status intervals in a row before that
+    monitor: bool = _neutral(default=False)  # magnitudes of gradients, activations and weights in stats.jsonl
     samples: SamplesConfig | None = field(default=None, metadata={"neutral": True})  # None = no sample grids
 
     def __post_init__(self) -> None:
         positive: dict[str, float] = {"batch": self.batch, "duration": self.duration, "channels": self.network.channels}
         positive |= {"batch-gpu": self.batch_gpu if self.batch_gpu is not None else 1, "lr": self.lr}
+        positive |= {"shard-group": 1 if self.shard_group is None else self.shard_group}
         positive |= {"ls": 1.0 if self.ls == "auto" else self.ls}
         positive |= {"P_std": self.P_std, "num-blocks": self.network.num_blocks}
+        positive |= {"slice": 1 if self.slice is None else self.slice, "nonfinite-limit": self.nonfinite_limit}
         positive |= {"shuffle-buffer": self.shuffle_images, "data-cache-size": self.data_cache_size}
         for name, value in positive.items():
             if not 0 < value < math.inf:
                 raise ConfigError(f"--{name}={value} must be a number above 0")
+        if self.shard_group is not None and not self.shard:
+            raise ConfigError(f"--shard-group={self.shard_group} is for a sharded run; add --shard=True")
         not_negative: dict[str, float] = {
             "status": self.status,
             "snapshot": self.snapshot,
             "checkpoint": self.checkpoint,
         }
+        not_negative |= {"keep-checkpoints": self.keep_checkpoints}
         not_negative |= {"workers": self.workers, "decay": self.decay, "rampup": self.rampup, "seed": self.seed}
         for name, value in not_negative.items():
             if not 0 <= value < math.inf:
@@ -184,6 +198,19 @@ class TrainingConfig:
         """Whether the network is compiled there."""
         return device.type == "cuda" if self.compile is None else self.compile
 
+    def shards_over(self, num_ranks: int) -> bool:
+        """Whether each process keeps only a part of the weights."""
+        return self.shard and num_ranks > 1
+
+    def group_of(self, num_ranks: int) -> int:
+        """How many processes share one copy of the weights where they are sharded. Raises ConfigError."""
+        group = num_ranks if self.shard_group is None else self.shard_group
+        if self.shards_over(num_ranks) and num_ranks % group:
+            raise ConfigError(
+                f"--shard-group={group} does not divide {num_ranks} processes; try {math.gcd(group, num_ranks)}"
+            )
+        return group
+
     def to_json(self) -> str:
         """The text of training_options.json."""
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
@@ -195,10 +222,16 @@ class TrainingConfig:
             old_network = dict(old["network"])
             if "fp16" in old_network:  # runs from before there were more precisions than these two
                 old_network["precision"] = "fp16" if old_network["fp16"] else "fp32"
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise ConfigError("training_options.json cannot be read; give another --outdir") from None
         new = json.loads(self.to_json())
         neutral = {f.name for f in dataclasses.fields(self) if f.metadata.get("neutral")}
         pairs = [(key, old.get(key), value) for key, value in new.items() if key not in neutral | {"network"}]
         pairs += [(key, old_network.get(key), value) for key, value in new["network"].items()]
-        return [f"{key}: {was} in the run, {now} asked for" for key, was, now in pairs if was != now]
+        return [f"{key}: {_shown(was)} in the run, {now} asked for" for key, was, now in pairs if was != now]
+
+
+def _shown(value: Any) -> str:
+    """A value out of a file, on one line of bounded length."""
+    text = str(value)
+    return text if text.isprintable() and len(text) <= 100 else json.dumps(value)[:100]

@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from typing import Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -12,35 +13,56 @@ from torch_utils.precision import compute_dtype
 from training.config import TrainingConfig
 from training.fast_network import FastPrecond
 from training.networks_edm2 import Precond
+from training.sharding import shard_network
 
 
 def make_replica(net: Precond, config: TrainingConfig, world: World) -> torch.nn.Module:
     """What stands for `net` in the loss, computing with `net`'s own parameters.
 
-    With more than one process its backward pass leaves the mean of all processes' gradients in them.
+    With more than one process its backward pass leaves the mean of all processes' gradients in them; where they are
+    sharded, see training/sharding.py.
     """
     device = world.device
-    replica: torch.nn.Module = FastPrecond(
-        net, dtype=compute_dtype(config.network.precision, device), recompute=config.recompute
-    )
-    compiled = config.compiles_on(device)
-    if world.size > 1:
-        with warnings.catch_warnings():
-            # Its successor does not exist before PyTorch 2.13.
-            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-            replica = DistributedDataParallel(
-                replica,
-                device_ids=[device.index] if device.type == "cuda" else None,
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
-                # Not when compiled, where the compiler splits its graph at the buckets, nor with rounds of accumulation,
-                # which a static graph cannot leave out of the exchange.
-                static_graph=not compiled and config.share_of(world.size)[1] == 1,
-            )
-    if compiled:
+    replica = FastPrecond(net, dtype=compute_dtype(config.network.precision, device), recompute=config.recompute)
+    if config.compiles_on(device):
         keep_compiled_code()
-        replica.compile(fullgraph=world.size == 1, dynamic=False)
-    return replica
+        if world.size == 1:
+            replica.compile(fullgraph=True, dynamic=False)
+        else:
+            compile_blocks(replica)
+    if config.shards_over(world.size):
+        shard_network(replica, world, group=config.group_of(world.size))
+    if world.size == 1 or config.shards_over(world.size):
+        return replica
+    with warnings.catch_warnings():
+        # Its successor does not exist before PyTorch 2.13.
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+        return DistributedDataParallel(
+            replica,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+            # Not with rounds of accumulation, which a static graph cannot leave out of the exchange.
+            static_graph=config.share_of(world.size)[1] == 1,
+        )
+
+
+def compile_blocks(replica: FastPrecond) -> None:
+    """Compile each block on its own, whole; blocks of one shape share code.
+
+    Gradients of a block are sent while those of the one before are computed, and rows of weights come and go between
+    blocks. A network that is compiled as one has all its gradients at the end. The compiler's own way around that cuts
+    the network wherever 25 MB of weights are full, which is inside of blocks, so it is switched off.
+    """
+    blocks = [*replica.enc, *replica.dec]
+    options: Any = torch._dynamo.config
+    options.optimize_ddp = False
+    # Every kind of block is another version of the same code. The second name is from before PyTorch 2.7.
+    limit = "recompile_limit" if hasattr(options, "recompile_limit") else "cache_size_limit"
+    setattr(options, limit, max(getattr(options, limit), 2 * len(blocks)))
+    for block in blocks:
+        # Not block.compile(), which would take in the hooks that gather the rows.
+        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
 
 
 def keep_compiled_code() -> None:

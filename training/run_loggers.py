@@ -133,15 +133,19 @@ class RunLoggers:
     """The loggers of a run's main process, of which none can stop the training; a context manager.
 
     `names`: some of 'tensorboard' and 'wandb'. A logger that fails later is left out from then on, and `notes` has a
-    line about it for the user. Making them raises ConfigError where one cannot begin.
+    line about it for the user.
     """
 
-    def __init__(self, names: Sequence[str], folder: Path, config: TrainingConfig, *, nimg: int) -> None:
+    def __init__(self, names: Sequence[str], folder: Path, config: TrainingConfig) -> None:
         self.notes: list[str] = []
+        self._names, self._folder, self._config = names, folder, config
         self._loggers: dict[str, Logger] = {}
-        for name in dict.fromkeys(names):
+
+    def begin(self, *, nimg: int) -> None:
+        """Open the logs of a session that goes on from `nimg` images. Raises ConfigError where one cannot be."""
+        for name in dict.fromkeys(self._names):
             with _unnoticed():
-                self._loggers[name] = _LOGGERS[name](folder, config, nimg=nimg)
+                self._loggers[name] = _LOGGERS[name](self._folder, self._config, nimg=nimg)
 
     def scalars(self, stats: Mapping[str, float], texts: Mapping[str, str], nimg: int) -> None:
         """Log what a line of stats.jsonl has."""

@@ -5,7 +5,7 @@ Shape legend: N images, C channels, H x W pixels.
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,19 +93,23 @@ class RunSamples:
         except ConfigError as error:
             raise ConfigError(f"{error}; --samples needs it to decode latents, training goes without") from None
 
-    def draw(self, emas: Sequence[tuple[Any, str]], encoder: Encoder, nimg: int) -> Path:
+    def draw(self, emas: Iterable[tuple[Any, str]], encoder: Encoder, nimg: int) -> Path:
         """Write the grid of the averages at `nimg` images, given with their suffixes ('-0.050'); the file's path.
 
-        To be called by every process: the images are dealt to all. The average is taken as its snapshot has it, in
-        float16, so that `generate_images.py --net=SNAPSHOT` gives the same images.
+        To be called by every process, which takes all of `emas`: the images are dealt to all. The average is taken as
+        its snapshot has it, in float16, so that `generate_images.py --net=SNAPSHOT` gives the same images. Raises
+        ConfigError where the file cannot be written.
         """
-        (ema,) = [net for net, suffix in emas if suffix == f"-{self._std:.3f}"]
-        net = copy.deepcopy(ema).half()
-        rows = grid_rows(self._config, ema.label_dim)
+        net = None
+        for ema, suffix in emas:  # to its end: the processes may be gathering them
+            if suffix == f"-{self._std:.3f}":
+                net = copy.deepcopy(ema).half()
+        assert net is not None
+        rows = grid_rows(self._config, net.label_dim)
         images = self._images(net, encoder, rows)
         path = self._folder.path / f"samples-{nimg // 1000:07d}.png"
         if self._world.is_main:
-            record = json.dumps({**self._record(rows, images.shape, nimg), "label_dim": ema.label_dim})
+            record = json.dumps({**self._record(rows, images.shape, nimg), "label_dim": net.label_dim})
             write_sheet(path, images, num_columns=self._config.num, texts={TEXT_KEY: record})
         return path
 

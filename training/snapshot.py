@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dnnlib.atomic import atomic_path
+from dnnlib.disk import write_error
 from dnnlib.download import open_url
 from dnnlib.errors import ConfigError
 from torch_utils.safe_pickle import printable, read_pickle
@@ -61,7 +62,7 @@ def load_snapshot(
     The file's content, not its name, tells which format it has. Where it does not record image count and EMA length,
     they are taken from its name. Raises ConfigError, naming the file, where it is missing, foreign or damaged.
     """
-    fields = _read_fields(str(source), values=True, trust_code=trust_code)
+    fields = _read_fields(str(source), values=True, trust_code=trust_code, device=device)
     fields["net"].to(device)
     return Snapshot(**fields)
 
@@ -87,8 +88,13 @@ def read_header(source: str | os.PathLike[str]) -> SnapshotHeader:
     )
 
 
-def _read_fields(name: str, values: bool, trust_code: TrustCode | None = None) -> dict[str, Any]:
-    """The fields of a Snapshot from the file called `name`; without `values` the network is on the meta device."""
+def _read_fields(
+    name: str, values: bool, trust_code: TrustCode | None = None, device: torch.device | str = "cpu"
+) -> dict[str, Any]:
+    """The fields of a Snapshot from the file called `name`; without `values` the network is on the meta device.
+
+    With `values` it may be on `device`, or still on the CPU.
+    """
     path = Path(open_url(name, return_filename=True))
     try:
         format_name = _format_of(path)
@@ -99,7 +105,7 @@ def _read_fields(name: str, values: bool, trust_code: TrustCode | None = None) -
         if format_name == "pickle":
             fields = snapshot_pickle.parts_of(tree, path.stat().st_size, trust_code)
         elif format_name == "safetensors":
-            fields = snapshot_safetensors.read(path, values)
+            fields = snapshot_safetensors.read(path, values, device)
         else:
             raise ConfigError("it is neither a pickle nor a safetensors file")
     except ConfigError as error:
@@ -111,20 +117,24 @@ def _read_fields(name: str, values: bool, trust_code: TrustCode | None = None) -
     return fields
 
 
-def save_snapshot(snapshot: Snapshot, path: str | os.PathLike[str]) -> None:
+def save_snapshot(
+    snapshot: Snapshot, path: str | os.PathLike[str], *, tensors: dict[str, torch.Tensor] | None = None
+) -> None:
     """Write `snapshot` to `path`, in the format that its suffix names, .pkl or .safetensors; whole or not at all.
 
     Parameters and buffers are stored as float16. The network, encoder and loss are written as if newly made from
     their constructor arguments: no hooks, compiled code or loaded VAE come along. The published code can read the
     pickle, which has an entry more than published ones where there is `info`, or its name does not tell the image
-    count and the EMA length.
+    count and the EMA length. `tensors`, the state dictionary of the network at another time, takes the place of its
+    own.
     """
     path = Path(path)
     if path.suffix not in SUFFIXES:
         raise ConfigError(f"{path} has none of the suffixes {' and '.join(SUFFIXES)} of network files")
     net: Any = snapshot.net  # Any: the decorator adds the attributes with the constructor arguments
     options = snapshot.dataset_kwargs
-    tensors = {name: value.detach().to("cpu", torch.float16) for name, value in net.state_dict().items()}
+    stored = net.state_dict() if tensors is None else tensors
+    tensors = {name: value.detach().to("cpu", torch.float16) for name, value in stored.items()}
     parts: dict[str, Any] = {
         "net": build_network(network_arguments(net._init_args, net._init_kwargs), tensors, float("inf")),
         "encoder": None if snapshot.encoder is None else _fresh(snapshot.encoder, build_encoder),
@@ -142,7 +152,7 @@ def save_snapshot(snapshot: Snapshot, path: str | os.PathLike[str]) -> None:
             else:
                 snapshot_safetensors.write(temp, **parts, nimg=nimg, ema_std=ema_std, info=info)
     except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror or error}") from error
+        raise write_error(path, error) from error
 
 
 def parse_name(name: str | os.PathLike[str]) -> tuple[int, float] | None:

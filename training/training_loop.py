@@ -3,12 +3,12 @@
 Source: Karras et al., arXiv 2312.02696, Section 2 and Appendix B.
 """
 
+import contextlib
 import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -16,27 +16,35 @@ import torch
 from dnnlib.atomic import write_text
 from dnnlib.errors import ConfigError
 from dnnlib.folders import make_folder
-from torch_utils.checkpoint import load_checkpoint, save_checkpoint
+from torch_utils import distributed
 from torch_utils.distributed import World
 from torch_utils.precision import numerics
+from torch_utils.sharded_checkpoint import read_whole
+from torch_utils.stopping import prepare_worker, spared_children
 from torch_utils.training_stats import RunningMeans
 from training.config import TrainingConfig
+from training.consistency import require_same
 from training.dataset import BatchReader, ImageFolderDataset
 from training.encoders import Encoder, StabilityVAEEncoder
-from training.latents import PUBLISHED_VAE, encoder_entry, measured_encoder, read_encoder
+from training.latents import PUBLISHED_VAE, encoder_entry, measured_encoder, read_encoder_file
 from training.loss import EDM2Loss
+from training.resuming import find_resumption, tick_of
 from training.run_folder import RunFolder
 from training.run_samples import RunSamples
+from training.saving import Notice, RunSaver, Saved
 from training.schedule import learning_rate_schedule
-from training.snapshot import Snapshot, save_snapshot
+from training.session import Cause, Ended, Session
 from training.streaming.dataset import StreamedDataset, data_order, is_remote
 from training.streams import BatchPositions, Order
 from training.training_metrics import TrainingMetrics
 from training.training_state import TrainingState, make_encoder
 
 __all__ = [
+    "Cause",
     "EDM2Loss",
+    "Ended",
     "Iteration",
+    "Notice",
     "Sampled",
     "Saved",
     "Status",
@@ -66,19 +74,14 @@ class Status:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Saved:
-    """Files were written; every process sees the event, the main one wrote them."""
-
-    nimg: int
-    paths: list[Path]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Sampled:
     """A sample grid was drawn; every process sees the event, the main one wrote the file."""
 
     nimg: int
     path: Path
+
+
+Event = Iteration | Status | Saved | Sampled | Notice | Ended
 
 
 def open_dataset(config: TrainingConfig) -> ImageFolderDataset:
@@ -121,7 +124,7 @@ def load_vae_encoder(
             make_folder(folder.path)
             write_text(folder.encoder_file, json.dumps(encoder_entry(measured_encoder(encoder, dataset, world.device))))
         world.barrier()
-        encoder = read_encoder(json.loads(folder.encoder_file.read_text("utf-8")), str(folder.encoder_file))
+        encoder = read_encoder_file(folder.encoder_file)
     encoder.init(world.device)
     return encoder
 
@@ -141,76 +144,139 @@ class TrainingRun:
         self.samples = None
         if config.samples is not None:
             self.samples = RunSamples(config.samples, ema_stds=config.ema_stds, folder=folder, world=world)
-        self.resumed_from = folder.newest_checkpoint()
+        resumption = find_resumption(folder, world)
+        self.resumed_from, self.notes = resumption.path, resumption.notes
+        found = "" if self.resumed_from is None else self.resumed_from.name
+        require_same(world, config, self.dataset, resumed_from=found)
         resumed = self.resumed_from is not None
         encoder = load_vae_encoder(config, self.dataset, folder, world)
         self.state = TrainingState(config, self.dataset, world, resumed=resumed, encoder=encoder)
         self._means = RunningMeans(world)
+        self._saver = RunSaver(config, folder, world)
         if self.resumed_from is not None:
-            data = load_checkpoint(self.resumed_from)
-            self.state.load_state_dict(data, source=str(self.resumed_from))
-            self._means.load_state_dict(data.get("stats", {}) if world.size == 1 else {})
+            self.state.load_state_dict(resumption.data, source=str(self.resumed_from))
+            self._means.load_state_dict(read_whole(resumption.data.get("stats", {})))
+        self._tick = tick_of(resumption.data, nimg=self.state.nimg, elapsed_sec=self.state.elapsed_sec)
         if self.metrics is not None:
             self.metrics.prepare(self.state.encoder, self.state.nimg)
         if self.samples is not None:
             self.samples.prepare(self.state.encoder)
 
     def close(self) -> None:
-        """Let go of the other processes. To be called before the World's own `close`."""
-        self.state.close()
+        """Wait for files on their way, and let go of the other processes. To be called before the World's `close`."""
+        try:
+            self._saver.close()
+        finally:
+            self.state.close()
 
     def __len__(self) -> int:
         return max(-(-(self.config.duration - self.state.nimg) // self.config.batch), 0)
 
-    def __iter__(self) -> Iterator[Iteration | Status | Saved | Sampled]:
+    def __iter__(self) -> Iterator[Event]:
+        session = Session(self.config, self.world, nimg=self.state.nimg)
         with numerics(cudnn_benchmark=self.config.bench, precision=self.config.network.precision):
-            yield from self._events()
+            yield from self._events(session)
+        session.close()
 
-    def _events(self) -> Iterator[Iteration | Status | Saved | Sampled]:
+    def _events(self, session: Session) -> Iterator[Event]:
         config, state = self.config, self.state
         batches = self._batches()
-        session_start = tick_start = time.monotonic()
-        elapsed_before, tick_nimg, maintenance_sec = state.elapsed_sec, state.nimg, 0.0
+        session_start = time.monotonic()
+        elapsed_before, maintenance_sec = state.elapsed_sec, 0.0
+        tick_nimg, tick_start = self._tick[0], session_start - (elapsed_before - self._tick[1])
+        self._progress()
+        if state.nimg < config.duration and (end := session.before_start(state.nimg)) is not None:
+            yield end
+            return
         while state.nimg < config.duration:
             images, labels = next(batches)
             learning_rate = state.learning_rate
+            watches = config.monitor or config.on_nonfinite == "stop"
+            if watches and self._reports(state.nimg + config.batch):
+                state.monitor.arm()
             self._means.add("Loss/loss", state.step(images, labels))
             self._means.add("Loss/learning_rate", torch.full([], learning_rate, device=self.world.device))
             yield Iteration(nimg=state.nimg)
+            yield from self._saver.poll()
 
+            end = session.after_iteration(state.nimg)
+            finished = state.nimg >= config.duration
+            end = None if finished else end
             measures = self.metrics is not None and self._due(self.metrics.every)
-            reports = self._due(config.status) or measures
+            reports = self._reports(state.nimg)
             if reports:
+                self._saver.check()
                 stats = self._means.collect()  # waits for the device, so that the time below is that of finished work
             now = time.monotonic()
             state.elapsed_sec = elapsed_before + now - session_start
             if reports:
                 stats |= self._timing(now - tick_start - maintenance_sec, state.nimg - tick_nimg, maintenance_sec)
                 tick_start, tick_nimg, maintenance_sec = now, state.nimg, 0.0
-            if self._due(config.snapshot) or measures:
-                yield Saved(nimg=state.nimg, paths=self._save_snapshots())
-                if self.samples is not None:
-                    path = self.samples.draw(state.ema.get(), state.encoder, state.nimg)
-                    yield Sampled(nimg=state.nimg, path=path)
+                if watches:
+                    stats |= state.monitor.collect(state.loss_fn)
+                    end = session.after_status(state.nimg, stats["Loss/loss"], state.monitor.lost) or end
+                self._progress()
+            # Who is told to go may have no time for pictures.
+            hurries = end is not None and end.cause in (Cause.SIGNAL, Cause.SUSPEND)
+            measures = measures and not hurries
+            if self._due(config.snapshot) or measures or (end is not None and end.is_final and config.snapshot):
+                yield from self._saver.save_snapshots(state)
+                if self.samples is not None and not hurries:
+                    yield self._draw(self.samples)
+            if measures:
+                yield from self._saver.settle()  # the best snapshot can be named only when it is there
             if reports:
                 yield self._status(stats, measures=measures)
-            if self._due(config.checkpoint):
+            # Also with --checkpoint=0: what the run went on from is not to remain as if it were the newest.
+            wanted = self._due(config.checkpoint) or (finished and self.resumed_from is not None)
+            if (wanted or end is not None) and self._worth_keeping(session):
                 state.elapsed_sec = elapsed_before + time.monotonic() - session_start
-                yield Saved(nimg=state.nimg, paths=self._save_checkpoint())
+                self._tick = tick_nimg, elapsed_before + tick_start + maintenance_sec - session_start
+                yield from self._save_checkpoint()
+            if end is not None:
+                yield from self._saver.settle()
+                yield end
+                return
             maintenance_sec += time.monotonic() - now
+        yield from self._saver.settle()
+
+    def _draw(self, samples: RunSamples) -> Sampled | Notice:
+        """A new sample grid. One that cannot be written, on a full disk, is no reason to end a run."""
+        try:
+            path = samples.draw(self.state.averages(), self.state.encoder, self.state.nimg)
+        except ConfigError as error:
+            return Notice(text=f"{error}; going on without this sample grid.")
+        return Sampled(nimg=self.state.nimg, path=path)
+
+    def _reports(self, nimg: int) -> bool:
+        """Whether there is a line for stats.jsonl after the iteration that ends at `nimg`."""
+        every = 0 if self.metrics is None else self.metrics.every
+        return self._due(self.config.status, nimg) or self._due(every, nimg)
+
+    def _progress(self) -> None:
+        if self.world.is_main:
+            distributed.update_progress(self.state.nimg, self.config.duration)
+
+    def _worth_keeping(self, session: Session) -> bool:
+        """Whether the run can go on from where it is: not from weights that are no numbers."""
+        if not session.in_doubt:
+            return True
+        finite = torch.stack([param.detach().isfinite().all() for param in self.state.part.parameters()]).all()
+        return all(self.world.all_gather_objects(bool(finite)))
 
     def _status(self, stats: dict[str, float], *, measures: bool) -> Status:
         """The event that reports `stats`, with metrics if it `measures`: of the snapshots that were just taken."""
         if self.metrics is None or not measures:
             return Status(nimg=self.state.nimg, stats=stats)
-        found = self.metrics.measure(self.state.ema.get(), self.state.encoder, self.state.nimg)
+        found = self.metrics.measure(self.state.averages(), self.state.encoder, self.state.nimg)
         return Status(nimg=self.state.nimg, stats=stats | found.stats, texts=found.texts)
 
-    def _due(self, interval: int) -> bool:
-        """Whether the iteration just taken crossed a multiple of `interval` images, or was the last one."""
+    def _due(self, interval: int, nimg: int | None = None) -> bool:
+        """Whether the iteration that ended at `nimg`, by default the one just taken, crossed a multiple of `interval`
+        images, or was the last one."""
         if interval == 0:
             return False
-        nimg = self.state.nimg
+        nimg = self.state.nimg if nimg is None else nimg
         return nimg // interval > (nimg - self.config.batch) // interval or nimg >= self.config.duration
 
     def _batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -236,9 +302,12 @@ class TrainingRun:
             pin_memory=device.type == "cuda",
             multiprocessing_context="spawn" if workers else None,
             prefetch_factor=2 if workers else None,
+            worker_init_fn=prepare_worker,
         )
         try:
-            for images, labels in loader:
+            with spared_children() if workers else contextlib.nullcontext():
+                batches = iter(loader)
+            for images, labels in batches:
                 yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         except ConfigError as error:
             # A worker's exception arrives with the worker's traceback as its message, ending in the original.
@@ -262,37 +331,8 @@ class TrainingRun:
             torch.cuda.reset_peak_memory_stats()
         return stats
 
-    def _save_snapshots(self) -> list[Path]:
-        """Write one network file for each tracked EMA length and format."""
-        paths = []
-        for (net, suffix), std in zip(self.state.ema.get(), self.config.ema_stds, strict=True):
-            for extension in ("pkl", "safetensors"):
-                if self.config.snapshot_format not in (extension, "both"):
-                    continue
-                path = self.folder.snapshot_path(self.state.nimg, suffix, extension)
-                paths.append(path)
-                if self.world.is_main:
-                    save_snapshot(self._snapshot(net, std), path)
-        return paths
-
-    def _snapshot(self, net: Any, std: float) -> Snapshot:
-        return Snapshot(
-            net=net,
-            encoder=self.state.encoder,
-            dataset_kwargs={
-                "class_name": "training.dataset.ImageFolderDataset",
-                "path": self.config.data,
-                "use_labels": self.config.cond,
-                "xflip": self.config.xflip,
-            },
-            loss_fn=self.state.loss_fn,
-            nimg=self.state.nimg,
-            ema_std=std,
-            info={"batch": self.config.batch, "seed": self.config.seed},
-        )
-
-    def _save_checkpoint(self) -> list[Path]:
-        path = self.folder.checkpoint_path(self.state.nimg)
-        if self.world.is_main:
-            save_checkpoint(path, self.state.state_dict() | {"stats": self._means.state_dict()})
-        return [path]
+    def _save_checkpoint(self) -> Iterator[Saved | Notice]:
+        nimg, elapsed_sec = self._tick
+        run = {"ranks": self.world.size, "tick": {"cur_nimg": nimg, "total_elapsed_time": elapsed_sec}}
+        data = self.state.state_dict() | {"stats": self._means.state_dict(), "run": run}
+        yield from self._saver.save_checkpoint(self.state.nimg, data)

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,7 +72,7 @@ class TrainingMetrics:
             if line.get(_SETTINGS) == self._settings:
                 self._remember(line, round(line["Progress/kimg"] * 1e3))
 
-    def measure(self, emas: Sequence[tuple[torch.nn.Module, str]], encoder: Encoder, nimg: int) -> Measured:
+    def measure(self, emas: Iterable[tuple[torch.nn.Module, str]], encoder: Encoder, nimg: int) -> Measured:
         """Score the averages at `nimg` images, given with their suffixes; their snapshots must be there already.
 
         To be called by every process. Each average is taken as its snapshot has it, in float16, so that

@@ -1,26 +1,31 @@
 """Everything about a training run that changes as it trains: how it starts, takes a step, is saved and is restored."""
 
 import contextlib
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from dnnlib.errors import ConfigError
 from torch_utils.distributed import World
 from torch_utils.loss_scale import LossScale
+from torch_utils.sharded_checkpoint import StoredTensor, flatten, read_into, read_whole
 from training.config import TrainingConfig
 from training.dataset import ImageFolderDataset
 from training.encoders import Encoder, StabilityVAEEncoder
 from training.latents import encoder_of, vae_encoder, vae_geometry
 from training.loss import EDM2Loss
+from training.monitor import Monitor
 from training.networks_edm2 import Precond
 from training.phema import PowerFunctionEMA
 from training.replica import make_replica
 from training.schedule import learning_rate_schedule
+from training.sharding import gathered, hand_over_gradients, own_part, sharded_state, take_rows
 from training.snapshot import load_snapshot
 from training.streams import NoiseStream, derive_seed
-from training.update import clear_nonfinite, make_optimizer, normalize_weights, with_fused_adam
+from training.update import clear_nonfinite, make_optimizer, normalize_weights, start_moments, with_fused_adam
 
 # Purposes of the run's streams of random numbers.
 _SIGMA, _NOISE, _ENCODER, _DROPOUT = range(4)
@@ -48,16 +53,23 @@ class TrainingState:
         self.nimg = 0
         self.elapsed_sec = 0.0
         self.encoder = make_encoder(config, dataset) if encoder is None else encoder
-        self.net = make_network(config, dataset).train().requires_grad_(True).to(world.device)
+        self.sharded = config.shards_over(world.size)
+        self.net = make_network(config, dataset).train().requires_grad_(True)
+        if not self.sharded:
+            self.net.to(world.device)
         self.left_fresh: list[str] = []  # tensors that --init had nothing fitting for
         if config.init is not None and not resumed:
             self.left_fresh = copy_weights(config.init, self.net, partial=config.init_partial)
         self.loss_fn = EDM2Loss(P_mean=config.P_mean, P_std=config.P_std, sigma_data=self.net.sigma_data)
-        self.optimizer = make_optimizer(self.net.parameters(), lr=config.lr)
-        self.loss_scale = LossScale(config.ls, world.device)
-        self.ema = PowerFunctionEMA(self.net, stds=list(config.ema_stds))
+        self.replica = make_replica(self.net, config, world)
+        self.part = own_part(self.net) if self.sharded else self.net  # what this process keeps, steps and averages
+        self.optimizer = make_optimizer(self.part.parameters(), lr=config.lr)
+        self.loss_scale = LossScale(config.ls, world.device, shared=world if self.sharded else None)
+        self.ema = PowerFunctionEMA(self.part, stds=list(config.ema_stds))
+        self.monitor = Monitor(
+            self.net, world, everything=config.monitor, replica=self.replica if self.sharded else None
+        )
         self._noise = NoiseStream(config.seed, world.device)
-        self._replica = make_replica(self.net, config, world)
 
     def close(self) -> None:
         """Let go of the process group; there are no steps after this.
@@ -65,7 +77,7 @@ class TrainingState:
         Without it the group may live on in DistributedDataParallel after it was closed, and then its end is a deadlock
         now and again: that waits, with Python's global lock held, for a thread that wants the lock to drop a tensor.
         """
-        self._replica = self.net
+        self.replica = self.net
 
     @property
     def learning_rate(self) -> float:
@@ -79,9 +91,12 @@ class TrainingState:
         `images` [N, C, H, W] as the data set holds them, `labels` [N, L] float32, both on the run's device.
         """
         loss = self.accumulate_gradients(images, labels)
+        self.monitor.see_gradients(self.loss_scale.factor)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
-        gradients = [param.grad for param in self.net.parameters() if param.grad is not None]
+        if self.sharded:
+            hand_over_gradients(self.net, self.part, self.world)
+        gradients = [param.grad for param in self.part.parameters() if param.grad is not None]
         self.loss_scale.unscale_(gradients)
         clear_nonfinite(gradients)
         self.optimizer.step()
@@ -97,7 +112,7 @@ class TrainingState:
         """
         share, num_rounds = self.config.share_of(self.world.size)
         assert len(images) == share
-        normalize_weights(self.net)
+        normalize_weights(self.part)
         start = self.nimg + self.world.rank * share
         eps = None
         if self.config.vae is not None:
@@ -114,40 +129,99 @@ class TrainingState:
         losses = []
         rounds = (t.chunk(num_rounds) for t in (latents, labels, rnd_normal, unit_noise))
         for index, (x, y, n, e) in enumerate(zip(*rounds, strict=True)):
+            self.monitor.see_inputs(x, y, rnd_normal=n, unit_noise=e)
             with self._gradients_later(index < num_rounds - 1):
-                loss = self.loss_fn(self._replica, x, y, rnd_normal=n, unit_noise=e)
+                loss = self.loss_fn(self.replica, x, y, rnd_normal=n, unit_noise=e)
                 (loss.sum() * (self.loss_scale.factor / share)).backward()
             losses.append(loss.detach())
         return torch.cat(losses)
 
     def _gradients_later(self, later: bool) -> contextlib.AbstractContextManager[Any]:
-        """Where `later`, leave the exchange of gradients between processes to a following round."""
-        if later and isinstance(self._replica, DistributedDataParallel):
-            return self._replica.no_sync()
+        """Where `later`, leave the exchange of gradients between processes to a following round.
+
+        Sharded ones are still scattered, since the whole would take as much memory as all weights do; the sum over
+        copies waits.
+        """
+        if self.sharded:
+            cast(FSDPModule, self.replica).set_requires_all_reduce(not later)
+        if later and isinstance(self.replica, DistributedDataParallel):
+            return self.replica.no_sync()
         return contextlib.nullcontext()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds. There is no random state in it: see training/streams.py."""
-        return {
+        """What a checkpoint holds. There is no random state in it: see training/streams.py.
+
+        Where the run is sharded, tensors that are spread over processes are DTensors.
+        """
+        data = {
             "state": {"cur_nimg": self.nimg, "total_elapsed_time": self.elapsed_sec},
-            "net": self.net.state_dict(),
+            "net": self.part.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "ema": self.ema.state_dict(),
             "loss_scale": self.loss_scale.state_dict(),
         }
+        return sharded_state(data, self.net) if self.sharded else data
 
     def load_state_dict(self, data: dict[str, Any], source: str) -> None:
-        """Continue from what `state_dict` gave. Raises ConfigError, naming `source`, where it does not fit."""
+        """Continue from what `state_dict` gave, with whole tensors or StoredTensors in it; for every process to call.
+
+        Raises ConfigError, naming `source`, where it does not fit.
+        """
         try:
-            self.net.load_state_dict(data["net"])
-            self.optimizer.load_state_dict(with_fused_adam(data["optimizer"]))
-            self.ema.load_state_dict(data["ema"])
-            self.loss_scale.load_state_dict(data.get("loss_scale", {}))
+            if self.sharded:
+                self._load_parts(data)
+            else:
+                data = read_whole(data)
+                self.net.load_state_dict(data["net"])
+                moments = fitting_moments(data["optimizer"], list(self.net.parameters()))
+                self.optimizer.load_state_dict(with_fused_adam(moments))
+                self.ema.load_state_dict(data["ema"])
+            self.loss_scale.load_state_dict(read_whole(data.get("loss_scale", {})))
             self.nimg = int(data["state"]["cur_nimg"])
-            self.elapsed_sec = float(data["state"]["total_elapsed_time"])
+            self.elapsed_sec = float(data["state"].get("total_elapsed_time", 0.0))
         except (AttributeError, IndexError, KeyError, ValueError, TypeError, RuntimeError) as error:
             # PyTorch lists every tensor that does not fit.
             raise ConfigError(f"{source} does not belong to this run: {str(error)[:400]}") from None
+
+    def _load_parts(self, data: dict[str, Any]) -> None:
+        """Take this process's part of what `data` holds of weights, moments and averages."""
+        if list(data["ema"]["stds"]) != self.ema.stds:
+            raise ValueError(f"the stored averages have widths {data['ema']['stds']}, this run has {self.ema.stds}")
+        start_moments(self.optimizer)
+        ours, theirs = (
+            {"net": d["net"], "optimizer": d["optimizer"]["state"], "ema": d["ema"]["emas"]}
+            for d in (self.state_dict(), data)
+        )
+        (read_into if any(isinstance(leaf, StoredTensor) for leaf in flatten(theirs).values()) else take_rows)(
+            theirs, ours
+        )
+
+    def averages(self, *, main_only: bool = False) -> Iterator[tuple[Precond, str]]:
+        """The averaged networks, each with a suffix for its file name; every process must take all of them.
+
+        Where the run is sharded they are gathered for this, one at a time and in float16; with `main_only` they have
+        no content in other processes than the main one. Otherwise they are the averages themselves.
+        """
+        for ema, suffix in self.ema.get():
+            if self.sharded:
+                yield gathered(ema, self.net, self.world, main_only=main_only), suffix
+            else:
+                yield cast(Precond, ema), suffix
+
+
+def fitting_moments(stored: dict[str, Any], parameters: list[torch.nn.Parameter]) -> dict[str, Any]:
+    """The optimizer's state `stored`, if its moments have the shapes of the parameters; ValueError otherwise.
+
+    PyTorch pairs them by number and doesn't look.
+    """
+    for index, moments in stored["state"].items():
+        shape = parameters[index].shape
+        for name, value in moments.items():
+            if isinstance(value, torch.Tensor) and value.ndim and value.shape != shape:
+                raise ValueError(
+                    f"{name} of parameter {index} is {_shape(value)}, the parameter {_shape(parameters[index])}"
+                )
+    return stored
 
 
 def make_encoder(config: TrainingConfig, dataset: ImageFolderDataset) -> Encoder:

@@ -20,6 +20,15 @@ def make_optimizer(params: Iterable[torch.nn.Parameter], lr: float) -> torch.opt
     return torch.optim.Adam(params, lr=lr, betas=BETAS, fused=True)
 
 
+def start_moments(optimizer: torch.optim.Adam) -> None:
+    """Give the optimizer the state that it would make in its first step, for others to fill in."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    moments = [
+        {"step": torch.zeros([]), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)} for p in params
+    ]
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": dict(enumerate(moments))})
+
+
 def with_fused_adam(state: dict[str, Any]) -> dict[str, Any]:
     """The state of an optimizer that was stored by whatever form of Adam, for the one that is used here."""
     groups = [{**group, "fused": True, "foreach": None} for group in state["param_groups"]]

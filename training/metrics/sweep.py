@@ -16,7 +16,8 @@ from typing import Any
 
 from dnnlib.errors import ConfigError
 from torch_utils.distributed import World
-from training.generation import generate_images, load_network, split_batches
+from training.dealing import split_batches
+from training.generation import generate_images, load_network
 from training.metrics import report
 from training.metrics.evaluate import StatsPass
 from training.metrics.plan import Plan
@@ -220,7 +221,7 @@ def read_points(path: Path, settings: Mapping[str, Any]) -> list[Point]:
             )
             for entry in record["points"]
         ]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         raise ConfigError(f"{path} is there, and is no record of a sweep; name another file") from None
     if not points:
         return []

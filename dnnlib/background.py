@@ -1,0 +1,121 @@
+"""Files written by a thread of their own while the program goes on."""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dnnlib.disk import DiskFull, require_space, write_error
+
+_POLL_SEC = 5.0  # between looks at a full disk
+
+
+@dataclass(frozen=True, kw_only=True)
+class Write:
+    """A file to be written."""
+
+    path: Path
+    num_bytes: int  # room that it needs, about
+    work: Callable[[Path], None]  # writes it, whole or not at all; may raise OSError
+    tag: Any = None  # for the caller
+
+
+class BackgroundWriter:
+    """Writes files one after the other, in a thread that lives while there are some.
+
+    With `wait_for_space`, a full disk is waited for; otherwise it is a failure, as everything else is. After a failure
+    nothing more is written. The interpreter doesn't end before the thread does. `before` is called before each file,
+    and may raise. `advice` is what to do about a full disk.
+    """
+
+    def __init__(
+        self,
+        *,
+        wait_for_space: bool = False,
+        advice: str = "",
+        before: Callable[[], None] = lambda: None,
+        poll_sec: float = _POLL_SEC,
+    ) -> None:
+        self._wait_for_space = wait_for_space
+        self._advice = advice
+        self._before = before
+        self._poll_sec = poll_sec
+        self._change = threading.Condition()
+        self._waiting: list[Write] = []
+        self._thread: threading.Thread | None = None
+        self._finished: list[Write] = []
+        self._notes: list[str] = []
+        self._failure: BaseException | None = None
+
+    def submit(self, write: Write) -> None:
+        """Have the file written, after those before."""
+        with self._change:
+            if self._failure is not None:
+                return
+            self._waiting.append(write)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="background writer")
+                self._thread.start()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until everything is written, or has failed; False where that takes longer than `timeout` seconds."""
+        with self._change:
+            return self._change.wait_for(lambda: self._thread is None, timeout)
+
+    def news(self) -> tuple[list[str], list[Write]]:
+        """What there is to tell, and the files that were written, since the last call."""
+        with self._change:
+            notes, self._notes = self._notes, []
+            finished, self._finished = self._finished, []
+        return notes, finished
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What went wrong, if something did."""
+        with self._change:
+            return self._failure
+
+    def _work(self) -> None:
+        while True:
+            with self._change:
+                if not self._waiting:
+                    self._thread = None
+                    self._change.notify_all()
+                    return
+                write = self._waiting.pop(0)
+            try:
+                self._patiently(write)
+            except BaseException as error:
+                with self._change:
+                    self._failure = error
+                    self._waiting.clear()
+            else:
+                with self._change:
+                    self._finished.append(write)
+
+    def _patiently(self, write: Write) -> None:
+        told = False
+        while True:
+            try:
+                self._before()
+                require_space(write.path, write.num_bytes)
+                try:
+                    write.work(write.path)
+                except OSError as error:
+                    raise write_error(write.path, error) from error
+            except DiskFull as error:
+                if not self._wait_for_space:
+                    raise DiskFull(f"{error}{self._advice}") from error
+                if not told:
+                    self._note(f"{error}; waiting for room.")
+                told = True
+                threading.Event().wait(self._poll_sec)
+            else:
+                if told:
+                    self._note(f"There is room again: wrote {write.path.name}.")
+                return
+
+    def _note(self, text: str) -> None:
+        with self._change:
+            self._notes.append(text)
