@@ -1,9 +1,11 @@
 """A run in TensorBoard and in Weights & Biases: what is read back is what stats.jsonl and the pictures say."""
 
+import importlib
 import importlib.util
 import io
 import json
 import os
+import shutil
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,11 +88,10 @@ def wandb_chunks(data: bytes) -> Iterator[bytes]:
 
 def read_wandb(path: Path) -> dict[str, list[Any]]:
     """The records of an offline file by kind, in W&B's own messages."""
-    from wandb.proto import wandb_internal_pb2
-
+    messages: Any = importlib.import_module("wandb.proto.wandb_internal_pb2")
     found: dict[str, list[Any]] = {}
     for raw in wandb_chunks(path.read_bytes()):
-        record = wandb_internal_pb2.Record()
+        record = messages.Record()
         record.ParseFromString(raw)
         kind = record.WhichOneof("record_type")
         if kind is not None:
@@ -166,18 +167,21 @@ def test_an_offline_file_of_wandb_reads_back_the_same(data, tmp_path, wandb):
 
 def test_all_sessions_of_a_run_are_one_run_of_wandb(data, tmp_path, wandb, monkeypatch):
     monkeypatch.setenv("WANDB_PROJECT", "other")
-    config, seen = tiny_config(data), []
-    for nimg in (0, 64):
-        with RunLoggers(["wandb"], tmp_path, config) as loggers:
+    config, found = tiny_config(data), []
+    for name, nimg in (("first", 0), ("second", 64)):  # two folders: W&B names files by the second
+        folder = tmp_path / name
+        folder.mkdir()
+        if found:
+            shutil.copy(tmp_path / "first" / "wandb.json", folder)
+        with RunLoggers(["wandb"], folder, config) as loggers:
             loggers.begin(nimg=nimg)
             loggers.scalars({"Loss/loss": 1.0}, {"Metrics/best_fid": "a.pkl"}, nimg + 64)
         assert loggers.notes == []
-        # The newest of the two: their names differ by the second.
-        seen.append({path.name for path in tmp_path.glob("wandb/offline-run-*/run-*.wandb")})
-    (name,) = seen[0] | seen[1]
-    assert name == f"run-{json.loads((tmp_path / 'wandb.json').read_text())['id']}.wandb"
-    runs = [read_wandb(path)["run"][0] for path in tmp_path.glob("wandb/offline-run-*/run-*.wandb")]
-    assert all(run.project == "other" for run in runs)
+        (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+        records = read_wandb(path)
+        found.append((records["run"][0].run_id, records["run"][0].project, list(wandb_history(records))))
+    name = json.loads((tmp_path / "first" / "wandb.json").read_text())["id"]
+    assert found == [(name, "other", [64]), (name, "other", [128])]
 
 
 def test_the_result_is_bitwise_that_of_a_run_without(data, tmp_path, tensorboard, wandb):

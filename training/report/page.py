@@ -274,7 +274,7 @@ def _flat(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 def _span(seconds: float) -> str:
     """A duration in its two largest units: 3 d 4 h, 12 min 5 s."""
     left = round(min(max(seconds, 0), 1e12))
-    parts = []
+    parts: list[str] = []
     for name, size in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
         count, left = divmod(left, size)
         if count or (name == "s" and not parts):
