@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -19,6 +20,7 @@ from dnnlib.cli_saving import saving_options
 from dnnlib.cli_session import session_options
 from dnnlib.cli_speed import take_fp16, training_speed_options
 from dnnlib.cli_streaming import streaming_options
+from dnnlib.cli_watching import given_samples, watching_options
 from dnnlib.errors import ConfigError
 from dnnlib.invocation import invocation
 from dnnlib.parse import format_nimg
@@ -30,8 +32,22 @@ from training.config import MetricsConfig, TrainingConfig
 from training.latents import PUBLISHED_VAE
 from training.presets import locate, training_preset
 from training.run_folder import RunFolder
+from training.run_loggers import RunLoggers, check_loggers
+from training.run_samples import check_samples, preferred_std
+from training.run_sessions import record_session
+from training.samples_config import SamplesConfig
 from training.streaming.remote import is_remote
-from training.training_loop import Cause, Ended, Iteration, Notice, Saved, Status, TrainingRun, open_dataset
+from training.training_loop import (
+    Cause,
+    Ended,
+    Iteration,
+    Notice,
+    Sampled,
+    Saved,
+    Status,
+    TrainingRun,
+    open_dataset,
+)
 from training.training_metrics import check_metrics
 from training.training_state import check_network, network_shape
 
@@ -49,10 +65,11 @@ _NETWORK_FIELDS = {
 class Log:
     """What the main process tells: on the screen, past the progress bar, and in the run's log.txt."""
 
-    def __init__(self, folder: RunFolder, *, is_main: bool, patient: bool) -> None:
+    def __init__(self, folder: RunFolder, *, is_main: bool, patient: bool, loggers: RunLoggers) -> None:
         self._log = LineFile(folder.log_file, patient=patient)
         self._stats = LineFile(folder.stats_file, patient=patient)
         self.is_main = is_main
+        self._loggers = loggers
 
     def say(self, text: str) -> None:
         """Print a line and append it to log.txt."""
@@ -60,11 +77,23 @@ class Log:
             tqdm.tqdm.write(text)
             self._log.append(text)
 
-    def record(self, stats: dict[str, float], texts: dict[str, str]) -> None:
+    def record(self, stats: dict[str, float], texts: dict[str, str], nimg: int) -> None:
         """Append a line to stats.jsonl and say the same in short."""
         if self.is_main:
             self._stats.append(json.dumps(stats | texts))
             self.say(_status_line(stats, texts))
+        self._loggers.scalars(stats, texts, nimg)
+        self._say_notes()
+
+    def drew(self, path: Path, nimg: int) -> None:
+        """Say that there is a new sample grid."""
+        self.say(f"Drew {path.name}")
+        self._loggers.image(path, nimg)
+        self._say_notes()
+
+    def _say_notes(self) -> None:
+        while self._loggers.notes:
+            self.say(self._loggers.notes.pop(0))
 
 
 @click.command()
@@ -109,6 +138,7 @@ class Log:
 @saving_options
 @training_metrics_options
 @streaming_options
+@watching_options
 @session_options
 @click.option("--seed", metavar="INT", type=int, help="Random seed  [default: 0]")
 @click.option("--allow-changes", is_flag=True, help="Continue a run even where options differ that change its result")
@@ -117,6 +147,7 @@ def train_edm2(
     outdir: str,
     preset: str,
     device: str | None,
+    log_names: tuple[str, ...],
     timeout: float,
     allow_changes: bool,
     dry_run: bool,
@@ -136,6 +167,7 @@ def train_edm2(
     # A small network on the shipped data, on whatever this machine has
     python train_edm2.py --outdir=training-runs/fashion --preset=fashion
     """
+    check_loggers(log_names)
     config = configure(preset, options)
     dataset = open_dataset(config)
     resolution, _ = network_shape(config, dataset)
@@ -145,6 +177,7 @@ def train_edm2(
     config.group_of(num_ranks)
     check_network(config, dataset)
     check_metrics(config, dataset)
+    check_samples(config, dataset)
     folder = RunFolder(outdir)
     folder.check(config, allow_changes=allow_changes)
     if dry_run:
@@ -162,9 +195,16 @@ def train_edm2(
     ):
         if options["workers"] is None and world.device.type == "cuda":
             config = dataclasses.replace(config, workers=2)
-        with folder.held(world, say=click.echo), contextlib.closing(TrainingRun(config, folder, world=world)) as run:
-            log = Log(folder, is_main=world.is_main, patient=config.on_disk_full == "wait")
-            on_main(world, functools.partial(folder.start, config, nimg=run.state.nimg))
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(folder.held(world, say=click.echo))
+            run = stack.enter_context(contextlib.closing(TrainingRun(config, folder, world=world)))
+            nimg = run.state.nimg
+            on_main(world, functools.partial(folder.start, config, nimg=nimg))
+            begin = functools.partial(record_session, folder.path, nimg=nimg, command=invocation(), world=world)
+            on_main(world, begin)
+            loggers = stack.enter_context(RunLoggers(log_names if world.is_main else (), folder.path, config))
+            on_main(world, functools.partial(loggers.begin, nimg=nimg))
+            log = Log(folder, is_main=world.is_main, patient=config.on_disk_full == "wait", loggers=loggers)
             log.say(_describe(config, folder, dataset))
             note = precision_note(config.network.precision, world.device)
             if note is not None:
@@ -175,7 +215,7 @@ def train_edm2(
 def configure(preset: str, options: dict[str, Any]) -> TrainingConfig:
     """The preset with every option that was given put in its place. Raises ConfigError for values that cannot work."""
     base = training_preset(preset)
-    metrics = given_metrics(options)
+    metrics, samples = given_metrics(options), given_samples(options)
     take_fp16(options)
     encode, vae = options.pop("encode_on_the_fly"), options.pop("model_url")
     if vae is not None and not encode:
@@ -188,6 +228,9 @@ def configure(preset: str, options: dict[str, Any]) -> TrainingConfig:
     }
     if metrics is not None:
         given["metrics"] = MetricsConfig(**metrics)
+    if samples is not None:
+        best = preferred_std(preset, given.get("ema_stds", base.ema_stds))
+        given["samples"] = SamplesConfig(**{"std": best, **samples})
     config = dataclasses.replace(base, network=dataclasses.replace(base.network, **network), **given)
     if not config.data:
         raise ConfigError(f"--data is missing; --preset={preset} brings no data set of its own")
@@ -224,12 +267,14 @@ def _train(run: TrainingRun, log: Log) -> int:
                 case Iteration():
                     bar.update(batch)
                 case Status():
-                    log.record(event.stats, event.texts)
+                    log.record(event.stats, event.texts, event.nimg)
                     bar.set_postfix(loss=f"{event.stats['Loss/loss']:.4f}")
                 case Notice():
                     log.say(event.text)
                 case Saved():
                     log.say(f"Saved {', '.join(path.name for path in event.paths)}")
+                case Sampled():
+                    log.drew(event.path, event.nimg)
                 case Ended():
                     ended = event
     if ended is not None:

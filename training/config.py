@@ -11,6 +11,7 @@ import torch
 from dnnlib.errors import ConfigError
 from torch_utils.precision import PRECISIONS, Precision
 from training.metrics.table import parse_metrics
+from training.samples_config import SamplesConfig
 from training.streaming.remote import is_remote
 
 SHUFFLE_BUFFER = 10_000  # images of a data set behind a URL
@@ -122,6 +123,7 @@ class TrainingConfig:
     on_nonfinite: str = _neutral(default="stop")  # stop or continue
     nonfinite_limit: int = _neutral(default=3)  # status intervals in a row before that
     monitor: bool = _neutral(default=False)  # magnitudes of gradients, activations and weights in stats.jsonl
+    samples: SamplesConfig | None = field(default=None, metadata={"neutral": True})  # None = no sample grids
 
     def __post_init__(self) -> None:
         positive: dict[str, float] = {"batch": self.batch, "duration": self.duration, "channels": self.network.channels}
@@ -166,6 +168,11 @@ class TrainingConfig:
             raise ConfigError(
                 "--metrics measures whenever a snapshot is taken; with --snapshot=0, give --metrics-every"
             )
+
+        if self.samples is not None:
+            self.samples.check_tracked(self.ema_stds)
+            if self.snapshot == 0 and self.metrics is None:
+                raise ConfigError("--samples draws whenever a snapshot is taken; with --snapshot=0 there is none")
 
     @property
     def shuffle_images(self) -> int:

@@ -19,6 +19,8 @@ from training.png_files import FAST, SMALL, write_png
 _MAX_THREADS = 16
 _MAX_PENDING_BYTES = 256 << 20
 
+SHEET_GAP = 2  # white pixels between and around the images of a contact sheet
+
 
 def num_writer_threads() -> int:
     """As many as this process has cores, those of other processes of the same run on this machine left out."""
@@ -90,7 +92,7 @@ class ImageWriter:
             raise self._failure
 
 
-def contact_sheet(images: np.ndarray, *, num_columns: int, gap: int = 2) -> np.ndarray:
+def contact_sheet(images: np.ndarray, *, num_columns: int, gap: int = SHEET_GAP) -> np.ndarray:
     """Lay `images` (uint8 [N, C, H, W]) out row by row with `gap` white pixels between and around them.
 
     Returns uint8 [C, rows * (H + gap) + gap, num_columns * (W + gap) + gap]; places left over stay white.
@@ -113,7 +115,7 @@ def require_sheet(path: Path) -> None:
     require_folder(path.parent)
 
 
-def write_sheet(path: Path, images: np.ndarray, *, num_columns: int) -> None:
-    """Write a contact sheet of `images` (uint8 [N, C, H, W]) to `path`, whose folder is made."""
+def write_sheet(path: Path, images: np.ndarray, *, num_columns: int, texts: dict[str, str] | None = None) -> None:
+    """Write a contact sheet of `images` (uint8 [N, C, H, W]) to `path`, whose folder is made; `texts` go with it."""
     make_folder(path.parent)
-    write_png(path, contact_sheet(images, num_columns=num_columns), compression=SMALL)
+    write_png(path, contact_sheet(images, num_columns=num_columns), compression=SMALL, texts=texts)

@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import psutil
 import torch
@@ -29,6 +30,7 @@ from training.latents import PUBLISHED_VAE, encoder_entry, measured_encoder, rea
 from training.loss import EDM2Loss
 from training.resuming import find_resumption, tick_of
 from training.run_folder import RunFolder
+from training.run_samples import RunSamples
 from training.saving import Notice, RunSaver, Saved
 from training.schedule import learning_rate_schedule
 from training.session import Cause, Ended, Session
@@ -43,6 +45,7 @@ __all__ = [
     "Ended",
     "Iteration",
     "Notice",
+    "Sampled",
     "Saved",
     "Status",
     "TrainingRun",
@@ -68,6 +71,17 @@ class Status:
     nimg: int
     stats: dict[str, float]
     texts: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampled:
+    """A sample grid was drawn; every process sees the event, the main one wrote the file."""
+
+    nimg: int
+    path: Path
+
+
+Event = Iteration | Status | Saved | Sampled | Notice | Ended
 
 
 def open_dataset(config: TrainingConfig) -> ImageFolderDataset:
@@ -127,6 +141,9 @@ class TrainingRun:
         self.metrics = None
         if config.metrics is not None:
             self.metrics = TrainingMetrics(config.metrics, snapshot=config.snapshot, folder=folder, world=world)
+        self.samples = None
+        if config.samples is not None:
+            self.samples = RunSamples(config.samples, ema_stds=config.ema_stds, folder=folder, world=world)
         resumption = find_resumption(folder, world)
         self.resumed_from, self.notes = resumption.path, resumption.notes
         found = "" if self.resumed_from is None else self.resumed_from.name
@@ -142,6 +159,8 @@ class TrainingRun:
         self._tick = tick_of(resumption.data, nimg=self.state.nimg, elapsed_sec=self.state.elapsed_sec)
         if self.metrics is not None:
             self.metrics.prepare(self.state.encoder, self.state.nimg)
+        if self.samples is not None:
+            self.samples.prepare(self.state.encoder)
 
     def close(self) -> None:
         """Wait for files on their way, and let go of the other processes. To be called before the World's `close`."""
@@ -153,13 +172,13 @@ class TrainingRun:
     def __len__(self) -> int:
         return max(-(-(self.config.duration - self.state.nimg) // self.config.batch), 0)
 
-    def __iter__(self) -> Iterator[Iteration | Status | Saved | Notice | Ended]:
+    def __iter__(self) -> Iterator[Event]:
         session = Session(self.config, self.world, nimg=self.state.nimg)
         with numerics(cudnn_benchmark=self.config.bench, precision=self.config.network.precision):
             yield from self._events(session)
         session.close()
 
-    def _events(self, session: Session) -> Iterator[Iteration | Status | Saved | Notice | Ended]:
+    def _events(self, session: Session) -> Iterator[Event]:
         config, state = self.config, self.state
         batches = self._batches()
         session_start = time.monotonic()
@@ -198,9 +217,12 @@ class TrainingRun:
                     end = session.after_status(state.nimg, stats["Loss/loss"], state.monitor.lost) or end
                 self._progress()
             # Who is told to go may have no time for pictures.
-            measures = measures and not (end is not None and end.cause in (Cause.SIGNAL, Cause.SUSPEND))
+            hurries = end is not None and end.cause in (Cause.SIGNAL, Cause.SUSPEND)
+            measures = measures and not hurries
             if self._due(config.snapshot) or measures or (end is not None and end.is_final and config.snapshot):
                 yield from self._saver.save_snapshots(state)
+                if self.samples is not None and not hurries:
+                    yield self._draw(self.samples)
             if measures:
                 yield from self._saver.settle()  # the best snapshot can be named only when it is there
             if reports:
@@ -217,6 +239,14 @@ class TrainingRun:
                 return
             maintenance_sec += time.monotonic() - now
         yield from self._saver.settle()
+
+    def _draw(self, samples: RunSamples) -> Sampled | Notice:
+        """A new sample grid. One that cannot be written, on a full disk, is no reason to end a run."""
+        try:
+            path = samples.draw(self.state.averages(), self.state.encoder, self.state.nimg)
+        except ConfigError as error:
+            return Notice(text=f"{error}; going on without this sample grid.")
+        return Sampled(nimg=self.state.nimg, path=path)
 
     def _reports(self, nimg: int) -> bool:
         """Whether there is a line for stats.jsonl after the iteration that ends at `nimg`."""
