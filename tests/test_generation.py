@@ -152,7 +152,8 @@ class FixedBatch(torch.nn.Module):
 
     def __init__(self, net: Precond) -> None:
         super().__init__()
-        self.net, self.sizes = net, set()
+        self.net = net
+        self.sizes: set[int] = set()
         self.img_channels, self.img_resolution, self.label_dim = net.img_channels, net.img_resolution, net.label_dim
 
     def forward(self, x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
