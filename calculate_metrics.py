@@ -184,20 +184,26 @@ def gen(num: int, seed: int, repeat: int, batch: int, **options: Any) -> None:
         raise ConfigError(f"--num={num} images cannot be measured; two are the least")
 
     def sets(world: World) -> Iterator[Any]:
-        _say(request.notes, world)
+        _say(request.notes_for(world.device), world)
         networks: dict[str, Any] = {"net": request.net, "gnet": request.gnets}
         for start in range(seed, seed + num * repeat, num):
             seeds = range(start, start + num)
             images = generate_images(
-                **networks, seeds=seeds, max_batch_size=batch, world=world, **request.sampler_kwargs()
-            )
+                **networks, seeds=seeds, max_batch_size=batch, world=world,
+                prepare=request.prepare(click.echo if world.is_main else None), **request.sampler_kwargs(),
+            )  # fmt: skip
             networks = {"net": images.net, "gnet": images.gnet, "encoder": images.encoder}
             yield images
 
     def facts() -> dict[str, Any]:
         files = {"net": report.described_file(request.net), "gnets": [report.described_file(g) for g in request.gnets]}
         seeds = [f"{start}-{start + num - 1}" for start in range(seed, seed + num * repeat, num)]
-        return files | {"sampler": request.sampler_kwargs(), "seeds": seeds, "batch": batch}
+        return files | {
+            "sampler": request.sampler_kwargs(),
+            **request.prepare().settings,
+            "seeds": seeds,
+            "batch": batch,
+        }
 
     _measure("gen", sets, facts, num_images=num, wanted=num, **rest)
 

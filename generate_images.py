@@ -111,7 +111,7 @@ def cmdline(list_presets: bool, device: str | None, **options: Any) -> None:
     request = resolve(**options)
     world = distributed.init(device)
     if world.is_main:
-        for note in request.sampling.notes:
+        for note in request.sampling.notes_for(world.device):
             click.echo(note)
     try:
         with numerics(cudnn_benchmark=False):
@@ -170,6 +170,7 @@ def run(request: Request, world: World) -> None:
         on_demand=True,
         decoder=request.decoder,
         png_compression=request.png_compression,
+        prepare=request.sampling.prepare(click.echo if world.is_main else None),
         **request.sampling.sampler_kwargs(),
     )
     if request.grid is not None:

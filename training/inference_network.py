@@ -24,19 +24,33 @@ from training.fast_network import (
     run_unet,
     scalings,
 )
-from training.fast_ops import SILU_MAGNITUDE, balance, effective_weight
+from training.fast_ops import SILU_MAGNITUDE, balance, effective_weight, packed
 from training.networks_edm2 import Block, MPConv, Precond
+
+# Denoised images of x [N, C, H, W] at noise levels [N or 1], with the embedding of the class [N or 1, E] or None.
+Evaluate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
 class InferenceBlock(nn.Module):
-    """The weights of one block as they act on activations."""
+    """The weights of one block as they act on activations of one type, for images of height and width `size`.
 
-    def __init__(self, block: Block, dtype: torch.dtype, layout: torch.memory_format) -> None:
+    With `pack`, in the layout of the CPU's convolutions.
+    """
+
+    def __init__(self, block: nn.Module, dtype: torch.dtype, size: tuple[int, int], *, pack: bool) -> None:
         super().__init__()
+        assert isinstance(block, Block)
         self.form = BlockForm.of(block)
         self.width = block.out_channels
+        height, width = size
+        self.size_after = {
+            "keep": size,
+            "down": (height // 2, width // 2),
+            "up": (height * 2, width * 2),
+        }[self.form.resample_mode]
+        layout = activation_layout(block.emb_gain.device)
         for name, weight in block_weights(block, dtype, layout)._asdict().items():
-            self.register_buffer(name, weight)
+            self.register_buffer(name, packed(weight, *self.size_after) if pack and weight is not None else weight)
 
     def forward(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """`x` [N, C, H, W] and the scale [N or 1, C'] of its channels to [N, C', H', W']."""
@@ -48,6 +62,9 @@ class InferencePrecond(nn.Module):
     """What `net` computes in evaluation mode, on weights of its own; `net` is not needed afterwards.
 
     `dtype` is that of the U-Net's activations and weights; everything around it is float32. There are no gradients.
+    With `pack`, weights are in the layout of the CPU's convolutions, where the network is on the CPU: it can then
+    neither be moved nor compiled. `through` makes the function that is called for an evaluation out of `evaluate`, to
+    compile or record it; with `fixed_batch`, callers should keep to one size of batches.
     """
 
     stem: torch.Tensor
@@ -59,7 +76,15 @@ class InferencePrecond(nn.Module):
     emb_scale: torch.Tensor
 
     @torch.no_grad()
-    def __init__(self, net: Precond, *, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        net: Precond,
+        *,
+        dtype: torch.dtype = torch.float32,
+        pack: bool = True,
+        through: Callable[[Evaluate], Evaluate] | None = None,
+        fixed_batch: bool = False,
+    ) -> None:
         super().__init__()
         unet = net.unet
         self.img_resolution = net.img_resolution
@@ -75,10 +100,18 @@ class InferencePrecond(nn.Module):
         dec = list(unet.dec.values())
         assert isinstance(stem, MPConv)
         layout = activation_layout(stem.weight.device)
-        self.enc = nn.ModuleList(_prepared(block, dtype, layout) for block in enc)
-        self.dec = nn.ModuleList(_prepared(block, dtype, layout) for block in dec)
-        self.register_buffer("stem", effective_weight(stem.weight.float(), 1, dtype, layout))
-        self.register_buffer("out", effective_weight(unet.out_conv.weight.float(), unet.out_gain, dtype, layout))
+        height, width = (net.img_resolution,) * 2 if isinstance(net.img_resolution, int) else net.img_resolution
+        size = (height, width)
+        stem_weight = effective_weight(stem.weight, 1, dtype, layout)
+        out_weight = effective_weight(unet.out_conv.weight, unet.out_gain, dtype, layout)
+        self.register_buffer("stem", packed(stem_weight, *size) if pack else stem_weight)
+        self.register_buffer("out", packed(out_weight, *size) if pack else out_weight)
+        self.enc, self.dec = nn.ModuleList(), nn.ModuleList()
+        for blocks, prepared in ((enc, self.enc), (dec, self.dec)):
+            for block in blocks:
+                made = InferenceBlock(block, dtype, size, pack=pack)
+                prepared.append(made)
+                size = made.size_after
 
         # The embedding is F.silu(noise part + class part), the scales 1 + a product with it: its factors are in these.
         noise_share, label_share = (1.0, 0.0) if unet.emb_label is None else balance(unet.label_balance)
@@ -87,8 +120,9 @@ class InferencePrecond(nn.Module):
         self.register_buffer("emb_noise", _matrix(unet.emb_noise, noise_share * math.sqrt(2)))
         label_gain = label_share * math.sqrt(max(net.label_dim, 1))
         self.register_buffer("emb_label", None if unet.emb_label is None else _matrix(unet.emb_label, label_gain))
-        scales = [_matrix(block.emb_linear, block.emb_gain / SILU_MAGNITUDE) for block in [*enc, *dec]]
-        self.register_buffer("emb_scale", torch.cat(scales))  # [S, E]
+        self.register_buffer("emb_scale", torch.cat([_scale_matrix(block) for block in [*enc, *dec]]))  # [S, E]
+        self.fixed_batch = fixed_batch
+        self._evaluate: Evaluate = self.evaluate if through is None else through(self.evaluate)
 
     def forward(
         self, x: torch.Tensor, sigma: torch.Tensor | float, class_labels: torch.Tensor | None = None
@@ -103,7 +137,7 @@ class InferencePrecond(nn.Module):
         @torch.no_grad()
         def denoise(x: torch.Tensor, sigma: torch.Tensor | float) -> torch.Tensor:
             sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1)
-            return self.evaluate(x.to(torch.float32), sigma, label_emb)
+            return self._evaluate(x.to(torch.float32), sigma, label_emb)
 
         return denoise
 
@@ -143,7 +177,7 @@ def each_row_alone(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`x` [N, I] times `weight` [O, I], to [N, O]. On a CPU row by row: in a common product, what comes out for a row
     depends in its last bits on how many there are, and an image would depend on its batch.
     """
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.linear(x, weight)
     return torch.cat([F.linear(row, weight) for row in x.split(1)])
 
@@ -152,10 +186,10 @@ def _bound(layer: nn.Module, scale: torch.Tensor) -> Callable[[torch.Tensor], to
     return lambda x: layer(x, scale)
 
 
-def _prepared(block: nn.Module, dtype: torch.dtype, layout: torch.memory_format) -> InferenceBlock:
-    assert isinstance(block, Block)
-    return InferenceBlock(block, dtype, layout)
-
-
 def _matrix(layer: MPConv, gain: float | torch.Tensor) -> torch.Tensor:
-    return effective_weight(layer.weight.float(), gain, torch.float32, torch.contiguous_format)
+    return effective_weight(layer.weight, gain, torch.float32, torch.contiguous_format)
+
+
+def _scale_matrix(block: nn.Module) -> torch.Tensor:
+    assert isinstance(block, Block)
+    return _matrix(block.emb_linear, block.emb_gain.float() / SILU_MAGNITUDE)
