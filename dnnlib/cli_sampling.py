@@ -38,10 +38,10 @@ _OPTIONS: dict[str, Callable[[Any], Any]] = {
     "preset": click.option(
         "--preset", metavar="NAME", help="Networks and guidance of a published result; other options win over it"
     ),
-    "net": click.option("--net", metavar="PATH|URL", help="Network snapshot, .pkl or .safetensors"),
+    "net": click.option("--net", metavar="PATH|URL|NAME", help="Network: file, model folder, URL or hub name"),
     "gnet": click.option(
         "--gnet",
-        metavar="PATH|URL",
+        metavar="PATH|URL|NAME",
         multiple=True,
         help="Guiding network, used where guidance is not 1; several share the guidance",
     ),

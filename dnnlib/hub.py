@@ -133,13 +133,13 @@ def _explained(error: Exception, name: HubName) -> ConfigError:
 
     if isinstance(error, utils.GatedRepoError):
         return ConfigError(
-            f"{name.repo} gives its files to users who accepted its terms: do so at {constants.ENDPOINT}/{name.repo}, then"
-            " log in with `hf auth login` or set HF_TOKEN"
+            f"{name.repo} gives its files to users who accepted its terms: do so at {constants.ENDPOINT}/{name.repo},"
+            " then log in with `hf auth login` or set HF_TOKEN"
         )
     if isinstance(error, utils.RepositoryNotFoundError):
         return ConfigError(
-            f"there is no model repository {name.repo} at {constants.ENDPOINT}, or it is private: check the name, or log"
-            " in with `hf auth login` or HF_TOKEN"
+            f"there is no model repository {name.repo} at {constants.ENDPOINT}, or it is private: check the name, or"
+            " log in with `hf auth login` or HF_TOKEN"
         )
     if isinstance(error, utils.RevisionNotFoundError):
         return ConfigError(f"{name.repo} has no revision {name.revision!r}; name a branch, a tag or a commit")

@@ -34,6 +34,7 @@ def generators(seeds: list[int] = SEEDS) -> list[torch.Generator]:
 
 def reference(net: Any = NET, **options: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     (batch,) = generate_images(net, seeds=options.pop("seeds", SEEDS), num_steps=STEPS, device="cpu", **options)
+    assert batch.images is not None
     return batch.images, batch.labels
 
 

@@ -52,8 +52,9 @@ class Conversion:
         for job in self.jobs:
             snapshot = load_snapshot(job.source)
             make_folder(job.path.parent)
-            if job.form == "folder":
+            if job.form != "pkl":  # readers of the published layout know no such entry
                 snapshot = noting_source(snapshot, job.source)
+            if job.form == "folder":
                 save_folder(snapshot, job.path, facts_of_run(job.source, snapshot, self._facts))
             else:
                 save_snapshot(snapshot, job.path)
