@@ -6,6 +6,8 @@ The reference is the plain implementation in tests/oracle.py, in float32. float1
 no GPU: slowly, and with the CPU's own order of sums.
 """
 
+from typing import Any
+
 import click
 import torch
 
@@ -37,7 +39,7 @@ def numerics_training(num: int, loss_scale: float) -> None:
     device = resolve_device()
     config = training_preset("fashion")
     snapshot = load_snapshot(locate(generation_preset("demo").net))
-    net = snapshot.net.to(device, torch.float32).train().requires_grad_(True)
+    net: Any = snapshot.net.to(device, torch.float32).train().requires_grad_(True)
     normalize_weights(net)
     dataset = ImageFolderDataset(locate(config.data), use_labels=True)
     step = len(dataset) // num

@@ -95,7 +95,7 @@ def spoil_loss(run: TrainingRun, since: int, until: int = 1 << 30) -> None:
     def spoilt(*args, **kwargs):
         return loss_fn(*args, **kwargs) * (math.nan if since <= run.state.nimg < until else 1)
 
-    run.state.loss_fn = spoilt
+    run.state.loss_fn = spoilt  # type: ignore[assignment]
 
 
 def test_a_loss_that_stays_nan_stops_the_run_with_a_checkpoint(data: Path, tmp_path: Path):

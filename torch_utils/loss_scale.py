@@ -16,10 +16,10 @@ _GROWTH_STEPS = 2000
 class LossScale:
     """A constant factor, or with 'auto' one that adapts without waiting for the device.
 
-    The adaptive one halves after a step with a gradient element that is not finite, which is not taken (`overflow`), and
-    doubles after 2,000 steps without one; gradients are divided by it again. A constant one stays in the gradients, as
-    in the published code: Adam does not depend on it, but for its epsilon. `shared` are processes that each see a part
-    of the gradients.
+    The adaptive one halves after a step with a gradient element that is not finite, which is not taken (`overflow`),
+    and doubles after 2,000 steps without one; gradients are divided by it again. A constant one stays in the gradients,
+    as in the published code: Adam does not depend on it, but for its epsilon. `shared` are processes that each see a
+    part of the gradients.
     """
 
     def __init__(self, value: float | Literal["auto"], device: torch.device, shared: World | None = None) -> None:
