@@ -1,6 +1,7 @@
 # make env     a virtual environment in .venv with what the tests ran with
 # make check   lint, format and types
 # make test    env, check, then the whole suite
+# make faults  the long fault suite: a hundred kills and what else may befall a run, with counts; about half an hour
 # make demo    pictures from the shipped network, then from one trained here in about two minutes, in out/demo
 # make clean   removes what the above made, .venv included
 #
@@ -17,7 +18,7 @@ BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 RUN := $(BIN)/python
 DEMO := out/demo
 
-.PHONY: help env check test demo clean
+.PHONY: help env check test faults demo clean
 .DELETE_ON_ERROR:
 
 help:
@@ -42,6 +43,10 @@ check: env
 # One worker per core; tests/conftest.py holds each to one thread.
 test: check
 	$(RUN) -m pytest --quiet --numprocesses=logical --maxprocesses=8 --dist=worksteal $(PYTEST_ARGS)
+
+# One at a time: the moments of the kills are meant for a run that has the machine to itself.
+faults: env
+	EDM2_FAULTS=long $(RUN) -m pytest -m faults --capture=no --verbose $(PYTEST_ARGS)
 
 demo: env
 	@rm -rf $(DEMO)

@@ -18,6 +18,7 @@ from dnnlib.cli_metrics import (
     given_weights,
     measuring_options,
     metrics_option,
+    skip_existing_option,
     workers_option,
 )
 from dnnlib.cli_sampling import sampling_options
@@ -32,7 +33,7 @@ from training.metrics import report
 from training.metrics.evaluate import StatsPass
 from training.metrics.image_set import PictureBatches, PictureSet, choose_pictures
 from training.metrics.plan import plan_metrics, plan_reference
-from training.metrics.reference import Stats, load_stats, require_suffix, save_stats
+from training.metrics.reference import Stats, load_stats, require_statistics, require_suffix, save_stats
 from training.metrics.scores import compute_scores, lacking, shared_scores
 from training.metrics.table import DEFAULT, METRICS, parse_metrics
 from training.sampling_request import resolve_sampling
@@ -141,6 +142,7 @@ def cmdline() -> None:
 @cmdline.command()
 @click.option("--images", metavar="PATH", type=_PATH, required=True, help="Folder or ZIP file with the images")
 @measuring_options
+@skip_existing_option
 @batch_option(64)
 @workers_option
 @click.option("--allow-fewer", is_flag=True, help="Measure what is there if it is less than --num; marked as such")
@@ -157,7 +159,13 @@ def calc(
 
     def facts() -> dict[str, Any]:
         choice = "successive parts of numpy.random.default_rng(seed).permutation, over the images by name"
-        return {"images": report.described_file(images), "choice": choice, "seed": seed, "batch": batch}
+        return {
+            "images": report.described_file(images),
+            "choice": choice,
+            "seed": seed,
+            "repeat": repeat,
+            "batch": batch,
+        }
 
     _measure("calc", sets, facts, num_images=len(choices[0]), wanted=num, **rest)
 
@@ -165,6 +173,7 @@ def calc(
 @cmdline.command()
 @sampling_options
 @measuring_options
+@skip_existing_option
 @batch_option(32)
 @detector_options
 def gen(num: int, seed: int, repeat: int, batch: int, **options: Any) -> None:
@@ -175,26 +184,41 @@ def gen(num: int, seed: int, repeat: int, batch: int, **options: Any) -> None:
         raise ConfigError(f"--num={num} images cannot be measured; two are the least")
 
     def sets(world: World) -> Iterator[Any]:
-        _say(request.notes, world)
+        _say(request.notes_for(world.device), world)
         networks: dict[str, Any] = {"net": request.net, "gnet": request.gnets}
         for start in range(seed, seed + num * repeat, num):
             seeds = range(start, start + num)
             images = generate_images(
-                **networks, seeds=seeds, max_batch_size=batch, world=world, **request.sampler_kwargs()
-            )
+                **networks, seeds=seeds, max_batch_size=batch, world=world,
+                prepare=request.prepare(click.echo if world.is_main else None), **request.sampler_kwargs(),
+            )  # fmt: skip
             networks = {"net": images.net, "gnet": images.gnet, "encoder": images.encoder}
             yield images
 
     def facts() -> dict[str, Any]:
         files = {"net": report.described_file(request.net), "gnets": [report.described_file(g) for g in request.gnets]}
         seeds = [f"{start}-{start + num - 1}" for start in range(seed, seed + num * repeat, num)]
-        return files | {"sampler": request.sampler_kwargs(), "seeds": seeds, "batch": batch}
+        return files | {
+            "sampler": request.sampler_kwargs(),
+            **request.prepare().settings,
+            "seeds": seeds,
+            "batch": batch,
+        }
 
     _measure("gen", sets, facts, num_images=num, wanted=num, **rest)
 
 
 # The options that `_measure` takes as they are.
-_OF_MEASURE = ("ref", "metrics", "json_path", "device", "inception_weights", "dinov2_weights", "efflite0_weights")
+_OF_MEASURE = (
+    "ref",
+    "metrics",
+    "json_path",
+    "device",
+    "inception_weights",
+    "dinov2_weights",
+    "efflite0_weights",
+    "skip_existing",
+)
 
 
 def _measure(
@@ -208,16 +232,27 @@ def _measure(
     num_images: int,
     wanted: int,
     device: str | None,
+    skip_existing: bool,
     **weights: str | None,
 ) -> None:
     """Score each set of batches; the main process prints a table and writes the record, for which `facts` are."""
     if json_path is not None:
         _require_place(json_path)
+    elif skip_existing:
+        raise ConfigError("--skip-existing needs the file that would be there: --json=result.json")
     reference = None if ref is None else load_stats(ref)
     world = distributed.init(device)
     try:
         plan = plan_metrics(metrics, reference, device=world.device, weights=given_weights(weights))
         _say(report.notes(plan.skipped, plan.detectors), world)
+        if skip_existing and json_path is not None:
+            described = None if ref is None else report.described_file(ref)
+            request = {"command": command, "num_images": num_images, "num_images_wanted": wanted, **facts()}
+            request |= {"reference": described, "detectors": report.described_detectors(plan)}
+            found = _from_main(world, json_path, request, plan.metrics)
+            if found is not None:
+                _say([f"{json_path} is there already", *(f"{name}: {v:.4f}" for name, v in found.items())], world)
+                return
         runs = []
         with numerics(cudnn_benchmark=False):
             for batches in sets(world):
@@ -240,6 +275,7 @@ def _measure(
 @click.option("--dest", metavar="FILE", type=_PATH, required=True, help="Where to write: .pkl or .safetensors")
 @metrics_option
 @click.option("--features", metavar="N", type=COUNT, help="Keep the features of N images, for KID, precision, ...")
+@click.option("--skip-existing", is_flag=True, help="End at once where --dest has just these statistics")
 @batch_option(64)
 @workers_option
 @detector_options
@@ -248,6 +284,7 @@ def ref(
     dest: Path,
     metrics: str,
     features: int | None,
+    skip_existing: bool,
     batch: int,
     workers: int,
     device: str | None,
@@ -268,6 +305,10 @@ def ref(
             metrics, keep_features=features is not None, device=world.device, weights=given_weights(weights)
         )
         _say(report.notes(plan.skipped, plan.detectors), world)
+        if skip_existing and dest.exists():
+            require_statistics(dest, plan.metrics, num_images=len(pictures), num_features=features)
+            _say([f"{dest} is there already"], world)
+            return
         if world.is_main:
             make_folder(dest.parent)
         batches = PictureBatches(pictures, everything, batch=batch, workers=workers, world=world)
@@ -280,6 +321,22 @@ def ref(
         world.barrier()
     finally:
         world.close()
+
+
+def _from_main(world: World, path: Path, request: dict[str, Any], metrics: Sequence[str]) -> dict[str, float] | None:
+    """The results at `path` as the main process reads them, in every process; None where there are none yet."""
+    found: dict[str, float] | str | None = None
+    if world.is_main:
+        try:
+            found = report.read_results(path, request)
+            if found is not None and set(found) != set(metrics):
+                found = f"{path} holds {', '.join(found)}, not {', '.join(metrics)}; name another file, or delete it"
+        except ConfigError as error:
+            found = str(error)
+    shared = world.all_gather_objects(found)[0]
+    if isinstance(shared, str):
+        raise ConfigError(shared)
+    return shared
 
 
 def _finish(work: StatsPass, what: str, world: World) -> Stats:

@@ -1,5 +1,6 @@
-"""Convert network files between the published pickle and .safetensors: command line."""
+"""Convert networks between the published pickle, .safetensors and model folders: command line."""
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -10,14 +11,29 @@ from training.snapshot_convert import convert_snapshots
 
 
 @click.command()
-@click.argument("sources", metavar="PATH|URL...", nargs=-1, required=True)
+@click.argument("sources", metavar="PATH|URL|NAME...", nargs=-1, required=True)
 @click.option("--outdir", metavar="DIR", help="Write {name}.safetensors for {name}.pkl here, and the other way round")
-@click.option("--out", metavar="FILE", help="Write the one input to FILE.pkl or FILE.safetensors")
+@click.option("--out", metavar="FILE|DIR", help="Write the one input to FILE.pkl or FILE.safetensors, or to a folder")
+@click.option(
+    "--to",
+    type=click.Choice(["pkl", "safetensors", "folder"]),
+    help="What to write [default: what --out says, else the other kind of file]",
+)
+@click.option("--license", "licence", metavar="ID", help="Licence for the model card of a folder, e.g. apache-2.0")
+@click.option(
+    "--metrics",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Result of calculate_metrics.py --json for the model card; may be repeated",
+)
 def cmdline(sources: tuple[str, ...], **options: Any) -> None:
-    """Convert network files between the published pickle and .safetensors, without running anything from them.
+    """Convert networks between the published pickle, .safetensors and model folders as the diffusers library has them,
+    without running anything from them.
 
-    The configuration, EMA length, image count, encoder, loss and provenance come along; docs/file-formats.md tells
-    where. Parameters are stored as float16, as they are in published files. Inputs are never overwritten.
+    Inputs are files, model folders, URLs, and names on the Hugging Face hub. The configuration, EMA length, image
+    count, encoder, loss and provenance come along; docs/file-formats.md tells where. Parameters are stored as float16,
+    as they are in published files. Inputs are never overwritten, nor are folders with anything in them.
 
     \b
     # Published or own pickles to .safetensors
@@ -26,6 +42,14 @@ def cmdline(sources: tuple[str, ...], **options: Any) -> None:
     \b
     # Back to a pickle, which the published code reads
     python convert_snapshot.py converted/net.safetensors --out=net.pkl
+
+    \b
+    # A folder to share, with its model card
+    python convert_snapshot.py net.pkl --out=my-model --to=folder --license=apache-2.0 --metrics=result.json
+
+    \b
+    # From the hub
+    python convert_snapshot.py hf://user/name --out=net.pkl
     """
     work = convert_snapshots(sources, **options)
     with tqdm.tqdm(work, unit="file", dynamic_ncols=True, disable=len(work) < 2) as progress:

@@ -9,7 +9,7 @@ import click
 
 import dnnlib.cli
 from dnnlib.atomic import write_text
-from dnnlib.cli_sampling import sampling_options
+from dnnlib.cli_sampling import sampling_options_without
 from dnnlib.errors import ConfigError
 from training.flops import FlopCount, RunCost, count_flops, decoder_of, network_of, run_cost
 from training.guidance import Guidance
@@ -26,7 +26,7 @@ CONVENTION = (
 
 @click.command()
 @click.argument("source", metavar="[NETWORK|PRESET]", required=False)
-@sampling_options
+@sampling_options_without("precision", "compile")
 @click.option("--decoder/--no-decoder", default=None, help="Count the VAE decoder [default: for networks of latents]")
 @click.option("--json", "json_file", metavar="FILE", type=click.Path(path_type=Path), help="Write the counts as JSON")
 def cmdline(source: str | None, decoder: bool | None, json_file: Path | None, **sampling: Any) -> None:

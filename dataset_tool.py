@@ -66,6 +66,7 @@ def cmdline() -> None:
     help="What to do at a file that cannot be read; skip lists them",
 )
 @click.option("--overwrite", is_flag=True, help="Replace existing ZIP files")
+@click.option("--skip-existing", is_flag=True, help="Leave files alone that hold just this; shards appear one by one")
 @click.option("--workers", metavar="INT", type=click.IntRange(min=1), help="Processes to use [default: one per core]")
 def convert(workers: int | None, **options: Any) -> None:
     """Make a data set out of pictures, on all cores.
@@ -106,7 +107,8 @@ def convert(workers: int | None, **options: Any) -> None:
                 num_unreadable += len(step.unreadable)
                 for line in step.unreadable:
                     progress.write(f"Left out: {line}", file=sys.stderr)
-        totals = [sum(counts) for counts in zip(*world.all_gather_objects((left_out, num_unreadable)), strict=True)]
+        counts = (conversion.num_kept, left_out, num_unreadable)
+        totals = [sum(column) for column in zip(*world.all_gather_objects(counts), strict=True)]
     finally:
         world.close()
     if world.is_main:
@@ -155,6 +157,7 @@ _TRANSCODE_OPTIONS = [
     click.option("--batch", metavar="INT", type=click.IntRange(min=1), default=8, show_default=True, help="At once"),
     click.option("--device", metavar="NAME", help="cpu, cuda, cuda:N or mps [default: the best one here]"),
     click.option("--overwrite", is_flag=True, help="Replace existing ZIP files"),
+    click.option("--skip-existing", is_flag=True, help="End at once where the result is there, made from the same"),
     click.option("--grid", metavar="FILE.png", type=click.Path(path_type=Path), help="Contact sheet of the result"),
 ]
 
@@ -245,7 +248,8 @@ def run_transcoding(
         work = transcode.Transcoding(
             dataset, dest, encoder, source_path=source, world=world, num_shards=shards, **options
         )
-        encoder.init(world.device)
+        if not work.finished or grid is not None:
+            encoder.init(world.device)
         with (
             numerics(cudnn_benchmark=False),
             tqdm(total=len(work), desc="Working", unit="image", disable=not world.is_main) as progress,
@@ -258,12 +262,16 @@ def run_transcoding(
         world.close()
     if world.is_main:
         place = dest if shards is None else f"{dest} in {len(work.parts)} files"
-        click.echo(f"{place}: {work.num_images} images" + (f"; contact sheet {grid}" if grid else ""))
+        there = ", there already" if work.finished else ""
+        click.echo(f"{place}: {work.num_images} images{there}" + (f"; contact sheet {grid}" if grid else ""))
 
 
-def describe_result(dest: Path, conversion: Any, left_out: int, num_unreadable: int) -> str:
+def describe_result(dest: Path, conversion: Any, num_kept: int, left_out: int, num_unreadable: int) -> str:
     """What was written, in one line."""
     width, height = conversion.size
+    if num_kept:
+        text = f"{dest}: {num_kept} of {conversion.num_parts} files there already"
+        return text if num_kept == conversion.num_parts else f"{text}, the others written; images of {width}x{height}"
     text = f"{dest}: {conversion.num_images - left_out - num_unreadable} images of {width}x{height}"
     if conversion.num_parts > 1:
         text += f" in {conversion.num_parts} files"

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 import dnnlib.cli
+from dnnlib.cli_files import file_options
 from dnnlib.cli_sampling import sampling_options
 from dnnlib.errors import ConfigError
 from dnnlib.folders import make_folder, require_folder
@@ -18,8 +19,11 @@ from dnnlib.parse import parse_int_list
 from torch_utils import distributed
 from torch_utils.distributed import World
 from torch_utils.precision import numerics
-from training.generation import GeneratedImages, generate_images, require_writable_images
-from training.image_files import contact_sheet, require_sheet, write_png
+from training.generation import GeneratedImages, generate_images
+from training.generation_checks import require_writable_images
+from training.image_decoder import DecoderOptions
+from training.image_files import require_sheet, write_sheet
+from training.png_files import FAST, read_png
 from training.presets import describe_generation_presets
 from training.sampler import StackedRandomGenerator, edm_sampler
 from training.sampling_request import SamplingRequest, resolve_sampling
@@ -41,10 +45,16 @@ class Request:
     grid: Path | None
     batch: int  # images at once per process
     trust_code: bool = False  # whether source code in the networks' files may run
+    skip_existing: bool = False
+    png_compression: int = FAST
+    decoder_batch: int = 4  # latents decoded at once
+    decoder: DecoderOptions = field(default_factory=DecoderOptions)
 
     def __post_init__(self) -> None:
         if self.outdir is None and self.grid is None:
             raise ConfigError("nowhere to put the images; give --outdir=DIR, --grid=FILE.png or both")
+        if self.skip_existing and self.outdir is None:
+            raise ConfigError("--skip-existing looks for files in --outdir, and there is none; give both or neither")
         if self.outdir is not None:
             require_folder(self.outdir)
         if self.grid is not None:
@@ -73,6 +83,7 @@ class _ClassType(click.ParamType):
 @click.option("--seeds", type=dnnlib.cli.INT_LIST, default="16-19", show_default=True, help="One per image: 1,2,5-10")
 @click.option("--class", "class_idx", type=_ClassType(), help="Class; all = deal them over the seeds [default: random]")
 @click.option("--batch", type=click.IntRange(min=1), default=32, show_default=True, help="Images at once per process")
+@file_options
 @click.option("--device", metavar="NAME", help="cpu, cuda, cuda:N or mps [default: the best one here]")
 @click.option(
     "--trust-code", is_flag=True, help="Run the source code that files of other architectures bring; prints which"
@@ -91,6 +102,8 @@ def cmdline(list_presets: bool, device: str | None, **options: Any) -> None:
     # 50,000 images on 8 GPUs
     torchrun --standalone --nproc_per_node=8 generate_images.py \\
         --preset=edm2-img512-s-guid-fid --outdir=out --subdirs --seeds=0-49999
+
+    The same command with --skip-existing goes on where it was interrupted.
     """
     if list_presets:
         click.echo(describe_generation_presets())
@@ -98,7 +111,7 @@ def cmdline(list_presets: bool, device: str | None, **options: Any) -> None:
     request = resolve(**options)
     world = distributed.init(device)
     if world.is_main:
-        for note in request.sampling.notes:
+        for note in request.sampling.notes_for(world.device):
             click.echo(note)
     try:
         with numerics(cudnn_benchmark=False):
@@ -116,6 +129,11 @@ def resolve(
     grid: Path | None,
     batch: int,
     trust_code: bool,
+    skip_existing: bool,
+    png_compression: int,
+    decoder_batch: int,
+    decoder_tile: int | None,
+    decoder_precision: str,
     **sampling: Any,
 ) -> Request:
     """The request; `sampling` is what `sampling_options` gives. Raises ConfigError for what cannot work."""
@@ -128,6 +146,10 @@ def resolve(
         grid=grid,
         batch=batch,
         trust_code=trust_code,
+        skip_existing=skip_existing,
+        png_compression=png_compression,
+        decoder_batch=decoder_batch,
+        decoder=DecoderOptions(precision=decoder_precision, tile=decoder_tile),
     )
 
 
@@ -141,26 +163,37 @@ def run(request: Request, world: World) -> None:
         seeds=request.seeds,
         class_idx=request.class_idx,
         max_batch_size=request.batch,
+        encoder_batch_size=request.decoder_batch,
         world=world,
         trust_code=functools.partial(announce_code, world) if request.trust_code else None,
+        skip_existing=request.skip_existing,
+        on_demand=True,
+        decoder=request.decoder,
+        png_compression=request.png_compression,
+        prepare=request.sampling.prepare(click.echo if world.is_main else None),
         **request.sampling.sampler_kwargs(),
     )
     if request.grid is not None:
         require_writable_images(images.net, images.encoder)
         make_folder(request.grid.parent)
     tiles: dict[int, np.ndarray] = {}
-    num_images = sum(len(batch) for batch in images.batches)
-    with tqdm(total=num_images, desc="Generating", unit="image", disable=not world.is_main) as progress:
+    # Batches are taken in order by whichever process is free: the number of this one tells how far all of them are.
+    sizes = [len(batch) for batch in images.batches]
+    done = np.cumsum([len(images.seeds) - sum(sizes), *sizes]).tolist()
+    with tqdm(total=done[-1], initial=done[0], desc="Generating", unit="image", disable=not world.is_main) as progress:
         for batch in images:
             if request.grid is not None and batch.images is not None:
                 tiles.update(zip(batch.indices.tolist(), batch.images.cpu().numpy(), strict=True))
-            progress.update(len(batch.seeds))
+            progress.update(done[batch.batch_idx + 1] - progress.n)
+        world.barrier()  # by now all images are there
+        progress.update(done[-1] - progress.n)
     if request.grid is not None:
         write_grid(request.grid, images, tiles, world)
     world.barrier()
     if world.is_main:
         places = [str(place) for place in (request.outdir, request.grid) if place is not None]
-        click.echo(f"Wrote {len(request.seeds)} images: {', '.join(places)}")
+        there = f", {len(images.there)} were there already" if images.there else ""
+        click.echo(f"Wrote {len(request.seeds) - len(images.there)} images{there}: {', '.join(places)}")
 
 
 def announce_code(world: World, code: EmbeddedCode) -> None:
@@ -171,12 +204,16 @@ def announce_code(world: World, code: EmbeddedCode) -> None:
 
 
 def write_grid(path: Path, images: GeneratedImages, tiles: dict[int, np.ndarray], world: World) -> None:
-    """Put all processes' `tiles` (by position in the list of seeds) together; the main process writes the file."""
+    """Put all processes' `tiles` (by position in the list of seeds) together; the main process writes the file.
+
+    What was not made anew is read from its file.
+    """
     merged = {index: tile for share in world.all_gather_objects(tiles) for index, tile in share.items()}
     if world.is_main:
+        merged |= {position: read_png(images.path_of(position)) for position in images.there}
         num_images = len(images.seeds)
         num_columns = num_images // images.net.label_dim if images.one_row_per_class else math.isqrt(num_images - 1) + 1
-        write_png(path, contact_sheet(np.stack([merged[i] for i in range(num_images)]), num_columns=num_columns))
+        write_sheet(path, np.stack([merged[i] for i in range(num_images)]), num_columns=num_columns)
 
 
 if __name__ == "__main__":

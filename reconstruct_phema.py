@@ -64,7 +64,13 @@ def reconstruct_phema(
     help="EMA lengths of the outputs: 0.100 or 0.01,0.02,...,0.25",
 )
 @click.option("--outprefix", metavar="STR", default="phema", show_default=True, help="Start of the output file names")
-@click.option("--skip", is_flag=True, help="Leave outputs alone that exist already")
+@click.option(
+    "--skip",
+    "--skip-existing",
+    "skip",
+    is_flag=True,
+    help="Leave outputs alone that exist already, made of the same snapshots",
+)
 @click.option(
     "--batch",
     metavar="INT",

@@ -36,7 +36,7 @@ from training.snapshot import nimg_from_kimg
     "--outstd", metavar="LIST", type=STD_LIST, required=True, help="EMA lengths to measure: 0.05 or 0.01,0.02,...,0.25"
 )
 @click.option("--guidance", metavar="LIST", type=NUMBERS, default="1", help="Guidance weights to measure [default: 1]")
-@sampling_options_without("preset", "net", "guidance")
+@sampling_options_without("preset", "net", "guidance", "compile")
 @measuring_options
 @click.option("--plot", metavar="FILE", type=click.Path(path_type=Path), help="Draw the curves (png, pdf, svg)")
 @batch_option(32)

@@ -5,6 +5,9 @@ import dataclasses
 import functools
 import json
 import os
+import signal
+import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -14,19 +17,37 @@ from dnnlib.appending import LineFile
 from dnnlib.cli import INT_LIST, LOSS_SCALE, NIMG, STD_LIST, main
 from dnnlib.cli_metrics import given_metrics, training_metrics_options
 from dnnlib.cli_saving import saving_options
+from dnnlib.cli_session import session_options
 from dnnlib.cli_speed import take_fp16, training_speed_options
 from dnnlib.cli_streaming import streaming_options
+from dnnlib.cli_watching import given_samples, watching_options
 from dnnlib.errors import ConfigError
+from dnnlib.invocation import invocation
 from dnnlib.parse import format_nimg
-from torch_utils import distributed
+from torch_utils import distributed, failures, stopping
+from torch_utils.distributed import World
 from torch_utils.precision import precision_note
 from torch_utils.together import on_main
 from training.config import MetricsConfig, TrainingConfig
 from training.latents import PUBLISHED_VAE
 from training.presets import locate, training_preset
 from training.run_folder import RunFolder
+from training.run_loggers import RunLoggers, check_loggers
+from training.run_samples import check_samples, preferred_std
+from training.run_sessions import record_session
+from training.samples_config import SamplesConfig
 from training.streaming.remote import is_remote
-from training.training_loop import Iteration, Notice, Saved, Status, TrainingRun, open_dataset
+from training.training_loop import (
+    Cause,
+    Ended,
+    Iteration,
+    Notice,
+    Sampled,
+    Saved,
+    Status,
+    TrainingRun,
+    open_dataset,
+)
 from training.training_metrics import check_metrics
 from training.training_state import check_network, network_shape
 
@@ -44,10 +65,11 @@ _NETWORK_FIELDS = {
 class Log:
     """What the main process tells: on the screen, past the progress bar, and in the run's log.txt."""
 
-    def __init__(self, folder: RunFolder, *, is_main: bool, patient: bool) -> None:
+    def __init__(self, folder: RunFolder, *, is_main: bool, patient: bool, loggers: RunLoggers) -> None:
         self._log = LineFile(folder.log_file, patient=patient)
         self._stats = LineFile(folder.stats_file, patient=patient)
         self.is_main = is_main
+        self._loggers = loggers
 
     def say(self, text: str) -> None:
         """Print a line and append it to log.txt."""
@@ -55,11 +77,23 @@ class Log:
             tqdm.tqdm.write(text)
             self._log.append(text)
 
-    def record(self, stats: dict[str, float], texts: dict[str, str]) -> None:
+    def record(self, stats: dict[str, float], texts: dict[str, str], nimg: int) -> None:
         """Append a line to stats.jsonl and say the same in short."""
         if self.is_main:
             self._stats.append(json.dumps(stats | texts))
             self.say(_status_line(stats, texts))
+        self._loggers.scalars(stats, texts, nimg)
+        self._say_notes()
+
+    def drew(self, path: Path, nimg: int) -> None:
+        """Say that there is a new sample grid."""
+        self.say(f"Drew {path.name}")
+        self._loggers.image(path, nimg)
+        self._say_notes()
+
+    def _say_notes(self) -> None:
+        while self._loggers.notes:
+            self.say(self._loggers.notes.pop(0))
 
 
 @click.command()
@@ -104,12 +138,21 @@ class Log:
 @saving_options
 @training_metrics_options
 @streaming_options
+@watching_options
+@session_options
 @click.option("--seed", metavar="INT", type=int, help="Random seed  [default: 0]")
 @click.option("--allow-changes", is_flag=True, help="Continue a run even where options differ that change its result")
 @click.option("-n", "--dry-run", is_flag=True, help="Print the training options and exit")
 def train_edm2(
-    outdir: str, preset: str, device: str | None, allow_changes: bool, dry_run: bool, **options: Any
-) -> None:
+    outdir: str,
+    preset: str,
+    device: str | None,
+    log_names: tuple[str, ...],
+    timeout: float,
+    allow_changes: bool,
+    dry_run: bool,
+    **options: Any,
+) -> int:
     """Train a diffusion model with the recipe of the paper "Analyzing and Improving the Training Dynamics of
     Diffusion Models".
 
@@ -124,6 +167,7 @@ def train_edm2(
     # A small network on the shipped data, on whatever this machine has
     python train_edm2.py --outdir=training-runs/fashion --preset=fashion
     """
+    check_loggers(log_names)
     config = configure(preset, options)
     dataset = open_dataset(config)
     resolution, _ = network_shape(config, dataset)
@@ -133,37 +177,45 @@ def train_edm2(
     config.group_of(num_ranks)
     check_network(config, dataset)
     check_metrics(config, dataset)
+    check_samples(config, dataset)
     folder = RunFolder(outdir)
     folder.check(config, allow_changes=allow_changes)
     if dry_run:
         click.echo(_describe(config, folder, dataset))
         click.echo("Dry run; exiting.")
-        return
+        return 0
 
     if folder.is_complete(config):
         click.echo(f"The run in {folder.path} is finished, and has no checkpoint to continue from.")
-        return
+        return 0
     dataset.check_headers()
-    world = distributed.init(device)
-    try:
+    with (
+        distributed.joined(device, patience_hours=timeout / 60) as world,
+        stopping.handled_signals(functools.partial(_on_signal, world)),
+    ):
         if options["workers"] is None and world.device.type == "cuda":
             config = dataclasses.replace(config, workers=2)
-        with folder.held(world, say=click.echo), contextlib.closing(TrainingRun(config, folder, world=world)) as run:
-            log = Log(folder, is_main=world.is_main, patient=config.on_disk_full == "wait")
-            on_main(world, functools.partial(folder.start, config, nimg=run.state.nimg))
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(folder.held(world, say=click.echo))
+            run = stack.enter_context(contextlib.closing(TrainingRun(config, folder, world=world)))
+            nimg = run.state.nimg
+            on_main(world, functools.partial(folder.start, config, nimg=nimg))
+            begin = functools.partial(record_session, folder.path, nimg=nimg, command=invocation(), world=world)
+            on_main(world, begin)
+            loggers = stack.enter_context(RunLoggers(log_names if world.is_main else (), folder.path, config))
+            on_main(world, functools.partial(loggers.begin, nimg=nimg))
+            log = Log(folder, is_main=world.is_main, patient=config.on_disk_full == "wait", loggers=loggers)
             log.say(_describe(config, folder, dataset))
             note = precision_note(config.network.precision, world.device)
             if note is not None:
                 log.say(note)
-            _train(run, log)
-    finally:
-        world.close()
+            return _train(run, log)
 
 
 def configure(preset: str, options: dict[str, Any]) -> TrainingConfig:
     """The preset with every option that was given put in its place. Raises ConfigError for values that cannot work."""
     base = training_preset(preset)
-    metrics = given_metrics(options)
+    metrics, samples = given_metrics(options), given_samples(options)
     take_fp16(options)
     encode, vae = options.pop("encode_on_the_fly"), options.pop("model_url")
     if vae is not None and not encode:
@@ -176,6 +228,9 @@ def configure(preset: str, options: dict[str, Any]) -> TrainingConfig:
     }
     if metrics is not None:
         given["metrics"] = MetricsConfig(**metrics)
+    if samples is not None:
+        best = preferred_std(preset, given.get("ema_stds", base.ema_stds))
+        given["samples"] = SamplesConfig(**{"std": best, **samples})
     config = dataclasses.replace(base, network=dataclasses.replace(base.network, **network), **given)
     if not config.data:
         raise ConfigError(f"--data is missing; --preset={preset} brings no data set of its own")
@@ -184,8 +239,8 @@ def configure(preset: str, options: dict[str, Any]) -> TrainingConfig:
     return dataclasses.replace(config, data=data, shuffle_buffer=buffer, vae=(vae or PUBLISHED_VAE) if encode else None)
 
 
-def _train(run: TrainingRun, log: Log) -> None:
-    """Carry the run to its end, telling how it goes."""
+def _train(run: TrainingRun, log: Log) -> int:
+    """Carry the run to its end or to that of the session, telling how it goes; the exit code."""
     for note in run.notes:
         log.say(note)
     if run.resumed_from is not None:
@@ -194,11 +249,11 @@ def _train(run: TrainingRun, log: Log) -> None:
         log.say(f"Left as initialized, since --init has no fitting tensor: {', '.join(run.state.left_fresh)}.")
     if len(run) == 0:
         log.say(f"The run is finished: {run.state.nimg / 1e3:.1f} kimg. A larger --duration continues it.")
-        return
+        return 0
     for note in run.metrics.notes if run.metrics is not None else ():
         log.say(note)
     log.say(f"Training for {len(run)} iterations on {run.world.size} process(es), {run.world.device.type}.")
-    batch = run.config.batch
+    batch, ended = run.config.batch, None
     with tqdm.tqdm(
         total=run.state.nimg + len(run) * batch,
         initial=run.state.nimg,
@@ -212,13 +267,54 @@ def _train(run: TrainingRun, log: Log) -> None:
                 case Iteration():
                     bar.update(batch)
                 case Status():
-                    log.record(event.stats, event.texts)
+                    log.record(event.stats, event.texts, event.nimg)
                     bar.set_postfix(loss=f"{event.stats['Loss/loss']:.4f}")
                 case Notice():
                     log.say(event.text)
                 case Saved():
                     log.say(f"Saved {', '.join(path.name for path in event.paths)}")
+                case Sampled():
+                    log.drew(event.path, event.nimg)
+                case Ended():
+                    ended = event
+    if ended is not None:
+        log.say(_farewell(ended))
+        return 1 if ended.cause == Cause.NONFINITE else 130 if ended.signum == signal.SIGINT else 0
     log.say(f"Done: {run.state.nimg / 1e3:.1f} kimg in {_duration(run.state.elapsed_sec)}.")
+    return 0
+
+
+def _on_signal(world: World, signum: signal.Signals) -> None:
+    """What a signal means, said as soon as it comes; called in a thread of its own."""
+    if failures.first_failure(world.store) is not None:
+        os._exit(1)  # torchrun ends the others since one has failed: there is no iteration to finish
+    if world.is_main:
+        tqdm.tqdm.write(
+            f"{signum.name}: ending after this iteration, with a checkpoint. A second signal ends at once.",
+            file=sys.stderr,
+        )
+
+
+def _farewell(ended: Ended) -> str:
+    """Why a session ended before its run, and how to go on."""
+    at = f"at {ended.nimg / 1e3:.1f} kimg"
+    again = f"To continue: {invocation()}"
+    match ended.cause:
+        case Cause.NONFINITE:
+            return (
+                f"Stopped {at}. {ended.explanation}\nSettings that help: a lower --lr or --ls, --fp16=False, a longer"
+                " --rampup. If the newest training-state is spoilt, remove it to continue from the one before.\n"
+                "--on-nonfinite=continue goes on regardless."
+            )
+        case Cause.STOP:
+            return f"Stopped {at}, as should_stop asked. {again}"
+        case Cause.SLICE:
+            return f"Suspended {at}: the end of this slice. {again}"
+        case Cause.SIGNAL:
+            name = "a signal" if ended.signum is None else signal.Signals(ended.signum).name
+            return f"Suspended {at}: {name}. {again}"
+        case Cause.SUSPEND:
+            return f"Suspended {at}, as was requested. {again}"
 
 
 def _describe(config: TrainingConfig, folder: RunFolder, dataset: Any) -> str:

@@ -114,8 +114,8 @@ def compare(parent: str | None, device: str | None, channels: int, batch: int, s
             times["background"].append(seconds + late)
             pauses["background"].append(pause)
             print(f"background: pause {pause:.2f} s, written {late:.2f} s after the last iteration")
-            files = [next((Path(name) / way).glob("*.pt")) for way in savers]
-            if not filecmp.cmp(*files, shallow=False):
+            one, two = (next((Path(name) / way).glob("*.pt")) for way in savers)
+            if not filecmp.cmp(one, two, shallow=False):
                 raise ConfigError("the two ways wrote different files")
         plain = statistics.median(times["none"])
         lost = {

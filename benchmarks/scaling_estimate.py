@@ -98,9 +98,9 @@ def block_bytes(net: Precond, num: int) -> list[int]:
     replica = FastPrecond(net.train(), dtype=torch.bfloat16)
     sizes: list[int] = []
 
-    def around(block: torch.nn.Module, *args: torch.Tensor) -> torch.Tensor:
+    def around(block: torch.nn.Module, *args: torch.Tensor, **named: torch.Tensor) -> torch.Tensor:
         with saved_storages(net) as found:
-            result: torch.Tensor = block(*args)
+            result: torch.Tensor = block(*args, **named)
         sizes.append(sum(storage.nbytes() for storage in found.values()))
         return result
 
@@ -176,7 +176,7 @@ class Plan:
 def plan(cost: Cost, gpus: int, batch: int, *, group: int, recompute: bool) -> Plan:
     """The largest power of two of images a round that fits, and what follows from it."""
     share = batch // gpus
-    state = float(STATE_FLOATS * FLOAT * cost.params)
+    state: float = STATE_FLOATS * FLOAT * cost.params
     if group > 1:
         # Whole at once: what is outside of blocks, and of blocks the current one, the next one and a gradient.
         state = state / group + FLOAT * (2 * cost.root_params + 3 * cost.block_params)

@@ -1,6 +1,8 @@
-"""Files that appear whole or not at all."""
+"""Files and folders that appear whole or not at all."""
 
+import errno
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,3 +41,24 @@ def write_text(dest: str | os.PathLike[str], text: str) -> None:
     """Write `text` to `dest` as UTF-8 with Unix line ends, whole or not at all."""
     with atomic_path(dest) as temp:
         temp.write_text(text, encoding="utf-8", newline="\n")
+
+
+@contextmanager
+def atomic_folder(dest: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give the path of a new folder beside `dest` to fill; rename it to `dest` when the block ends well.
+
+    `dest` must not exist, or be an empty folder. Raises FileExistsError where there is anything else by then, and
+    leaves that as it is; when the block raises, too.
+    """
+    dest = Path(dest)
+    temp = dest.with_name(f".{dest.name}.{uuid.uuid4().hex[:12]}.tmp")
+    temp.mkdir()
+    try:
+        yield temp
+        if dest.is_dir() and not dest.is_symlink() and not any(dest.iterdir()):
+            dest.rmdir()
+        if os.path.lexists(dest):
+            raise FileExistsError(errno.EEXIST, "it exists already", str(dest))
+        os.rename(temp, dest)
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)

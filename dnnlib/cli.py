@@ -2,13 +2,17 @@
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
 import click
 
-from dnnlib.errors import ConfigError
+from dnnlib.errors import ConfigError, LostContactError
 from dnnlib.parse import parse_bytes, parse_int_list, parse_loss_scale, parse_nimg, parse_std_list
+
+# Processes of one machine that are given the same command fail within this time of each other.
+_SECONDS_TO_THE_FIRST = 3.0
 
 
 class _Parsed(click.ParamType):
@@ -35,7 +39,8 @@ LOSS_SCALE = _Parsed("float|auto", parse_loss_scale)
 def main(command: click.Command, args: list[str] | None = None) -> None:
     """Run a click command and exit: 0 when it ends well, 2 with one line on stderr for a user's mistake, 130 for ^C.
 
-    Our own bugs keep their traceback. Under torchrun the line names the process, except for the first one.
+    Our own bugs keep their traceback. Under torchrun the line names the process, except for the first one; what all
+    processes of a machine have to say is said by the first of them.
     """
     try:
         code = command.main(args=args, standalone_mode=False)
@@ -44,14 +49,19 @@ def main(command: click.Command, args: list[str] | None = None) -> None:
     except click.ClickException as error:
         _fail(error.format_message())
     except ConfigError as error:
-        _fail(str(error))
+        _fail(str(error), only_here=error.only_here)
+    except LostContactError as error:
+        _fail(str(error), only_here=True, code=1)
     else:
         if isinstance(code, int):  # what click makes of Exit
             sys.exit(code)
 
 
-def _fail(message: str) -> None:
+def _fail(message: str, *, only_here: bool = False, code: int = 2) -> None:
     rank = os.environ.get("RANK", "0")
     where = "" if rank == "0" else f" (process {rank})"
+    if os.environ.get("LOCAL_RANK", "0") != "0" and not only_here:
+        # torchrun ends this process as soon as it sees that the first one has failed.
+        time.sleep(_SECONDS_TO_THE_FIRST)
     print(f"Error{where}: {' '.join(message.split())}", file=sys.stderr, flush=True)
-    sys.exit(2)
+    sys.exit(code)

@@ -21,6 +21,10 @@ workers_option = click.option(
     "--workers", type=click.IntRange(min=0), default=2, show_default=True, help="Processes that read images"
 )
 
+skip_existing_option = click.option(
+    "--skip-existing", is_flag=True, help="End at once where --json has the results of just this"
+)
+
 _MEASURING = (
     click.option("--ref", metavar="PATH|URL", help="Reference statistics: .pkl, .npz or .safetensors"),
     metrics_option,

@@ -38,10 +38,10 @@ _OPTIONS: dict[str, Callable[[Any], Any]] = {
     "preset": click.option(
         "--preset", metavar="NAME", help="Networks and guidance of a published result; other options win over it"
     ),
-    "net": click.option("--net", metavar="PATH|URL", help="Network snapshot, .pkl or .safetensors"),
+    "net": click.option("--net", metavar="PATH|URL|NAME", help="Network: file, model folder, URL or hub name"),
     "gnet": click.option(
         "--gnet",
-        metavar="PATH|URL",
+        metavar="PATH|URL|NAME",
         multiple=True,
         help="Guiding network, used where guidance is not 1; several share the guidance",
     ),
@@ -69,6 +69,17 @@ _OPTIONS: dict[str, Callable[[Any], Any]] = {
     "S_min": click.option("--S_min", "S_min", type=float, help="Add noise from this noise level ... [default: 0]"),
     "S_max": click.option("--S_max", "S_max", type=float, help="... up to this one [default: inf]"),
     "S_noise": click.option("--S_noise", "S_noise", type=float, help="Inflation of added noise [default: 1]"),
+    "precision": click.option(
+        "--precision",
+        metavar="NAME",
+        type=click.Choice(["fp32", "tf32", "fp16", "bf16"]),
+        help="fp32, tf32, fp16 or bf16 [default: fp16 on CUDA where the network says so, else fp32]",
+    ),
+    "compile": click.option(
+        "--compile",
+        is_flag=True,
+        help="Compile the networks: takes minutes the first time, worth it for thousands of images",
+    ),
 }
 
 
@@ -76,7 +87,7 @@ def sampling_options(command: F) -> F:
     """Add the options to a command function; what they give is for `training.sampling_request.resolve_sampling`.
 
     Their names there: preset, net, gnet (a tuple), gnet_shares, guidance, interval, solver, num_steps, sigma_min,
-    sigma_max, rho, S_churn, S_min, S_max, S_noise.
+    sigma_max, rho, S_churn, S_min, S_max, S_noise, precision, compile (a bool).
     """
     return sampling_options_without()(command)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from dnnlib import fetch
+from dnnlib import fetch, hub
 from dnnlib.atomic import write_text
 from dnnlib.errors import ConfigError
 from dnnlib.fetch import Version
@@ -42,6 +42,8 @@ def open_url(
 ) -> Any:
     """Open an http(s) URL or a local path for reading bytes; downloads are kept in the cache and reused.
 
+    hf://user/name/file is a file on the Hugging Face hub, kept in huggingface_hub's own cache (`dnnlib.hub`).
+
     `return_filename` gives the local file's path (a str) in place of an open file. `cache=False` reads the whole file
     into memory and keeps nothing. `cache_dir` takes the place of `make_cache_dir_path("downloads")`. `verbose` shows a
     progress bar where standard error is a terminal.
@@ -54,6 +56,8 @@ def open_url(
         raise ConfigError(f"num_attempts={num_attempts}; at least 1 is needed")
     if return_filename and not cache:
         raise ConfigError("return_filename=True needs cache=True: there is no file to name otherwise")
+    if hub.is_hub_url(url):
+        return _open_from_hub(url, return_filename)
     if not is_url(url):
         return _open_local(url, return_filename)
     if not cache:
@@ -78,10 +82,20 @@ def cached_path(url: str, cache_dir: str | None = None) -> Path:
     return Path(cache_dir or make_cache_dir_path("downloads")) / f"{digest}_{name}"
 
 
+def _open_from_hub(url: str, return_filename: bool) -> Any:
+    name = hub.parse_hub_url(url)
+    if name.file is None:
+        raise ConfigError(f"'{url}' is a repository; name one of its files: {name}/FILE")
+    path = hub.fetch_file(name)
+    return str(path) if return_filename else open(path, "rb")
+
+
 def _open_local(source: str, return_filename: bool) -> Any:
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+)://", str(source))
     if scheme:
-        raise ConfigError(f"'{source}' has the scheme {scheme[1]}; give an http(s) URL or a local path")
+        raise ConfigError(
+            f"'{source}' has the scheme {scheme[1]}; give an http(s) URL, hf://user/name/file or a local path"
+        )
     path = Path(source)
     if not path.is_file():
         raise ConfigError(f"'{source}' is no file" if path.exists() else f"'{source}' does not exist")

@@ -23,8 +23,12 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what is marked `gpu` on a machine without CUDA."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what is marked `gpu` on a machine without CUDA, and leave out `faults` unless EDM2_FAULTS=long."""
+    if os.environ.get("EDM2_FAULTS") != "long":
+        long = [item for item in items if item.get_closest_marker("faults") is not None]
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item not in long]
     if torch.cuda.is_available():
         return
     for item in items:

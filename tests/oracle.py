@@ -239,7 +239,10 @@ class PlainUNet(nn.Module):
 
 
 class PlainPrecond(nn.Module):
-    """The denoiser D(x; sigma) around the U-Net, in float32, and its log variance u(sigma) (Eq. 21)."""
+    """The denoiser D(x; sigma) around the U-Net, and its log variance u(sigma) (Eq. 21), in float32.
+
+    `dtype` is the U-Net's: float16 is how the published networks were trained.
+    """
 
     def __init__(
         self,
@@ -248,10 +251,11 @@ class PlainPrecond(nn.Module):
         label_dim: int,
         sigma_data: float = 0.5,
         logvar_channels: int = 128,
+        dtype: torch.dtype = torch.float32,
         **unet_options: Any,
     ) -> None:
         super().__init__()
-        self.label_dim, self.sigma_data = label_dim, sigma_data
+        self.label_dim, self.sigma_data, self.dtype = label_dim, sigma_data, dtype
         self.unet = PlainUNet(img_resolution, img_channels, label_dim, **unet_options)
         self.logvar_fourier = PlainFourier(logvar_channels)
         self.logvar_linear = PlainConv(logvar_channels, 1)
@@ -275,7 +279,8 @@ class PlainPrecond(nn.Module):
         c_out = sigma * self.sigma_data / total.sqrt()
         c_in = 1 / total.sqrt()
         c_noise = sigma.flatten().log() / 4
-        denoised = c_skip * x + c_out * self.unet(c_in * x, c_noise, labels)
+        raw = self.unet((c_in * x).to(self.dtype), c_noise, labels)
+        denoised = c_skip * x + c_out * raw.to(torch.float32)
         return denoised, self.logvar_linear(self.logvar_fourier(c_noise)).reshape(-1, 1, 1, 1)
 
 

@@ -43,7 +43,8 @@ def test_files_are_written_in_order_by_another_thread_and_waited_for(tmp_path: P
 
 
 def test_a_failure_is_kept_and_nothing_is_written_after_it(tmp_path: Path):
-    writer, written = BackgroundWriter(), []
+    written: list[Path] = []
+    writer = BackgroundWriter()
 
     def fail(path: Path) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
@@ -78,7 +79,8 @@ def test_a_full_disk_is_waited_for_where_that_is_wished(tmp_path: Path, code: in
 
 
 def test_room_is_looked_for_before_a_file_is_begun(tmp_path: Path):
-    writer, written = BackgroundWriter(advice="; advice"), []
+    written: list[Path] = []
+    writer = BackgroundWriter(advice="; advice")
     writer.submit(write(tmp_path / "a", written.append, num_bytes=1 << 60))
     assert writer.wait()
     assert written == [] and isinstance(writer.failure, DiskFull)

@@ -131,6 +131,42 @@ def test_fewer_images_are_an_error_or_marked(
     assert (record["num_images"], record["num_images_wanted"], record["fewer_images_than_wanted"]) == (60, 50000, True)
 
 
+def test_skip_existing_knows_results_of_the_same_request(
+    reference: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    out = tmp_path / "r.json"
+    options = ["calc", f"--images={data}", f"--ref={reference}", "--metrics=fid", "--workers=0", "--skip-existing"]
+    assert "--json=result.json" in fails(capsys, *options)
+    options += ["--num=20", "--repeat=2", f"--json={out}"]
+    assert "there already" not in run(*options)
+    fid, content = json.loads(out.read_text())["results"]["fid"]["mean"], out.read_bytes()
+    monkeypatch.setattr(script, "StatsPass", None)
+    printed = run(*options)
+    assert f"{out} is there already" in printed and f"fid: {fid:.4f}" in printed
+    for change, message in (
+        ("--seed=1", "other seed"),
+        ("--num=10", "other num_images"),
+        ("--metrics=sfid", "not sfid"),
+    ):
+        assert message in fails(capsys, *options, change)
+    assert out.read_bytes() == content
+    out.write_text("[]")
+    assert "is no record of results" in fails(capsys, *options)
+
+
+def test_skip_existing_knows_statistics_of_as_many_images(
+    reference: Path, data: Path, capsys: pytest.CaptureFixture[str]
+):
+    options = ["ref", f"--data={data}", f"--dest={reference}", "--metrics=fid,sfid,kid_inception", "--workers=0"]
+    options += ["--skip-existing", "--features=40"]
+    stamp = reference.stat().st_mtime_ns
+    assert f"{reference} is there already" in run(*options)
+    assert "holds other statistics (60 images, fid, sfid, features of 40)" in fails(capsys, *options, "--features=30")
+    write_dataset(data, num=30, size=16)
+    assert "than those of 30 images" in fails(capsys, *options)
+    assert reference.stat().st_mtime_ns == stamp
+
+
 def test_gen_measures_the_images_of_successive_seeds(reference: Path, tmp_path: Path):
     options = ["--num=6", "--seed=3", "--repeat=2", "--steps=2", "--metrics=fid,is", "--batch=4", "--device=cpu"]
     guided = [f"--net={NET}", f"--gnet={GUIDE}", "--guidance=1.5"]

@@ -370,3 +370,41 @@ def test_an_abandoned_conversion_leaves_nothing(folder, tmp_path, dest):
     next(steps)
     steps.close()
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_skip_existing_goes_on_with_the_shards_that_are_missing(folder, tmp_path):
+    options = {"resolution": (16, 16), "shards": 4, "skip_existing": True}
+    convert(folder, tmp_path / "whole.zip", **options)
+    steps = iter(Conversion(ConvertOptions(source=folder, dest=tmp_path / "set.zip", **options)))
+    while not (tmp_path / "set-00001.zip").exists():
+        next(steps)
+    steps.close()
+    names = {path.name for path in tmp_path.iterdir()}
+    assert "set-00002.zip" not in names and not any(name.endswith(".tmp") for name in names)
+    with pytest.raises(ConfigError, match="there are 2 of 4 shards"):
+        ImageFolderDataset(tmp_path / "set.zip")
+    left = tmp_path / ".set-00002.zip.0123456789ab.tmp"  # of a process that was killed
+    left.write_bytes(b"half")
+    conversion = Conversion(ConvertOptions(source=folder, dest=tmp_path / "set.zip", **options))
+    assert [part.number for part in conversion.parts] == [2, 3] and conversion.num_kept == 2
+    list(conversion)
+    for number in range(4):
+        name = f"-{number:05d}.zip"
+        assert (tmp_path / f"set{name}").read_bytes() == (tmp_path / f"whole{name}").read_bytes()
+    assert (
+        not left.exists() and not Conversion(ConvertOptions(source=folder, dest=tmp_path / "set.zip", **options)).parts
+    )
+
+
+def test_skip_existing_refuses_what_was_made_otherwise(folder, tmp_path):
+    options = {"resolution": (16, 16), "skip_existing": True}
+    convert(folder, tmp_path / "set.zip", **options)
+    old = (tmp_path / "set.zip").read_bytes()
+    other = {**options, "resolution": (8, 8)}
+    assert "made from another source or with other options" in refused(folder, tmp_path / "set.zip", **other)
+    assert (tmp_path / "set.zip").read_bytes() == old
+    convert(folder, tmp_path / "set.zip", **other, overwrite=True)
+    convert(folder, tmp_path / "plain.zip", resolution=(16, 16))
+    assert "does not say what it was made from" in refused(folder, tmp_path / "plain.zip", **options)
+    convert(folder, tmp_path / "set.zip", shards=3, **options)
+    assert "of a data set of more shards" in refused(folder, tmp_path / "set.zip", shards=2, **options)

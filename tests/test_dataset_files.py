@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from dnnlib.errors import ConfigError
+from tests.tiny import write_dataset
 from training import dataset_index
 from training.dataset import BatchReader, ImageFolderDataset
 from training.dataset_files import ZipFiles, open_files
@@ -292,3 +293,20 @@ def test_no_data_set_is_named(tmp_path):
     for name in ("none.zip", "none", "none-*.zip"):
         with pytest.raises(ConfigError, match="does not exist"):
             open_files(Path(tmp_path, name))
+
+
+@pytest.mark.parametrize("field", [32, 46])
+def test_labels_that_damage_has_hidden_are_missed(field: int, tmp_path: Path) -> None:
+    """A wrong length or name in the table of contents must not make a data set without labels of one with them."""
+    path = write_dataset(tmp_path / "set.zip", num=4)
+    content = bytearray(path.read_bytes())
+    entries = [place for place in range(len(content)) if content.startswith(b"PK\1\2", place)]
+    place = entries[-2] if field == 32 else entries[-1]  # the length of the comment before it, or its own name
+    content[place + field] ^= 0x7F
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match="4 of 5 entries" if field == 32 else "another name"):
+        ImageFolderDataset(path)
+
+
+def test_names_out_of_files_are_printed_on_one_line() -> None:
+    assert str(ConfigError("a\nb\x1b[2J \ud800c ä")) == "a b?[2J ?c ä"

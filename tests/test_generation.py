@@ -16,9 +16,11 @@ import torch
 from dnnlib.errors import ConfigError
 from tests.conftest import GOLDEN_DIR, Golden
 from torch_utils.distributed import World
-from training.generation import GeneratedImages, generate_images, split_batches
-from training.image_files import ImageWriter, contact_sheet, write_png
+from training.dealing import split_batches
+from training.generation import GeneratedImages, generate_images
+from training.image_files import ImageWriter, contact_sheet, num_writer_threads
 from training.networks_edm2 import Precond
+from training.png_files import write_png
 
 NET = GOLDEN_DIR / "snapshots" / "rgb-cond.pkl"
 GUIDE = GOLDEN_DIR / "snapshots" / "rgb-cond-guide.pkl"
@@ -143,6 +145,48 @@ def test_classes_are_dealt_over_the_seeds():
     assert torch.cat([batch.labels for batch in one_each]).argmax(1).tolist() == [2, 0, 1]
 
 
+class FixedBatch(torch.nn.Module):
+    """A network as one that is compiled for batches of one size; it takes note of the sizes."""
+
+    fixed_batch = True
+
+    def __init__(self, net: Precond) -> None:
+        super().__init__()
+        self.net = net
+        self.sizes: set[int] = set()
+        self.img_channels, self.img_resolution, self.label_dim = net.img_channels, net.img_resolution, net.label_dim
+
+    def forward(self, x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        self.sizes.add(len(x))
+        return self.net(x, sigma, labels)
+
+
+@pytest.mark.parametrize("class_idx", [None, [0, 1, 2, 0, 1, 2, 0]])
+def test_a_network_of_one_batch_size_gets_padded_batches_and_the_same_images(class_idx: Any):
+    prepared = []
+
+    def prepare(net: Any, device: torch.device) -> FixedBatch:
+        prepared.append((net, device))
+        return FixedBatch(net)
+
+    net, guide = tiny_network(), tiny_network(label_dim=0)
+    options = {"net": net, "gnet": guide, "seeds": range(7), "guidance": 2, "num_steps": 3, "S_churn": 5}
+    options |= {"max_batch_size": 3, "class_idx": class_idx, **CPU}  # batches of 3, 2 and 2
+    plain = list(generate_images(**options))
+    images = generate_images(prepare=prepare, **options)
+    assert prepared == [(net, torch.device("cpu")), (guide, torch.device("cpu"))]
+    for expected, actual in zip(plain, images, strict=True):
+        assert torch.equal(expected.noise, actual.noise) and torch.equal(expected.labels, actual.labels)
+        difference = (expected.images.int() - actual.images.int()).abs()
+        assert difference.shape == expected.images.shape and difference.max() <= 1 and difference.float().mean() < 0.01
+    assert images.net.sizes == images.gnet.sizes == {3}
+
+
+def test_on_demand_one_process_makes_everything_in_order():
+    options = {"net": tiny_network(), "seeds": range(7), "max_batch_size": 3, "num_steps": 1, **CPU}
+    assert np.array_equal(collect(generate_images(on_demand=True, **options)), collect(generate_images(**options)))
+
+
 def test_rectangular_images():
     images = collect(generate_images(tiny_network(resolution=(4, 6)), seeds=[0], num_steps=2, **CPU))
     assert images.shape == (1, 3, 4, 6) and images.dtype == np.uint8
@@ -207,28 +251,42 @@ def test_latents_without_a_decoder_can_be_had_as_tensors():
     assert collect(generate_images(tiny_network(channels=4), seeds=[0], num_steps=2, **CPU)).shape == (1, 4, 4, 4)
 
 
-def test_a_slow_disk_holds_sampling_back_and_a_fast_one_does_not(tmp_path: Path):
+# By number; and by size, where two images of 128 MB are what may wait.
+@pytest.mark.parametrize(("max_pending", "image_bytes", "num"), [(3, 12, 3), (None, 128 << 20, 2)])
+def test_a_slow_disk_holds_sampling_back_and_a_fast_one_does_not(
+    tmp_path: Path, max_pending: int | None, image_bytes: int, num: int
+):
     disk = threading.Event()
-    fourth_accepted = threading.Event()
+    one_more_accepted = threading.Event()
 
     def slow_image() -> np.ndarray:
         disk.wait(10)
         return np.zeros([1, 2, 2], np.uint8)
 
-    with ImageWriter(num_threads=1, max_pending=3) as writer:
-        for i in range(3):
-            writer.write(tmp_path / f"{i}.png", slow_image)  # returns at once
+    with ImageWriter(num_threads=1, max_pending=max_pending) as writer:
+        for i in range(num):
+            writer.write(tmp_path / f"{i}.png", slow_image, image_bytes=image_bytes)  # returns at once
 
-        def write_fourth() -> None:
-            writer.write(tmp_path / "3.png", slow_image)
-            fourth_accepted.set()
+        def write_one_more() -> None:
+            writer.write(tmp_path / f"{num}.png", slow_image, image_bytes=image_bytes)
+            one_more_accepted.set()
 
-        waiting = threading.Thread(target=write_fourth)
+        waiting = threading.Thread(target=write_one_more)
         waiting.start()
-        assert not fourth_accepted.wait(0.1) and not list(tmp_path.glob("*.png"))
+        assert not one_more_accepted.wait(0.1) and not list(tmp_path.glob("*.png"))
         disk.set()
         waiting.join(10)
-    assert len(list(tmp_path.iterdir())) == 4
+    assert len(list(tmp_path.iterdir())) == num + 1
+
+
+def test_processes_on_one_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    alone = num_writer_threads()
+    assert alone >= 1
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert num_writer_threads() in (max(1, alone // 2), alone)  # alone, where both are at the upper limit
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
+    assert num_writer_threads() == 1
 
 
 def test_a_file_that_cannot_be_written_ends_the_run(tmp_path: Path):
@@ -244,11 +302,12 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     write_png(path, np.zeros([3, 2, 2], np.uint8))
     before = path.read_bytes()
 
-    def full(self: Any, file: Path, **kwargs: Any) -> None:
-        file.write_bytes(b"half")
+    def full(self: Path, data: bytes) -> None:
+        with open(self, "wb") as file:
+            file.write(data[: len(data) // 2])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(PIL.Image.Image, "save", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(ConfigError, match="No space left"):
         write_png(path, np.ones([3, 2, 2], np.uint8))
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]

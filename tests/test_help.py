@@ -12,6 +12,7 @@ import count_flops
 import dataset_tool
 import generate_images
 import reconstruct_phema
+import report
 import sweep
 import toy_example
 import train_edm2
@@ -26,6 +27,7 @@ PAGES = {
     "metrics-help.txt": ("calculate_metrics.py", calculate_metrics.cmdline),
     "flops-help.txt": ("count_flops.py", count_flops.cmdline),
     "sweep-help.txt": ("sweep.py", sweep.cmdline),
+    "report-help.txt": ("report.py", report.cmdline),
     "toy-help.txt": ("toy_example.py", toy_example.cmdline),
 }
 

@@ -1,4 +1,4 @@
-"""The dependency direction dnnlib <- torch_utils <- training <- scripts, read from the source text."""
+"""The direction dnnlib <- torch_utils <- training <- edm2_diffusers <- scripts, read from the source text."""
 
 import ast
 import sys
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("dnnlib", "torch_utils", "training")
+PACKAGES = ("dnnlib", "torch_utils", "training", "edm2_diffusers")
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")}
 STDLIB = frozenset(sys.stdlib_module_names)
 
@@ -18,6 +18,7 @@ FORBIDDEN = {
     "dnnlib": {"torch", "torchvision", "safetensors"},
     "torch_utils": {"click", "tqdm"},
     "training": {"click", "tqdm"},
+    "edm2_diffusers": {"click", "tqdm"},
 }
 # Texts that the published reader executes when it opens a snapshot.
 EMBEDDED = ("networks_edm2.py", "loss.py", "encoders.py", "toy/model.py")
@@ -148,6 +149,7 @@ def test_nothing_under_the_packages_imports_the_tests_or_the_benchmarks():
         ("torch_utils", "try:\n    import click\nexcept ImportError:\n    pass"),
         ("training", "import tqdm"),
         ("training", "from click import echo"),
+        ("training", "def f():\n    import edm2_diffusers"),
         ("training", "import made_up_script"),
         ("", "from made_up_script import main"),
     ],

@@ -11,7 +11,7 @@ import torch.multiprocessing
 from dnnlib.errors import ConfigError
 from tests.stand_in_detector import NUM_FEATURES, StandInDetector, images
 from torch_utils.distributed import World
-from training.generation import split_batches
+from training.dealing import split_batches
 from training.metrics.evaluate import StatsPass, evaluate_images
 from training.metrics.image_set import PictureBatch
 from training.metrics.reference import load_stats

@@ -20,6 +20,7 @@ import torch
 import reconstruct_phema as script
 from dnnlib.errors import ConfigError
 from tests.conftest import GOLDEN_DIR
+from tests.killed import killed_at_replace, needs_sigkill
 from training import phema, posthoc, posthoc_files, posthoc_plot, posthoc_sums
 from training.encoders import StabilityVAEEncoder, StandardRGBEncoder
 from training.networks_edm2 import Precond
@@ -128,11 +129,56 @@ def test_every_pass_has_as_many_steps_as_there_are_inputs_and_its_last_one_has_t
 
 def test_skip_leaves_existing_files_alone(tmp_path):
     inputs = posthoc.list_input_pickles(RUN_DIR)
+    build(inputs, 0.03, out_dir=tmp_path)
     path = tmp_path / "phema-0033554-0.030.pkl"
-    path.write_bytes(b"mine")
+    os.utime(path, ns=(10**18, 10**18))
     outputs = build(inputs, [0.03, 0.08], out_dir=tmp_path, skip_existing=True)
-    assert [output.std for output in outputs] == [0.08] and path.read_bytes() == b"mine"
+    assert [output.std for output in outputs] == [0.08] and path.stat().st_mtime_ns == 10**18
     assert len(posthoc.reconstruct_phema(inputs, [0.03], out_dir=tmp_path, skip_existing=True)) == 0
+
+
+def test_skip_makes_only_the_missing_format_and_removes_what_a_killed_process_left(tmp_path):
+    inputs = posthoc.list_input_pickles(RUN_DIR)
+    build(inputs, 0.03, out_dir=tmp_path, out_format="safetensors")
+    left, other = tmp_path / ".phema-0033554-0.030.pkl.0123456789ab.tmp", tmp_path / ".phema.pkl.0123456789ab.tmp"
+    left.write_bytes(b"half")
+    other.write_bytes(b"of another file")
+    (output,) = build(inputs, 0.03, out_dir=tmp_path, out_format="both", skip_existing=True)
+    assert [path.name for path in output.paths] == ["phema-0033554-0.030.pkl"] and output.paths[0].is_file()
+    assert not left.exists() and other.exists()
+
+
+@needs_sigkill
+def test_a_killed_reconstruction_goes_on_with_what_is_missing(tmp_path):
+    """Killed when the second output has all its bytes, and not its name."""
+    inputs, stds = posthoc.list_input_pickles(RUN_DIR), [0.03, 0.08, 0.12]
+    build(inputs, stds, out_dir=tmp_path / "whole", max_batch_size=1)
+    code = f"""
+from training import posthoc
+inputs = posthoc.list_input_pickles({str(RUN_DIR)!r})
+list(posthoc.reconstruct_phema(inputs, {stds}, out_dir={str(tmp_path / "out")!r}, max_batch_size=1))
+"""
+    killed_at_replace(2, code)
+    names = [path.name for path in (tmp_path / "out").iterdir()]
+    assert len(names) == 2 and sorted(Path(name).suffix for name in names) == [".pkl", ".tmp"]
+    outputs = build(inputs, stds, out_dir=tmp_path / "out", skip_existing=True, max_batch_size=1)
+    assert [output.std for output in outputs] == [0.08, 0.12]
+    assert sorted(os.listdir(tmp_path / "out")) == sorted(os.listdir(tmp_path / "whole"))
+    for path in (tmp_path / "whole").iterdir():
+        whole, mended = (load_snapshot(each).net.state_dict() for each in (path, tmp_path / "out" / path.name))
+        assert whole.keys() == mended.keys() and all(torch.equal(whole[name], mended[name]) for name in whole)
+
+
+def test_skip_refuses_outputs_that_are_damaged_or_made_of_other_snapshots(tmp_path):
+    inputs = posthoc.list_input_pickles(RUN_DIR)
+    build(inputs, 0.03, out_dir=tmp_path, out_format="safetensors")
+    again = {"out_dir": tmp_path, "skip_existing": True, "out_format": "safetensors"}
+    with pytest.raises(ConfigError, match=r"made of other snapshots \(8, now 7\); leave out --skip"):
+        posthoc.reconstruct_phema(inputs[1:], 0.03, 33554432, **again)
+    path = tmp_path / "phema-0033554-0.030.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ConfigError, match=r"damaged or cut short.*leave out --skip"):
+        posthoc.reconstruct_phema(inputs, 0.03, **again)
 
 
 def test_published_callers_may_pass_objects_of_their_own_and_numpy_lengths():

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -50,8 +51,7 @@ def train_part(folder: Path, stop: int, world: World) -> dict:
     folder.mkdir(exist_ok=True)
     data = folder.parent / "data.zip"
     config = tiny_config(data, status=32, checkpoint=8, duration=80, background_saves=False)
-    ImageFolderDataset.read_batch = read_batch
-    try:
+    with mock.patch.object(ImageFolderDataset, "read_batch", read_batch):
         run = TrainingRun(config, RunFolder(folder), world=world)
         begin = run.state.nimg
         losses = []
@@ -61,8 +61,6 @@ def train_part(folder: Path, stop: int, world: World) -> dict:
             if isinstance(event, Saved) and event.nimg == stop:
                 break
         run.close()
-    finally:
-        ImageFolderDataset.read_batch = real
     return {"begin": begin, "read": read, "losses": losses, "notes": run.notes}
 
 
@@ -185,7 +183,7 @@ def test_a_failure_of_one_process_is_that_of_all():
 
 def test_a_process_that_sees_another_file_than_the_first_is_refused(tmp_path: Path, monkeypatch):
     save_checkpoint(tmp_path / "training-state-0000001.pt", {"state": {"cur_nimg": 1024}})
-    theirs = tmp_path / "training-state-0000001.pt", 2048, []
+    theirs = tmp_path / "training-state-0000001.pt", 2048, ["a note"]
     monkeypatch.setattr("training.resuming.on_main", lambda world, work: theirs)
     world = World(rank=1)
     with pytest.raises(ConfigError, match="another file for process 1: all need the same --outdir"):

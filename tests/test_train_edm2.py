@@ -51,7 +51,8 @@ def test_a_run_writes_its_options_log_statistics_snapshots_and_checkpoints(data,
     snapshots = {
         f"network-snapshot-0000000-{std}.{ext}" for std in ("0.050", "0.100") for ext in ("pkl", "safetensors")
     }
-    assert names == {"training_options.json", "log.txt", "stats.jsonl", "training-state-0000000.pt"} | snapshots
+    files = {"training_options.json", "log.txt", "stats.jsonl", "sessions.jsonl", "training-state-0000000.pt"}
+    assert names == files | snapshots
     lines = [json.loads(line) for line in (out / "stats.jsonl").read_text().splitlines()]
     assert [line["Progress/kimg"] for line in lines] == [0.016, 0.032]
     options = json.loads((out / "training_options.json").read_text())

@@ -18,7 +18,7 @@ import dnnlib.cli
 import train_edm2 as script
 from dnnlib.errors import ConfigError
 from tests.stand_in_detector import StandInDetector, images
-from tests.tiny import assert_same_state, tiny_config, train, write_dataset
+from tests.tiny import assert_same_state, global_random_states, tiny_config, train, write_dataset
 from torch_utils.distributed import World
 from training import encoders, training_loop
 from training.config import MetricsConfig, TrainingConfig
@@ -93,12 +93,6 @@ def statuses(run: TrainingRun) -> list[Status]:
             with open(run.folder.stats_file, "a", encoding="utf-8") as file:
                 file.write(json.dumps(event.stats | event.texts) + "\n")
     return found
-
-
-def global_random_states() -> dict[str, Any]:
-    numpy_state: Any = np.random.get_state()
-    keys = torch.from_numpy(numpy_state[1].astype(np.int64))
-    return {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": [keys, *numpy_state[2:]]}
 
 
 def test_the_result_and_the_random_state_are_bitwise_those_of_a_run_without(data, reference, tmp_path):

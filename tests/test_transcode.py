@@ -17,6 +17,7 @@ from click.testing import CliRunner
 import dataset_tool
 import train_edm2
 from dnnlib.errors import ConfigError
+from tests.killed import killed_at_replace, needs_sigkill
 from torch_utils.distributed import World
 from training.conversion import transcode
 from training.conversion.transcode import Transcoding, own_encoder
@@ -180,6 +181,63 @@ def test_interrupted_work_is_taken_up_again(vae, pictures, tmp_path, monkeypatch
     assert sum(step.num_images for step in encoded(pictures, tmp_path / "z.zip", vae)) == 20
     assert [chunk.start for chunk in computed] == [12, 16]
     assert (tmp_path / "z.zip").read_bytes() == (tmp_path / "whole.zip").read_bytes()
+
+
+@needs_sigkill
+def test_killed_work_is_taken_up_again_and_leaves_nothing(vae, pictures, tmp_path, small_chunks):
+    """Killed at a chunk, then at the finished file, before it has its name."""
+    list(encoded(pictures, tmp_path / "whole.zip", vae))
+    before = {path.name for path in tmp_path.iterdir()}
+    dest = tmp_path / "z.zip"
+    code = f"""
+from tests.test_transcode import encoded, transcode
+transcode._CHUNK_IMAGES = 4
+list(encoded(Path({str(pictures)!r}), Path({str(dest)!r}), {vae!r}))
+"""
+    killed_at_replace(4, code)  # the request and two chunks are there
+    assert len(list((tmp_path / "z.zip.partial").glob("0*.npy"))) == 2 and not dest.exists()
+    killed_at_replace(4, code)  # after the other three
+    assert len(list((tmp_path / "z.zip.partial").glob("0*.npy"))) == 5 and not dest.exists()
+    assert any(path.suffix == ".tmp" for path in tmp_path.iterdir())
+    list(encoded(pictures, dest, vae))
+    assert dest.read_bytes() == (tmp_path / "whole.zip").read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == before | {"z.zip"}
+
+
+@pytest.mark.parametrize("name", ["z.zip", "z"])
+def test_skip_existing_knows_its_own_results(vae, pictures, tmp_path, name, monkeypatch):
+    dest = tmp_path / name
+    command = ["encode", "--source", pictures, "--dest", dest, "--model-url", vae, "--batch=4", "--skip-existing"]
+    assert "there already" not in run(*command)
+    monkeypatch.setattr(Transcoding, "_compute", None)
+    moved = pictures.rename(tmp_path / "elsewhere.zip")  # the place of the source does not matter
+    command[2] = moved
+    assert f"{dest}: 20 images, there already" in run(*command)
+    hint = "add --overwrite" if name == "z.zip" else "remove it"
+    with pytest.raises(ConfigError, match=rf"made from another source or with other options.*{hint}"):
+        run(*command, "--max-images=8")
+    with pytest.raises(ConfigError, match=r"exists already|is not empty"):
+        run(*command[:-1])
+
+
+def test_a_folder_that_was_left_half_moved_is_written_anew(vae, pictures, tmp_path, small_chunks):
+    dest = tmp_path / "z"
+    steps = iter(encoded(pictures, dest, vae))
+    next(steps)
+    steps.close()
+    (dest / "00000").mkdir(parents=True)
+    (dest / "00000" / "img-mean-std-00000000.npy").write_bytes(b"half")
+    (dest / ".0123456789ab.tmp").mkdir()
+    list(encoded(pictures, dest, vae))
+    assert sorted(path.name for path in dest.iterdir()) == ["00000", "dataset.json"]
+    assert len(ImageFolderDataset(dest)) == 20
+    steps = iter(encoded(pictures, tmp_path / "y", vae))
+    next(steps)
+    steps.close()
+    (tmp_path / "y").mkdir()
+    (tmp_path / "y" / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="does not say what it was made from"):
+        encoded(pictures, tmp_path / "y", vae)
 
 
 def test_interrupted_while_shards_are_put_together(vae, pictures, tmp_path, monkeypatch, small_chunks):

@@ -73,11 +73,11 @@ def test_the_adaptive_loss_scale_halves_on_overflow_and_doubles_after_a_while():
     start = float(scale.factor)
     grads = [torch.ones(3) * start, torch.tensor([start, float("inf")])]
     scale.unscale_(grads)
-    assert float(scale.factor) == start / 2
+    assert float(scale.factor) == start / 2 and float(scale.overflow) == 1
     assert torch.equal(grads[0], torch.ones(3)) and float(grads[1][0]) == 1
     for _ in range(1999):
         scale.unscale_([torch.ones(1)])
-    assert float(scale.factor) == start / 2
+    assert float(scale.factor) == start / 2 and float(scale.overflow) == 0
     stored = copy.deepcopy(scale.state_dict())
     scale.unscale_([torch.ones(1)])
     assert float(scale.factor) == start
@@ -93,6 +93,25 @@ def test_a_constant_loss_scale_stays_in_the_gradients_and_has_no_state():
     assert scale.factor == 8.0 and torch.equal(grads[0], torch.ones(2)) and scale.state_dict() == {}
     scale.load_state_dict(LossScale("auto", CPU).state_dict())
     assert scale.factor == 8.0
+
+
+def test_a_step_that_overflows_an_adaptive_scale_is_not_taken():
+    state = make_state(tiny_config(Path("none"), ls="auto"))
+    state.step(*batch_of(RGB))
+    wake(state.net)
+    before = copy.deepcopy(state.state_dict())
+    spoilt = state.net.unet.out_conv.weight.register_hook(lambda grad: grad * float("inf"))
+    state.step(*batch_of(RGB))
+    spoilt.remove()
+    expected = make_state(tiny_config(Path("none")))
+    expected.net.load_state_dict(before["net"])
+    normalize_weights(expected.net)
+    assert_same_state(state.net.state_dict(), expected.net.state_dict())
+    first = before["optimizer"]["state"][1]
+    assert all(torch.equal(state.optimizer.state_dict()["state"][1][key], first[key]) for key in first)
+    assert state.nimg == 16 and float(state.loss_scale.factor) == 0.5
+    state.step(*batch_of(RGB))
+    assert not torch.equal(state.net.state_dict()["unet.out_conv.weight"], before["net"]["unet.out_conv.weight"])
 
 
 @pytest.mark.parametrize("change", [{"ls": "auto"}, {"recompute": True}], ids=["adaptive scale", "recompute"])

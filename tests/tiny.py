@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import random
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,13 @@ def train(run: TrainingRun) -> TrainingRun:
     for _ in run:
         pass
     return run
+
+
+def global_random_states() -> dict[str, Any]:
+    """The states of all global random generators, for `assert_same_state`."""
+    numpy_state: Any = np.random.get_state()
+    keys = torch.from_numpy(numpy_state[1].astype(np.int64))
+    return {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": [keys, *numpy_state[2:]]}
 
 
 def flat_state(state: Any, prefix: str = "") -> dict[str, Any]:

@@ -6,15 +6,52 @@ same code runs over NCCL on GPUs and over gloo elsewhere.
 
 import datetime
 import os
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed
+from torch.distributed.rendezvous import rendezvous
 
 from dnnlib.errors import ConfigError
+from torch_utils import failures, stopping
 
 T = TypeVar("T")
+
+# How a run ends before its time. Training calls the four functions below by their names in this module, so that a
+# cluster with a protocol of its own can put its functions in their place: `distributed.should_suspend = mine` before
+# the run starts, or by editing them here. docs/clusters.md has an example.
+
+
+def should_stop() -> bool:
+    """Whether the run is to end here for good, as if --duration had been reached: with last snapshots and a checkpoint.
+
+    Asked by every process after every iteration, so it should take microseconds; when one process says yes, all of them
+    end after the same iteration. Nobody asks for this unless the function is replaced.
+    """
+    return False
+
+
+def should_suspend() -> bool:
+    """Whether the run is to be suspended: a checkpoint, and an end of the processes; the same command continues it.
+
+    Asked as `should_stop`. True once `request_suspend` was called or, under `stopping.handled_signals`, a signal came.
+    """
+    return stopping.REQUEST.asked
+
+
+def request_suspend() -> None:
+    """Ask for a suspension after the running iteration; one process is enough, and any of its threads."""
+    stopping.REQUEST.ask()
+
+
+def update_progress(cur: int, total: int) -> None:
+    """Told by the main process how far the run is: `cur` of `total` images, at the start, at every status interval and
+    at the end. Does nothing unless it is replaced, by what reports to a cluster's scheduler or dashboard."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +61,8 @@ class World:
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    # What the processes share beside their collectives, where `init` made the group.
+    store: torch.distributed.Store | None = field(default=None, compare=False, repr=False)
 
     @property
     def is_main(self) -> bool:
@@ -83,7 +122,8 @@ def init(device: str | None = None, *, patience_hours: float = 0.5) -> World:
     """Join the run that torchrun's environment variables describe; without them, be the only process.
 
     `device` as in `resolve_device`. A process that waits for the others longer than `patience_hours` gives up: they
-    have failed, or were dealt much more work. Call `close` on the result before the program ends.
+    have failed, or were dealt much more work. Call `close` on the result before the program ends. Raises ConfigError
+    where the processes don't find each other, or are on different kinds of devices.
     """
     resolved = resolve_device(device)
     if resolved.type == "cuda":
@@ -91,7 +131,93 @@ def init(device: str | None = None, *, patience_hours: float = 0.5) -> World:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return World(device=resolved)
+    store = None
     if not torch.distributed.is_initialized():
-        backend = "nccl" if resolved.type == "cuda" else "gloo"
-        torch.distributed.init_process_group(backend, timeout=datetime.timedelta(hours=patience_hours))
-    return World(rank=torch.distributed.get_rank(), size=torch.distributed.get_world_size(), device=resolved)
+        store = _join(resolved, datetime.timedelta(hours=patience_hours))
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return World(rank=rank, size=size, device=resolved, store=store)
+
+
+@contextmanager
+def joined(device: str | None = None, *, patience_hours: float = 0.5) -> Iterator[World]:
+    """The World of `init` for the length of a block, closed at its end.
+
+    When the block fails in one process, the others end too, and the first cause is the one on the screen: see
+    `failures.fail`.
+    """
+    world = init(device, patience_hours=patience_hours)
+    try:
+        yield world
+    except BaseException as error:
+        if world.size > 1:
+            failures.fail(error, world.rank, world.store)
+        raise
+    world.close()
+
+
+def _join(device: torch.device, timeout: datetime.timedelta) -> torch.distributed.Store:
+    """Make the default process group; the store by which the processes found each other."""
+    backend = "gloo"
+    if device.type == "cuda":
+        backend = "nccl"
+        # A process that fails takes down the communicators of the others, which would wait for it otherwise: the first
+        # ends a process whose communication fails or takes longer than the time-out, the second tells the others.
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
+        os.environ.setdefault("TORCH_NCCL_PROPAGATE_ERROR", "1")
+    where = f"{os.environ.get('MASTER_ADDR', '(no MASTER_ADDR)')}:{os.environ.get('MASTER_PORT', '(no MASTER_PORT)')}"
+    try:
+        shared, rank, size = next(iter(rendezvous("env://", timeout=timeout)))
+        shared.set_timeout(timeout)
+        store = _unused_part(shared, rank, size, timeout)
+        store.set(f"device/{rank}", device.type)
+        first = store.get("device/0").decode()
+        if first != device.type:
+            raise ConfigError(
+                f"this process would compute on a device of type {device.type}, the first one of the run on {first};"
+                f" give --device={'cpu' if 'cpu' in (first, device.type) else first}"
+            )
+        torch.distributed.init_process_group(
+            backend,
+            store=torch.distributed.PrefixStore("group", store),
+            rank=rank,
+            world_size=size,
+            timeout=timeout,
+            device_id=device if device.type == "cuda" else None,
+        )
+    except (torch.distributed.DistError, RuntimeError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"the processes of this run do not find each other at {where} within {timeout}: {reason}"
+        ) from None
+    return store
+
+
+def _unused_part(
+    store: torch.distributed.Store, rank: int, size: int, timeout: datetime.timedelta
+) -> torch.distributed.Store:
+    """A part of `store` that only these processes know.
+
+    torchrun keeps its store when it restarts the processes (seen with PyTorch 2.13), and what killed ones left there,
+    their addresses first of all, would be taken for that of the new ones: these then fail to connect, or wait for ever.
+    So every process introduces itself with a word that nobody can have used, and learns by it where to meet.
+    """
+    word = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"hello/{rank}", word)
+        place = store.get(f"welcome/{word}").decode()
+        store.set(f"{place}/here/{rank}", "")
+        return torch.distributed.PrefixStore(place, store)
+    place, missing = word, set(range(1, size))
+    end = time.monotonic() + timeout.total_seconds()
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"{place}/here/{other}"]):
+                missing.discard(other)
+            elif store.check([f"hello/{other}"]):  # its word, or one of a process that is gone, which does no harm
+                store.set(f"welcome/{store.get(f'hello/{other}').decode()}", place)
+        if time.monotonic() > end:
+            raise RuntimeError(f"no word from process {', '.join(map(str, sorted(missing)))} of {size}")
+        time.sleep(0.01 if missing else 0)
+    return torch.distributed.PrefixStore(place, store)

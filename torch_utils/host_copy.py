@@ -15,18 +15,19 @@ class HostCopy:
     def __init__(self) -> None:
         self._buffers: list[torch.Tensor] = []
         self._used = 0
-        self._device: torch.device | None = None  # of tensors that are on a GPU
+        self._gpus: set[torch.device] = set()  # of the tensors that are on one; there is one a process
         self._copied: torch.cuda.Event | None = None
 
     @torch.no_grad()
     def take(self, data: Any, *, dtype: torch.dtype | None = None) -> Any:
         """`data` with all tensors replaced by copies, of `dtype` if given; the copies before are overwritten."""
-        self._used, self._copied, self._device = 0, None, None
+        self._used, self._copied = 0, None
+        self._gpus.clear()
         copied = self._take(data, dtype)
         del self._buffers[self._used :]
-        if self._device is not None:
+        for gpu in self._gpus:
             self._copied = torch.cuda.Event()
-            self._copied.record(torch.cuda.current_stream(self._device))
+            self._copied.record(torch.cuda.current_stream(gpu))
         return copied
 
     def wait(self) -> None:
@@ -54,7 +55,7 @@ class HostCopy:
         self._used += 1
         buffer.copy_(tensor, non_blocking=on_cuda)
         if on_cuda:
-            self._device = tensor.device
+            self._gpus.add(tensor.device)
         return buffer
 
 

@@ -11,6 +11,7 @@ import torch
 from dnnlib.errors import ConfigError
 from torch_utils.precision import PRECISIONS, Precision
 from training.metrics.table import parse_metrics
+from training.samples_config import SamplesConfig
 from training.streaming.remote import is_remote
 
 SHUFFLE_BUFFER = 10_000  # images of a data set behind a URL
@@ -118,6 +119,11 @@ class TrainingConfig:
     data_cache: str | None = _neutral(default=None)  # folder for what is read from a URL; None = the usual one
     data_cache_size: int = _neutral(default=50 * 10**9)  # bytes of shards in it, at most
     metrics: MetricsConfig | None = field(default=None, metadata={"neutral": True})  # None = nothing is measured
+    slice: int | None = _neutral(default=None)  # images until a session ends; None = the whole duration
+    on_nonfinite: str = _neutral(default="stop")  # stop or continue
+    nonfinite_limit: int = _neutral(default=3)  # status intervals in a row before that
+    monitor: bool = _neutral(default=False)  # magnitudes of gradients, activations and weights in stats.jsonl
+    samples: SamplesConfig | None = field(default=None, metadata={"neutral": True})  # None = no sample grids
 
     def __post_init__(self) -> None:
         positive: dict[str, float] = {"batch": self.batch, "duration": self.duration, "channels": self.network.channels}
@@ -125,6 +131,7 @@ class TrainingConfig:
         positive |= {"shard-group": 1 if self.shard_group is None else self.shard_group}
         positive |= {"ls": 1.0 if self.ls == "auto" else self.ls}
         positive |= {"P_std": self.P_std, "num-blocks": self.network.num_blocks}
+        positive |= {"slice": 1 if self.slice is None else self.slice, "nonfinite-limit": self.nonfinite_limit}
         positive |= {"shuffle-buffer": self.shuffle_images, "data-cache-size": self.data_cache_size}
         for name, value in positive.items():
             if not 0 < value < math.inf:
@@ -161,6 +168,11 @@ class TrainingConfig:
             raise ConfigError(
                 "--metrics measures whenever a snapshot is taken; with --snapshot=0, give --metrics-every"
             )
+
+        if self.samples is not None:
+            self.samples.check_tracked(self.ema_stds)
+            if self.snapshot == 0 and self.metrics is None:
+                raise ConfigError("--samples draws whenever a snapshot is taken; with --snapshot=0 there is none")
 
     @property
     def shuffle_images(self) -> int:
@@ -210,10 +222,16 @@ class TrainingConfig:
             old_network = dict(old["network"])
             if "fp16" in old_network:  # runs from before there were more precisions than these two
                 old_network["precision"] = "fp16" if old_network["fp16"] else "fp32"
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise ConfigError("training_options.json cannot be read; give another --outdir") from None
         new = json.loads(self.to_json())
         neutral = {f.name for f in dataclasses.fields(self) if f.metadata.get("neutral")}
         pairs = [(key, old.get(key), value) for key, value in new.items() if key not in neutral | {"network"}]
         pairs += [(key, old_network.get(key), value) for key, value in new["network"].items()]
-        return [f"{key}: {was} in the run, {now} asked for" for key, was, now in pairs if was != now]
+        return [f"{key}: {_shown(was)} in the run, {now} asked for" for key, was, now in pairs if was != now]
+
+
+def _shown(value: Any) -> str:
+    """A value out of a file, on one line of bounded length."""
+    text = str(value)
+    return text if text.isprintable() and len(text) <= 100 else json.dumps(value)[:100]

@@ -6,6 +6,7 @@ N items, C channels, H x W pixels. The layout is that of dataset_tool.py: files 
 
 import json
 import os
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,6 +137,10 @@ class ImageFolderDataset(torch.utils.data.Dataset[tuple[np.ndarray, np.ndarray]]
     def fingerprint(self) -> int:
         """A number that is another one, most likely, for other files: of archives by content, of folders by names."""
         return self._files.fingerprint()
+
+    def labels_fingerprint(self) -> int:
+        """A number that is another one, most likely, for other labels."""
+        return 0 if self._raw_labels is None else zlib.crc32(self._raw_labels.tobytes())
 
     def keep_items(self) -> None:
         """Keep decoded items in memory from now on, as `cache=True` does."""

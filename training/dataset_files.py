@@ -93,13 +93,7 @@ class ZipFiles:
         """The bytes of the entry, a view of the file where it is stored as it is; ConfigError if it is damaged."""
         index = self._index
         whole = self._open()
-        begin = int(index.offsets[row])
-        if not 0 <= begin <= len(whole) - _LOCAL_HEADER.size:
-            raise self._damaged(row, "it would begin outside of the file")
-        signature, name_length, extra_length = _LOCAL_HEADER.unpack_from(whole, begin)
-        if signature != b"PK\3\4":
-            raise self._damaged(row, "its header is missing")
-        begin += _LOCAL_HEADER.size + name_length + extra_length
+        begin = self._begin(row, whole)
         end = begin + int(index.packed_sizes[row])
         if end > len(whole):
             raise self._damaged(row, "it ends behind the end of the file")
@@ -111,6 +105,26 @@ class ZipFiles:
                 raise self._damaged(row, "its checksum does not fit")
             self._sound[row] = True
         return data
+
+    def require_name(self, row: int) -> None:
+        """Raise ConfigError if the entry has another name in front of it than in the table of contents."""
+        self._begin(row, self._open())
+
+    def _begin(self, row: int, whole: mmap.mmap) -> int:
+        """Where the entry's bytes begin, behind its header, which must have its name."""
+        place = int(self._index.offsets[row])
+        if not 0 <= place <= len(whole) - _LOCAL_HEADER.size:
+            raise self._damaged(row, "it would begin outside of the file")
+        signature, name_length, extra_length = _LOCAL_HEADER.unpack_from(whole, place)
+        if signature != b"PK\3\4":
+            raise self._damaged(row, "its header is missing")
+        begin = place + _LOCAL_HEADER.size + name_length
+        if not self._sound[row]:
+            name = bytes(whole[place + _LOCAL_HEADER.size : begin])
+            # Names beyond ASCII have several encodings, and are not compared.
+            if name.isascii() and _plain(name.decode()) != _plain(self.names[row]):
+                raise self._damaged(row, "the entry there has another name")
+        return begin + extra_length
 
     def fingerprint(self) -> int:
         """A number made of the names and the checksums of the content."""
@@ -218,6 +232,11 @@ def find_shards(path: Path) -> list[Path]:
     if missing:
         raise ConfigError(f"{path}: shard {missing[0]:05d} is missing of {len(shards) + 1}")
     return shards
+
+
+def _plain(name: str) -> str:
+    """A name as `zipfile` gives it."""
+    return name.partition("\0")[0].replace("\\", "/")
 
 
 def _shard_number(path: Path, stem: str | None = None) -> int | None:

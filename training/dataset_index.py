@@ -6,6 +6,8 @@ arrays need some sixty bytes, and a million entries load from the copy in well u
 
 import bisect
 import contextlib
+import io
+import struct
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +26,9 @@ _ENCRYPTED_FLAG = 1
 
 # What zipfile and numbers that no file can have raise.
 _UNSOUND = (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, OverflowError, IndexError)
+
+_END = struct.Struct("<10xH10x")  # of the record at the end: how many entries there are
+_MAX_COMMENT = 0xFFFF
 
 # From so many entries on, the index is kept beside the archive.
 _KEEP_ENTRIES = 100_000
@@ -108,6 +113,7 @@ def read_index(path: Path) -> ZipIndex:
 
 def _read_directory(path: Path) -> ZipIndex:
     with zipfile.ZipFile(path) as archive:
+        require_all_entries(archive)
         # The last of several entries of one name is the one that counts.
         found = {entry.filename: entry for entry in archive.infolist() if not entry.is_dir()}
     names = sorted(found)
@@ -126,6 +132,26 @@ def _read_directory(path: Path) -> ZipIndex:
     )
 
 
+def require_all_entries(archive: zipfile.ZipFile) -> None:
+    """Raise BadZipFile where the table of contents gave fewer entries than the file says that it has.
+
+    `zipfile` reads on behind a damaged length, and misses what lies between: the labels, for one.
+    """
+    file: Any = archive.fp
+    size = file.seek(0, io.SEEK_END)
+    file.seek(max(size - _END.size - _MAX_COMMENT, 0))
+    tail = file.read()
+    # As zipfile does: the end record without a comment, else the last one that there is.
+    place = len(tail) - _END.size
+    if not (tail[place:].startswith(b"PK\5\6") and tail.endswith(b"\0\0")):
+        place = tail.rfind(b"PK\5\6")
+    (stated,) = _END.unpack_from(tail, place)
+    count = len(archive.infolist())
+    # Large archives have the count elsewhere, or its last 16 bits only.
+    if stated not in (0xFFFF, count & 0xFFFF):
+        raise zipfile.BadZipFile(f"its table of contents is damaged: {count} of {stated} entries can be found")
+
+
 def _method(entry: zipfile.ZipInfo) -> int:
     return _UNREADABLE if entry.flag_bits & _ENCRYPTED_FLAG else min(entry.compress_type, _UNREADABLE)
 
@@ -142,10 +168,16 @@ def _load_copy(path: Path, stamp: list[int]) -> ZipIndex | None:
                 return None
             columns: dict[str, Any] = {name: copy[name].astype(dtype) for name, dtype in _ARRAYS.items()}
             text, ends = copy["text"].tobytes(), copy["ends"].astype(np.int64)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except Exception:  # whatever NumPy and zipfile raise on damaged bytes; a dozen kinds
         return None
-    lengths = {len(column) for column in columns.values()}
-    if lengths != {len(ends) - 1} or ends[-1] != len(text) or (np.diff(ends) < 0).any():
+    lengths = {column.size if column.ndim == 1 else -1 for column in columns.values()}
+    if (
+        ends.ndim != 1
+        or lengths != {len(ends) - 1}
+        or ends[0] != 0
+        or ends[-1] != len(text)
+        or (np.diff(ends) < 0).any()
+    ):
         return None
     return ZipIndex(names=NameTable.packed(text, ends), **columns)
 
@@ -159,5 +191,9 @@ def _save_copy(index: ZipIndex, path: Path, stamp: list[int]) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """The text of an exception without its line breaks, its class name where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """The text of an exception without its line breaks, its class name where it has none.
+
+    What comes from a file may be of any length, and hold anything.
+    """
+    text = " ".join(str(error).split())[:400] or type(error).__name__
+    return "".join(sign if sign.isprintable() else "?" for sign in text)

@@ -4,6 +4,7 @@ C channels, H x W pixels. `where` names the data set and the file in messages; i
 """
 
 import io
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -132,8 +133,10 @@ def _latents_header(data: Any, where: str) -> Shape:
         shape, _, dtype = read_header(stream)
     except Exception as error:
         raise ConfigError(f"{where} is no readable .npy file: {one_line(error)}") from None
-    if dtype != np.float32 or len(shape) != 3 or 0 in shape:
+    if dtype != np.float32 or len(shape) != 3 or min(shape) < 1:
         raise ConfigError(f"{where} holds {dtype} {list(shape)}; raw latents are float32 [channels, height, width]")
+    if math.prod(shape) * dtype.itemsize > len(data) - stream.tell():
+        raise ConfigError(f"{where} is damaged: it is cut short, its header promises float32 {list(shape)}")
     return shape
 
 

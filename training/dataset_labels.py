@@ -1,7 +1,6 @@
 """Labels of a data set as its dataset.json has them: a class index or a vector for every image, all of one kind."""
 
 import json
-import math
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -9,14 +8,18 @@ from typing import Any
 import numpy as np
 
 from dnnlib.errors import ConfigError
-from training.dataset_files import Files
+from training.dataset_files import Files, ZipFiles
 from training.dataset_index import one_line
+from training.dataset_items import is_item
 
 LABELS_FILE = "dataset.json"
 MAX_CLASSES = 1_000_000
 
 Label = int | list[float]
 
+_LARGEST = float(np.finfo(np.float32).max)
+
+_LOOKED_AT = 1000  # files that are no items; there are few, if any
 _DRIVE = re.compile(r"[A-Za-z]:")
 
 
@@ -29,10 +32,10 @@ def read_labels(data: bytes, names: Sequence[str], where: str) -> list[Label] | 
         content = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{where} is not JSON: {one_line(error)}") from None
-    entries = content.get("labels") if isinstance(content, dict) else content
+    entries = content.get("labels") if isinstance(content, dict) else ()
     if entries is None:
         return None
-    if not isinstance(entries, list) or not isinstance(content, dict):
+    if not isinstance(entries, list):
         raise ConfigError(f'{where} must read {{"labels": [[file, label], ...]}} or {{"labels": null}}')
     try:
         by_name = {str(name).replace("\\", "/"): label for name, label in entries}
@@ -55,6 +58,8 @@ def read_file_labels(files: Files, names: Sequence[str]) -> list[Label] | None:
     for part in files.parts:
         row = part.names.find(LABELS_FILE)
         part_names = [name for name in part.names if name in wanted]
+        if row is None:
+            _require_none_hidden(part)
         labels = None if row is None else read_labels(bytes(part.read(row)), part_names, part.describe(row))
         if labels is not None:
             labelled.append(part)
@@ -65,6 +70,14 @@ def read_file_labels(files: Files, names: Sequence[str]) -> list[Label] | None:
     if not labelled:
         return None
     return check_labels(((name, by_name[name]) for name in names), f"{files.path}: {LABELS_FILE}")
+
+
+def _require_none_hidden(part: Files) -> None:
+    """Raise ConfigError where damage to a table of contents has hidden the labels, which would be trained without."""
+    if isinstance(part, ZipFiles):
+        others = [row for row, name in enumerate(part.names) if not is_item(name)]
+        for row in others[:_LOOKED_AT]:
+            part.require_name(row)
 
 
 def require_all_shards(files: Files) -> None:
@@ -78,7 +91,7 @@ def require_all_shards(files: Files) -> None:
         count = json.loads(data.decode("utf-8"))["shard"][1]
     except (ValueError, RecursionError, TypeError, KeyError, IndexError):
         return  # not written by dataset_tool.py; what is wrong with the labels is told when they are read
-    if count != len(files.parts):
+    if type(count) is int and count != len(files.parts):
         raise ConfigError(f"{files.path}: there are {len(files.parts)} of {count} shards; the last ones are missing")
 
 
@@ -120,9 +133,14 @@ def _label_width(label: Any) -> int | None:
     """0 for a class index, the length of a vector, None for what is neither."""
     if type(label) is int:
         return 0 if 0 <= label < MAX_CLASSES else None
-    if isinstance(label, list) and label and all(type(x) in (int, float) and math.isfinite(x) for x in label):
+    if isinstance(label, list) and label and all(type(x) in (int, float) and _fits(x) for x in label):
         return len(label)
     return None
+
+
+def _fits(number: float) -> bool:
+    """Whether a number has a finite float32."""
+    return abs(number) <= _LARGEST  # false of NaN, too
 
 
 def _kind(width: int) -> str:

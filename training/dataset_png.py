@@ -14,18 +14,18 @@ from typing import Any
 
 import numpy as np
 
-_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_HEADER = struct.Struct(">IIBBBBB")  # width, height, bits, kind, compression, filter, interlacing
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+HEADER = struct.Struct(">IIBBBBB")  # width, height, bits, kind, compression, filter, interlacing
 _CHUNK = struct.Struct(">I4s")  # length, name
-_KIND = {1: 0, 2: 4, 3: 2, 4: 6}  # PNG's number for the kind of pixel, by channels: grey, with alpha, RGB, with alpha
+KIND = {1: 0, 2: 4, 3: 2, 4: 6}  # PNG's number for the kind of pixel, by channels: grey, with alpha, RGB, with alpha
 
 
 def decode_plain_png(data: Any, shape: tuple[int, int, int]) -> np.ndarray | None:
     """The pixels uint8 [C, H, W] of a plain PNG of this `shape`, a view that is not contiguous; None for any other."""
-    if data[:8] != _SIGNATURE or len(data) < 33 or data[12:16] != b"IHDR":
+    if data[:8] != SIGNATURE or len(data) < 33 or data[12:16] != b"IHDR":
         return None
     channels, height, width = shape
-    if _HEADER.unpack_from(data, 16) != (width, height, 8, _KIND.get(channels), 0, 0, 0):
+    if HEADER.unpack_from(data, 16) != (width, height, 8, KIND.get(channels), 0, 0, 0):
         return None
     packed = _image_data(data)
     if packed is None:
@@ -51,11 +51,12 @@ def encode_plain_png(image: np.ndarray) -> bytes:
     channels, height, width = image.shape
     rows = np.zeros((height, 1 + width * channels), dtype=np.uint8)
     rows[:, 1:] = image.transpose(1, 2, 0).reshape(height, -1)
-    header = _HEADER.pack(width, height, 8, _KIND[channels], 0, 0, 0)
-    return _SIGNATURE + _chunk(b"IHDR", header) + _chunk(b"IDAT", zlib.compress(rows.tobytes(), 0)) + _chunk(b"IEND")
+    header = HEADER.pack(width, height, 8, KIND[channels], 0, 0, 0)
+    return SIGNATURE + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows.tobytes(), 0)) + chunk(b"IEND")
 
 
-def _chunk(name: bytes, content: bytes = b"") -> bytes:
+def chunk(name: bytes, content: bytes = b"") -> bytes:
+    """A chunk of a PNG file, with its length and checksum."""
     return _CHUNK.pack(len(content), name) + content + struct.pack(">I", zlib.crc32(name + content))
 
 

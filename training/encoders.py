@@ -10,6 +10,7 @@ nothing but the standard library, NumPy, torch and torch_utils.persistence at it
 
 from __future__ import annotations  # the published code base supports Python 3.9
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -99,15 +100,26 @@ class StabilityVAEEncoder(Encoder):
         self.pixel_min = float(pixel_min)
         self._vae: Any = None
 
+    # How to decode, see `with_decoder`. Here and not in the state: how one program decodes is no part of the encoder.
+    _decoder_dtype: torch.dtype = torch.float32
+    _decoder_tile: int | None = None
+    _decoder_batch: int | None = None
+    _decoder_vae: Any = None  # what decodes, where that is not `_vae` as it is
+    _decoder_tried: bool = False  # whether half precision has been seen to give numbers
+
     def __getstate__(self) -> dict[str, Any]:
         """The state without the VAE's weights."""
-        return {**self.__dict__, "_vae": None}
+        return {**{key: value for key, value in self.__dict__.items() if not key.startswith("_decoder_")}, "_vae": None}
 
     def init(self, device: torch.device | str) -> None:
         """Load the VAE, from the hub's cache if it is there. Raises ConfigError where that is impossible."""
         if self._vae is None:
             self._vae = _load_vae(self.vae_name).eval().requires_grad_(False)
         self._vae.to(device)
+        if self._decoder_vae is not None:
+            self._decoder_vae.to(device)
+        elif self._decoder_dtype != torch.float32 or self._decoder_tile is not None:
+            self._decoder_vae = _decoding_copy(self._vae, self._decoder_dtype, self._decoder_tile)
 
     def encode_pixels(self, x: torch.Tensor) -> torch.Tensor:
         """uint8 [N, 3, H, W] to raw latents, float32."""
@@ -138,14 +150,47 @@ class StabilityVAEEncoder(Encoder):
     def decode(self, x: torch.Tensor) -> torch.Tensor:
         """Final latents to uint8 [N, 3, H, W]."""
         x = (x.to(torch.float32) - self._per_channel(self.bias, x)) / self._per_channel(self.scale, x)
-        pixels = self._in_batches(lambda part: self._vae.decode(part)["sample"], x)
+        pixels = self._in_batches(self._decoded, x, self._decoder_batch or self.batch_size)
         if self.pixel_min:
             pixels = (pixels - self.pixel_min) / (1 - self.pixel_min)
         return (pixels.clamp(0, 1) * 255).to(torch.uint8)
 
-    def _in_batches(self, run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    def _decoded(self, x: torch.Tensor) -> torch.Tensor:
+        """The VAE's own latents to its pixels, float32."""
+        vae = self._vae if self._decoder_vae is None else self._decoder_vae
+        pixels = vae.decode(x.to(self._decoder_dtype))["sample"].to(torch.float32)
+        if self._decoder_dtype == torch.float16 and not self._decoder_tried:
+            # Activations of some VAEs are too large for float16. It shows in whatever they decode: one look is enough.
+            self._decoder_tried = True
+            if not bool(pixels.isfinite().all()):
+                self._decoder_dtype, self._decoder_vae = torch.float32, None
+                self.init(x.device)
+                return self._decoded(x)
+        return pixels
+
+    def _in_batches(
+        self, run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, batch_size: int | None = None
+    ) -> torch.Tensor:
         self.init(x.device)
-        return torch.cat([run(part) for part in x.split(self.batch_size)])
+        return torch.cat([run(part) for part in x.split(batch_size or self.batch_size)])
+
+    def with_decoder(
+        self, dtype: torch.dtype = torch.float32, *, tile: int | None = None, batch_size: int | None = None
+    ) -> StabilityVAEEncoder:
+        """The same encoder with another way of decoding; what is loaded is shared, as far as that goes.
+
+        dtype:      what the decoder computes in. Where the first images overflow in float16, it is float32.
+        tile:       images larger than this many pixels are decoded in overlapping square tiles, blended into each
+                    other: bounded memory, slightly different images, since the VAE sees a tile at a time.
+        batch_size: images that go through the decoder at once (default: that of the encoder).
+        """
+        if (dtype, tile, batch_size) == (self._decoder_dtype, self._decoder_tile, self._decoder_batch):
+            return self
+        other: StabilityVAEEncoder = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other._decoder_dtype, other._decoder_tile, other._decoder_batch = dtype, tile, batch_size
+        other._decoder_vae, other._decoder_tried = None, False
+        return other
 
     def with_statistics(self, raw_mean: Sequence[float], raw_std: Sequence[float]) -> StabilityVAEEncoder:
         """An encoder of the same VAE for latents of these statistics, to a mean of 0 and a deviation of one half."""
@@ -155,7 +200,28 @@ class StabilityVAEEncoder(Encoder):
 
     @staticmethod
     def _per_channel(values: list[float], x: torch.Tensor) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=x.device).reshape(1, -1, 1, 1)
+        # Filled on the device: no copy from the host, which would wait for all work in flight.
+        filled = [torch.full((1, 1, 1, 1), value, dtype=torch.float32, device=x.device) for value in values]
+        return torch.cat(filled, dim=1)
+
+
+def _decoding_copy(vae: Any, dtype: torch.dtype, tile: int | None) -> Any:
+    """`vae` with a decoder in `dtype` that decodes in tiles of so many pixels; the rest of it is shared."""
+    result = copy.copy(vae)
+    result.__dict__["_modules"] = dict(vae._modules)
+    for name, module in vae._modules.items():
+        if name in ("post_quant_conv", "decoder") and module is not None:
+            module = copy.deepcopy(module).to(dtype)
+            on_gpu = any(parameter.is_cuda for parameter in module.parameters())
+            result._modules[name] = module.to(memory_format=torch.channels_last) if on_gpu else module
+    if tile is not None:
+        downscale = 1 << (len(vae.config["block_out_channels"]) - 1)
+        # Tiles overlap by a quarter, which must be whole pixels of the latents.
+        if tile < 1 or tile % (4 * downscale):
+            raise _user_error(f"tiles of {tile} pixels cannot be decoded; the VAE needs a multiple of {4 * downscale}")
+        result.use_tiling = True
+        result.tile_sample_min_size, result.tile_latent_min_size = tile, tile // downscale
+    return result
 
 
 def _load_vae(name: str) -> Any:

@@ -11,15 +11,32 @@ Shape legend: N images, C channels, H x W pixels, E embedding width, L classes.
 """
 
 import math
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import nn
 
-from training.fast_ops import SILU_MAGNITUDE, cosine_attention, effective_weight, head_order, pixel_norm, scaled_silu
+from training.fast_ops import (
+    SILU_MAGNITUDE,
+    add,
+    balance,
+    clip,
+    convolve,
+    cosine_attention,
+    effective_weight,
+    head_order,
+    pixel_norm,
+    scaled_cat,
+)
 from training.networks_edm2 import Block, MPConv, Precond, mp_silu, mp_sum, resample
+from training.silu_conv import silu_convolve
+
+Layer = Callable[[torch.Tensor], torch.Tensor]
 
 
 def activation_layout(device: torch.device) -> torch.memory_format:
@@ -27,44 +44,134 @@ def activation_layout(device: torch.device) -> torch.memory_format:
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
+@dataclass(frozen=True, kw_only=True)
+class BlockForm:
+    """What a block is, apart from its weights (Figure 21)."""
+
+    is_decoder: bool
+    resample_mode: str
+    resample_filter: tuple[float, ...]
+    num_heads: int  # 0 = no attention
+    res_keep: float  # the share of the input in the sum with the residual branch; that branch's is in its weight
+    attn_keep: float  # likewise, of the input of attention
+    clip_act: float | None
+    dropout: float
+
+    @classmethod
+    def of(cls, block: Block) -> "BlockForm":
+        """The form of `block`."""
+        return cls(
+            is_decoder=block.flavor == "dec",
+            resample_mode=block.resample_mode,
+            resample_filter=tuple(block.resample_filter),
+            num_heads=block.num_heads,
+            res_keep=balance(block.res_balance)[0],
+            attn_keep=balance(block.attn_balance)[0],
+            clip_act=block.clip_act,
+            dropout=block.dropout,
+        )
+
+
+class BlockWeights(NamedTuple):
+    """The kernels [O, I, k, k] of a block as they act on its activations: normalized, with all constant factors."""
+
+    res0: torch.Tensor
+    res1: torch.Tensor
+    skip: torch.Tensor | None
+    qkv: torch.Tensor | None  # rows ordered as `cosine_attention` wants them
+    proj: torch.Tensor | None
+
+
+def block_weights(block: Block, dtype: torch.dtype, layout: torch.memory_format) -> BlockWeights:
+    """The weights of `block` as they act on activations of type `dtype`; differentiable."""
+    skip_gain, res_gain = balance(block.res_balance)
+    # In the encoder the 1x1 convolution comes before the norm; in the decoder it leads to the sum.
+    skip_gain = skip_gain if block.flavor == "dec" else 1.0
+    skip, qkv, proj = block.conv_skip, block.attn_qkv, block.attn_proj
+    return BlockWeights(
+        res0=effective_weight(block.conv_res0.weight, 1 / SILU_MAGNITUDE, dtype, layout),
+        res1=effective_weight(block.conv_res1.weight, res_gain / SILU_MAGNITUDE, dtype, layout),
+        skip=None if skip is None else effective_weight(skip.weight, skip_gain, dtype, layout),
+        qkv=None if qkv is None else effective_weight(head_order(qkv.weight, block.num_heads), 1, dtype, layout),
+        proj=None if proj is None else effective_weight(proj.weight, balance(block.attn_balance)[1], dtype, layout),
+    )
+
+
+def run_block(
+    form: BlockForm, weights: BlockWeights, x: torch.Tensor, scale: torch.Tensor, dropout: float = 0
+) -> torch.Tensor:
+    """The block on `x` [N, C, H, W], with channels modulated by `scale` [N or 1, C'], to [N, C', H', W'].
+
+    `x` is left alone. Without gradients, what is made here is overwritten where that saves memory.
+    """
+    x = resample(x, f=form.resample_filter, mode=form.resample_mode)
+    if not form.is_decoder:
+        if weights.skip is not None:
+            x = convolve(x, weights.skip)
+        x = pixel_norm(x)
+
+    y = silu_convolve(x, weights.res0)
+    y = silu_convolve(y, weights.res1, scale, dropout)
+    if form.is_decoder and weights.skip is not None:
+        x = add(y, convolve(x, weights.skip))
+    else:
+        x = add(y, x, form.res_keep)
+
+    if weights.qkv is not None and weights.proj is not None:
+        y = convolve(cosine_attention(convolve(x, weights.qkv), form.num_heads), weights.proj)
+        x = add(y, x, form.attn_keep)
+    return x if form.clip_act is None else clip(x, form.clip_act)
+
+
+def run_unet(
+    x: torch.Tensor,
+    stem: torch.Tensor,
+    enc: Sequence[Layer],
+    dec: Sequence[Layer],
+    out: torch.Tensor,
+    *,
+    takes_skip: Sequence[bool],
+    concat_balance: float,
+) -> torch.Tensor:
+    """The raw network (Figure 21) on `x` [N, C, H, W], in the type of its result: first and last convolution by their
+    weights, the blocks between as functions of x. `takes_skip`: which of the decoder's take an encoder's output.
+    """
+    x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+    x = convolve(x.contiguous(memory_format=activation_layout(x.device)), stem)
+    skips = [x]
+    for layer in enc:
+        x = layer(x)
+        skips.append(x)
+    for layer, takes in zip(dec, takes_skip, strict=True):
+        x = layer(scaled_cat(x, skips.pop(), concat_balance) if takes else x)
+    return convolve(x, out)
+
+
+def scalings(sigma: torch.Tensor, sigma_data: float) -> tuple[torch.Tensor, ...]:
+    """c_skip, c_out and c_in, [N, 1, 1, 1] each, and c_noise [N], for N noise levels (Eq. 1, arXiv 2206.00364)."""
+    sigma = sigma.reshape(-1, 1, 1, 1)
+    total = (sigma.square() + sigma_data**2).sqrt()
+    return (sigma_data / total).square(), sigma * (sigma_data / total), 1 / total, sigma.flatten().log() / 4
+
+
 class FastBlock(nn.Module):
     """One block of the U-Net (Figure 21) on the parameters of `block`.
 
-    A weight is normalized by its own layer's call, so that a block is all that must be in memory at once.
+    Its weights are normalized in its call, so that those of one block are all that must be in memory at once.
     """
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
         assert isinstance(block, Block)
         self.block = block
+        self.form = BlockForm.of(block)
 
     def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
         """`x` [N, C, H, W] and `emb` [N, E] to [N, C', H', W']."""
         block = self.block
-        x = resample(x, f=block.resample_filter, mode=block.resample_mode)
-        if block.flavor == "enc":
-            if block.conv_skip is not None:
-                x = convolve(x, block.conv_skip)
-            x = pixel_norm(x)
-
-        keep, add = balance(block.res_balance)
-        y = convolve(F.silu(x), block.conv_res0, 1 / SILU_MAGNITUDE)
+        weights = block_weights(block, x.dtype, activation_layout(x.device))
         scale = fully_connect(emb, block.emb_linear, block.emb_gain) + 1
-        y = scaled_silu(y, scale.to(y.dtype))
-        if self.training and block.dropout:
-            y = F.dropout(y, p=block.dropout)
-        y = convolve(y, block.conv_res1, add / SILU_MAGNITUDE)
-        if block.flavor == "dec" and block.conv_skip is not None:
-            x = convolve(x, block.conv_skip, keep) + y
-        else:
-            x = torch.add(y, x, alpha=keep)
-
-        if block.attn_qkv is not None and block.attn_proj is not None:
-            keep, add = balance(block.attn_balance)
-            qkv = convolve(x, block.attn_qkv, num_heads=block.num_heads)
-            y = convolve(cosine_attention(qkv, block.num_heads), block.attn_proj, add)
-            x = torch.add(y, x, alpha=keep)
-        return x if block.clip_act is None else F.hardtanh(x, -block.clip_act, block.clip_act)
+        return run_block(self.form, weights, x, scale.to(x.dtype), self.form.dropout if self.training else 0)
 
 
 class FastPrecond(nn.Module):
@@ -99,11 +206,9 @@ class FastPrecond(nn.Module):
         """As `Precond.forward`: denoised images [N, C, H, W] in float32, with `return_logvar` a pair with u(sigma)."""
         net = self.net
         x = x.to(torch.float32)
-        sigma = sigma.to(torch.float32).reshape(-1, 1, 1, 1)
-        total = (sigma.square() + net.sigma_data**2).sqrt()
-        c_noise = sigma.flatten().log() / 4
-        raw = self._unet((x / total).to(self.dtype), self._embedding(c_noise, self._labels(class_labels, x.device)))
-        denoised = (net.sigma_data / total).square() * x + sigma * (net.sigma_data / total) * raw.to(torch.float32)
+        c_skip, c_out, c_in, c_noise = scalings(sigma.to(torch.float32), net.sigma_data)
+        raw = self._unet((c_in * x).to(self.dtype), self._embedding(c_noise, self._labels(class_labels, x.device)))
+        denoised = c_skip * x + c_out * raw.to(torch.float32)
         if not return_logvar:
             return denoised
         logvar = fully_connect(net.logvar_fourier(c_noise), net.logvar_linear)
@@ -127,45 +232,22 @@ class FastPrecond(nn.Module):
 
     def _unet(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
         unet = self.net.unet
-        x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
-        x = convolve(x.contiguous(memory_format=activation_layout(x.device)), self.stem)
-        skips = [x]
-        for block in self.enc:
-            x = self._run(block, x, emb)
-            skips.append(x)
-        for block, takes_skip in zip(self.dec, self.takes_skip, strict=True):
-            if takes_skip:
-                x = scaled_cat(x, skips.pop(), unet.concat_balance)
-            x = self._run(block, x, emb)
-        return convolve(x, unet.out_conv, unet.out_gain)
+        layout = activation_layout(x.device)
+        return run_unet(
+            x,
+            effective_weight(self.stem.weight, 1, x.dtype, layout),
+            [partial(self._run, block, emb=emb) for block in self.enc],
+            [partial(self._run, block, emb=emb) for block in self.dec],
+            effective_weight(unet.out_conv.weight, unet.out_gain, x.dtype, layout),
+            takes_skip=self.takes_skip,
+            concat_balance=unet.concat_balance,
+        )
 
     def _run(self, block: nn.Module, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
         if self.recompute and self.training:
             result: torch.Tensor = torch.utils.checkpoint.checkpoint(block, x, emb, use_reentrant=False)
             return result
         return block(x, emb)
-
-
-def balance(t: float) -> tuple[float, float]:
-    """The factors of a and b in the magnitude-preserving sum with a share `t` of b (Eq. 88)."""
-    norm = math.sqrt((1 - t) ** 2 + t**2)
-    return (1 - t) / norm, t / norm
-
-
-def scaled_cat(a: torch.Tensor, b: torch.Tensor, t: float) -> torch.Tensor:
-    """The magnitude-preserving concatenation along channels (Eq. 103)."""
-    total = a.shape[1] + b.shape[1]
-    keep, add = balance(t)
-    return torch.cat([a * (keep * math.sqrt(total / a.shape[1])), b * (add * math.sqrt(total / b.shape[1]))], dim=1)
-
-
-def convolve(
-    x: torch.Tensor, layer: MPConv, gain: float | torch.Tensor = 1, *, num_heads: int | None = None
-) -> torch.Tensor:
-    """`x` [N, C, H, W] through the normalized weight of `layer` times `gain`; `num_heads` reorders for attention."""
-    weight = layer.weight if num_heads is None else head_order(layer.weight, num_heads)
-    weight = effective_weight(weight, gain, x.dtype, activation_layout(x.device))
-    return F.conv2d(x, weight, padding=weight.shape[-1] // 2)
 
 
 def fully_connect(x: torch.Tensor, layer: MPConv, gain: float | torch.Tensor = 1) -> torch.Tensor:

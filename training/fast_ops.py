@@ -28,15 +28,67 @@ def effective_weight(
     return result.contiguous(memory_format=layout) if result.ndim == 4 else result
 
 
-def pixel_norm(x: torch.Tensor, dim: int = 1) -> torch.Tensor:
-    """`x` with unit magnitude along `dim`, in x's dtype, sums in float32 (Eq. 30)."""
-    result: torch.Tensor = _PixelNorm.apply(x, dim)
+def balance(t: float) -> tuple[float, float]:
+    """The factors of a and b in the magnitude-preserving sum with a share `t` of b (Eq. 88)."""
+    norm = math.sqrt((1 - t) ** 2 + t**2)
+    return (1 - t) / norm, t / norm
+
+
+def convolve(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`x` [N, I, H, W] through `weight` [O, I, k, k], k odd, or what `packed` made of it, to [N, O, H, W]."""
+    padding = [weight.shape[-1] // 2] * 2
+    if weight.is_mkldnn:
+        result: torch.Tensor = torch.ops.mkldnn._convolution_pointwise(
+            x, weight, None, padding, [1, 1], [1, 1], 1, "none", [], ""
+        )
+        return result
+    return F.conv2d(x, weight, padding=padding)
+
+
+def packed(weight: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """A constant `weight` [O, I, k, k] in the layout of the CPU's convolutions (oneDNN) for images of height x width.
+
+    As torch.compile does with weights that it freezes. F.conv2d would bring it into that layout at every call; and it
+    has another algorithm for one small image than for several, so that results would depend on the batch. Where
+    PyTorch has no such convolution, `weight` itself.
+    """
+    able = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    able = able and hasattr(torch.ops.mkldnn, "_reorder_convolution_weight")
+    if not able or weight.dtype not in (torch.float32, torch.bfloat16):
+        return weight
+    if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return weight
+    shape = [8, weight.shape[1], height, width]  # the number of images has no influence on the layout
+    padding = [weight.shape[-1] // 2] * 2
+    result: torch.Tensor = torch.ops.mkldnn._reorder_convolution_weight(
+        weight.contiguous(), padding, [1, 1], [1, 1], 1, shape
+    )
     return result
 
 
-def scaled_silu(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """SiLU of `x` [N, C, H, W] times `scale` [N, C], of its plain magnitude; the product is not kept for backward."""
-    result: torch.Tensor = _ScaledSilu.apply(x, scale[:, :, None, None])
+def add(a: torch.Tensor, b: torch.Tensor, factor: float = 1) -> torch.Tensor:
+    """a + factor * b; without gradients, in the memory of `a`."""
+    return torch.add(a, b, alpha=factor) if torch.is_grad_enabled() else a.add_(b, alpha=factor)
+
+
+def clip(x: torch.Tensor, limit: float) -> torch.Tensor:
+    """`x` limited to [-limit, limit]; without gradients, in its memory."""
+    return F.hardtanh(x, -limit, limit, inplace=not torch.is_grad_enabled())
+
+
+def scaled_cat(a: torch.Tensor, b: torch.Tensor, t: float) -> torch.Tensor:
+    """The magnitude-preserving concatenation along channels, with a share `t` of `b` (Eq. 103)."""
+    scale = math.sqrt((a.shape[1] + b.shape[1]) / ((1 - t) ** 2 + t**2))
+    parts = ((a, scale * (1 - t) / math.sqrt(a.shape[1])), (b, scale * t / math.sqrt(b.shape[1])))
+    # Equal widths in equal shares, the usual case, need no pass over memory.
+    return torch.cat([x if math.isclose(factor, 1, rel_tol=1e-9) else x * factor for x, factor in parts], dim=1)
+
+
+def pixel_norm(x: torch.Tensor, dim: int = 1) -> torch.Tensor:
+    """`x` with unit magnitude along `dim`, in x's dtype, sums in float32 (Eq. 30)."""
+    if not torch.is_grad_enabled():
+        return x * (1 / (_magnitude(x, dim) + EPS)).to(x.dtype)
+    result: torch.Tensor = _PixelNorm.apply(x, dim)
     return result
 
 
@@ -50,9 +102,27 @@ def cosine_attention(qkv: torch.Tensor, num_heads: int) -> torch.Tensor:
     vectors = qkv.permute(0, 2, 3, 1).reshape(n, height * breadth, 3, num_heads, depth)
     vectors = pixel_norm(vectors, dim=4)
     q, k, v = vectors.permute(2, 0, 3, 1, 4).unbind(0)  # [N, h, S, d] each
-    y = F.scaled_dot_product_attention(q, k, v)
+    y = _attend(q, k, v)
     y = y.transpose(1, 2).reshape(n, height, breadth, num_heads * depth)
     return y.permute(0, 3, 1, 2)
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Attention of [N, h, S, d] each, by the faster of PyTorch's ways."""
+    n, heads, positions, depth = q.shape
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or positions > 512 or torch.is_grad_enabled():
+        return F.scaled_dot_product_attention(q, k, v)
+    # The CPU's fused kernel is the slower one while the table of weights fits its caches.
+    q, k, v = (t.reshape(n * heads, positions, depth) for t in (q, k, v))
+    weights = torch.bmm(q * depth**-0.5, k.transpose(1, 2)).softmax(dim=2)
+    return torch.bmm(weights, v).reshape(n, heads, positions, depth)
+
+
+def _magnitude(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """Root mean square of `x` along `dim`, which is kept, in float32; channels-last images are read in one pass."""
+    if x.ndim == 4 and dim == 1:
+        return _magnitude(x.permute(0, 2, 3, 1), 3).permute(0, 3, 1, 2)
+    return torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float32) * x.shape[dim] ** -0.5
 
 
 def head_order(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
@@ -93,8 +163,7 @@ class _EffectiveWeight(torch.autograd.Function):
 class _PixelNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, dim: int) -> torch.Tensor:
-        square_mean = x.to(torch.float32).square().mean(dim=dim, keepdim=True)
-        magnitude = square_mean.sqrt()
+        magnitude = _magnitude(x, dim)
         ctx.save_for_backward(x, magnitude)
         ctx.dim = dim
         return x * (1 / (magnitude + EPS)).to(x.dtype)
@@ -106,16 +175,3 @@ class _PixelNorm(torch.autograd.Function):
         dot = (grad * x).mean(dim=ctx.dim, keepdim=True, dtype=torch.float32)
         steepness = torch.where(magnitude > 0, dot * inverse.square() / magnitude, 0)
         return torch.addcmul(grad * inverse.to(x.dtype), x, steepness.to(x.dtype), value=-1), None
-
-
-class _ScaledSilu(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x, scale)
-        return F.silu(x * scale)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        x, scale = ctx.saved_tensors
-        slope = torch.ops.aten.silu_backward(grad, x * scale)
-        return slope * scale, (slope * x).sum(dim=(2, 3), keepdim=True)

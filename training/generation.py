@@ -3,7 +3,6 @@
 Shape legend: N images, C channels, H x W pixels, L labels; latents and images may differ in C, H and W.
 """
 
-import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -18,12 +17,28 @@ import torch.distributed
 from dnnlib.errors import ConfigError
 from dnnlib.folders import make_folder, require_folder
 from torch_utils.distributed import World, resolve_device
+from training.dealing import all_batches, deal_on_demand, remaining_batches
 from training.encoders import Encoder, StandardRGBEncoder
-from training.guidance import Guidance, listed
-from training.image_files import ImageWriter, require_png_channels
-from training.sampler import HeunOptions, StackedRandomGenerator, choose_solver, edm_sampler
+from training.generation_checks import (
+    check_request,
+    classes_per_seed,
+    image_size,
+    require_matching_guide,
+    require_one_image_per_file,
+    require_writable_images,
+)
+from training.generation_files import BatchFiles, FilePlan, plan_files
+from training.guidance import listed
+from training.image_decoder import DecoderOptions
+from training.pipeline import streams_of, two_stages
+from training.png_files import FAST, require_compression
+from training.sampler import StackedRandomGenerator, edm_sampler
 from training.snapshot import load_snapshot
 from training.snapshot_code import TrustCode
+
+# Makes a network that is ready to sample from out of one that was loaded, on the device given. It keeps img_channels,
+# img_resolution and label_dim. With `fixed_batch` true, it is always given batches of one size.
+Prepare = Callable[[Any, torch.device], Any]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -33,9 +48,21 @@ class ImageBatch:
     images: torch.Tensor | None  # uint8 [N, C, H, W] on the compute device
     labels: torch.Tensor | None  # float32 one-hot [N, L]; None for an unconditional network
     noise: torch.Tensor | None  # float32 [N, C, H, W], the latents' shape
-    batch_idx: int  # among the batches of this process
-    num_batches: int  # of this process; the same in all
+    batch_idx: int  # among the batches of this process; where they are dealt on demand, of all processes
+    num_batches: int  # likewise; the same in all processes
     indices: np.ndarray  # int [N], positions in the list of seeds
+    seeds: list[int]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Sampled:
+    """A batch on its way from the sampler to the decoder."""
+
+    latents: torch.Tensor | None
+    labels: torch.Tensor | None
+    noise: torch.Tensor | None
+    batch_idx: int
+    indices: np.ndarray
     seeds: list[int]
 
 
@@ -51,32 +78,52 @@ class GeneratedImages:
     seeds: list[int]
     classes: list[int] | None  # per seed; None = drawn from the seed
     one_row_per_class: bool  # whether the seeds were dealt over all classes, the images of one class in succession
-    batches: list[np.ndarray]  # positions in `seeds`, of this process
+    batches: list[np.ndarray]  # positions in `seeds`, of this process; where dealt on demand, of all processes
     encoder_batch_size: int
     device: torch.device
     sampler_fn: Callable[..., torch.Tensor]
     sampler_kwargs: dict[str, Any]
+    world: World
+    on_demand: bool  # whether a process takes the next batch when it is free
+    files: FilePlan | None  # None: nothing is written
+    full_batch: int  # images in the largest batch of any process
+
+    @property
+    def there(self) -> frozenset[int]:
+        """Positions in `seeds` of the images whose files were there and stay. Some may be in a batch all the same."""
+        return frozenset() if self.files is None else self.files.there
+
+    def path_of(self, position: int) -> Path:
+        """The file of an image, by its position in `seeds`."""
+        assert self.files is not None
+        return self.files.paths[position]
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[ImageBatch]:
+        dealt = deal_on_demand(self.batches, self.world) if self.on_demand else enumerate(self.batches)
         with ExitStack() as stack:
-            writer = None if self.outdir is None else stack.enter_context(ImageWriter())
-            for batch_idx, indices in enumerate(self.batches):
-                batch = self._generate(batch_idx, indices)
-                if writer is not None and batch.images is not None:
-                    self._write(writer, batch.images, batch.seeds)
-                yield batch
+            files = None if self.files is None else stack.enter_context(BatchFiles(self.files))
+
+            def finish(sampled: _Sampled) -> ImageBatch:
+                batch = self._decode(sampled)
+                if files is not None and batch.images is not None:
+                    files.write(batch.images, batch.indices)
+                return batch
+
+            yield from two_stages(dealt, self._sample, finish, _tensors_of, streams_of(self.device))
 
     @torch.no_grad()
-    def _generate(self, batch_idx: int, indices: np.ndarray) -> ImageBatch:
+    def _sample(self, dealt: tuple[int, np.ndarray]) -> _Sampled:
+        batch_idx, indices = dealt
         seeds = [self.seeds[i] for i in indices]
-        images = labels = noise = None
+        latents = labels = noise = None
         if seeds:
-            random = StackedRandomGenerator(self.device, seeds)
-            noise = random.randn([len(seeds), self.net.img_channels, *image_size(self.net)])
-            labels = self._labels(random, indices)
+            rows = self._padded(indices)
+            random = StackedRandomGenerator(self.device, [self.seeds[i] for i in rows])
+            noise = random.randn([len(rows), self.net.img_channels, *image_size(self.net)])
+            labels = self._labels(random, rows)
             latents = self.sampler_fn(
                 net=self.net,
                 noise=noise,
@@ -85,16 +132,17 @@ class GeneratedImages:
                 randn_like=random.randn_like,
                 **self.sampler_kwargs,
             )
-            images = torch.cat([self.encoder.decode(part) for part in latents.split(self.encoder_batch_size)])
-        return ImageBatch(
-            images=images,
-            labels=labels,
-            noise=noise,
-            batch_idx=batch_idx,
-            num_batches=len(self.batches),
-            indices=indices,
-            seeds=seeds,
-        )
+            noise, labels, latents = (None if x is None else x[: len(seeds)] for x in (noise, labels, latents))
+        return _Sampled(latents=latents, labels=labels, noise=noise, batch_idx=batch_idx, indices=indices, seeds=seeds)
+
+    def _padded(self, indices: np.ndarray) -> np.ndarray:
+        """`indices`, the last one repeated to the size of the largest batch where a network wants all of one size.
+
+        The seed is repeated with it, so that the same noise, class and churn is drawn for each of its rows.
+        """
+        if not any(getattr(net, "fixed_batch", False) for net in (self.net, *listed(self.gnet))):
+            return indices
+        return np.pad(indices, (0, self.full_batch - len(indices)), mode="edge")
 
     def _labels(self, random: StackedRandomGenerator, indices: np.ndarray) -> torch.Tensor | None:
         label_dim = self.net.label_dim
@@ -103,28 +151,31 @@ class GeneratedImages:
         # Drawn also where it is then overridden, so that the churn noise after it stays the same.
         chosen = random.randint(label_dim, size=[len(indices)])
         if self.classes is not None:
-            chosen = torch.tensor([self.classes[i] for i in indices], device=self.device)
+            chosen = torch.tensor([self.classes[i] for i in indices])
+            if self.device.type == "cuda":  # from pinned memory the copy does not wait for the work in flight
+                chosen = chosen.pin_memory()
+            chosen = chosen.to(self.device, non_blocking=True)
         return torch.nn.functional.one_hot(chosen, label_dim).to(torch.float32)  # [N] -> [N, L]
 
-    def _write(self, writer: ImageWriter, images: torch.Tensor, seeds: list[int]) -> None:
-        assert self.outdir is not None
-        copied = None
-        host = images.to("cpu", non_blocking=images.is_cuda)
-        if images.is_cuda:
-            copied = torch.cuda.Event()
-            copied.record()
+    @torch.no_grad()
+    def _decode(self, sampled: _Sampled) -> ImageBatch:
+        latents = sampled.latents
+        images = None
+        if latents is not None:
+            images = torch.cat([self.encoder.decode(part) for part in latents.split(self.encoder_batch_size)])
+        return ImageBatch(
+            images=images,
+            labels=sampled.labels,
+            noise=sampled.noise,
+            batch_idx=sampled.batch_idx,
+            num_batches=len(self.batches),
+            indices=sampled.indices,
+            seeds=sampled.seeds,
+        )
 
-        def pixels_of(index: int) -> Callable[[], np.ndarray]:
-            def pixels() -> np.ndarray:
-                if copied is not None:
-                    copied.synchronize()
-                return host[index].numpy()
 
-            return pixels
-
-        for index, seed in enumerate(seeds):
-            folder = self.outdir / f"{seed // 1000 * 1000:06d}" if self.subdirs else self.outdir
-            writer.write(folder / f"{seed:06d}.png", pixels_of(index))
+def _tensors_of(batch: ImageBatch) -> list[torch.Tensor]:
+    return [tensor for tensor in (batch.images, batch.labels, batch.noise) if tensor is not None]
 
 
 def generate_images(
@@ -143,6 +194,11 @@ def generate_images(
     *,
     world: World | None = None,
     trust_code: TrustCode | None = None,
+    prepare: Prepare | None = None,
+    skip_existing: bool = False,
+    on_demand: bool = False,
+    decoder: DecoderOptions | None = None,
+    png_compression: int = FAST,
     **sampler_kwargs: Any,
 ) -> GeneratedImages:
     """Check the request, load the networks, and return an iterable over this process's batches (`ImageBatch`).
@@ -156,15 +212,26 @@ def generate_images(
     `verbose` is accepted and prints nothing: progress is the caller's. Other keywords go to `sampler_fn`, which is
     called like `edm_sampler`.
 
+    `prepare` is applied to `net` and each guide, with the device, before they are used (see `Prepare`); if it has an
+    attribute `settings`, a dictionary, this is noted in the files. `skip_existing`: images whose files are in `outdir`
+    stay as they are, and what is left is dealt evenly (see `remaining_batches`); files that say they were made from
+    something else are refused. `on_demand`: a batch goes to whichever process is free, so that batch_idx, num_batches
+    and the length count those of all processes, and a process sees some of them; every process must iterate.
+    `decoder`: how latents are decoded; default: see DecoderOptions. `png_compression`: see `encode_png`.
+
     Image i depends on seed i alone: a generator on the compute device, seeded with the seed modulo 2**32, draws the
     noise [C, H, W], then the class (whether used or not), then churn. Raises ConfigError before anything runs or is
-    written. Nothing is computed before the iteration starts.
+    written. Nothing is computed before the iteration starts. On CUDA the next batch is being computed when a batch is
+    given out, and decoding and files of a batch go beside it.
     """
     seeds = [int(seed) for seed in seeds]
     guides = listed(gnet)
-    _check_request(seeds, max_batch_size, encoder_batch_size, sampler_fn, sampler_kwargs, num_guides=len(guides))
+    check_request(seeds, max_batch_size, encoder_batch_size, sampler_fn, sampler_kwargs, num_guides=len(guides))
+    require_compression(png_compression)
     if outdir is not None:
         require_folder(Path(outdir))
+    elif skip_existing:
+        raise ConfigError("--skip-existing looks for files in --outdir, and there is none; give both or neither")
     world = world if world is not None else _current_world(device)
     device = world.device if device is None else torch.device(device)
     net, own_encoder = load_network(net, device, trust_code)
@@ -174,11 +241,23 @@ def generate_images(
         require_matching_guide(net, guide)
     if outdir is not None:
         require_writable_images(net, encoder)
-    classes = _classes_per_seed(net, seeds, class_idx)
+    classes = classes_per_seed(net, seeds, class_idx)
+    encoder, decoder_record = (decoder or DecoderOptions()).apply(encoder, device, encoder_batch_size)
     encoder.init(device)
+    files = None
     if outdir is not None:
-        _require_one_image_per_file(seeds, classes)
+        require_one_image_per_file(seeds, classes)
+        files = plan_files(
+            Path(outdir), subdirs, seeds, classes, skip_existing, png_compression, world,
+            net=net, guides=guides, encoder=encoder, device=device, sampler_fn=sampler_fn,
+            sampler_kwargs=sampler_kwargs, more={**decoder_record, **getattr(prepare, "settings", {})},
+        )  # fmt: skip
         make_folder(Path(outdir))
+    if prepare is not None:
+        net, *guides = (prepare(network, device) for network in (net, *guides))
+    batches = all_batches(len(seeds), max_batch_size, world.size)
+    if files is not None and files.there:
+        batches = remaining_batches(batches, sorted(files.there), max_batch_size, world.size)
     return GeneratedImages(
         net=net,
         gnet=guides if len(guides) > 1 else guides[0] if guides else None,
@@ -188,21 +267,16 @@ def generate_images(
         seeds=seeds,
         classes=classes,
         one_row_per_class=class_idx == "all",
-        batches=split_batches(len(seeds), max_batch_size, world),
+        batches=batches if on_demand else batches[world.rank :: world.size],
         encoder_batch_size=encoder_batch_size,
         device=device,
         sampler_fn=sampler_fn,
         sampler_kwargs=sampler_kwargs,
+        world=world,
+        on_demand=on_demand,
+        files=files,
+        full_batch=max(map(len, batches), default=0),
     )
-
-
-def split_batches(num_images: int, max_batch_size: int, world: World) -> list[np.ndarray]:
-    """This process's batches, as positions 0 .. num_images-1: contiguous, near equal, dealt to the processes in turn.
-
-    All processes get equally many; with few images some batches are empty.
-    """
-    num_batches = -(-num_images // (max_batch_size * world.size)) * world.size
-    return np.array_split(np.arange(num_images), num_batches)[world.rank :: world.size]
 
 
 def load_network(source: Any, device: torch.device, trust_code: TrustCode | None = None) -> tuple[Any, Encoder | None]:
@@ -213,94 +287,8 @@ def load_network(source: Any, device: torch.device, trust_code: TrustCode | None
     return (source.to(device) if isinstance(source, torch.nn.Module) else source), None
 
 
-def image_size(net: Any) -> tuple[int, int]:
-    """Height and width in pixels of what `net` denoises; its img_resolution may be one number or both."""
-    size = net.img_resolution
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-
-
-def deal_classes(num_seeds: int, num_classes: int) -> list[int]:
-    """A class per seed, all classes equally often and each for a contiguous part of the seeds.
-
-    Raises ConfigError where the seeds do not divide over the classes.
-    """
-    if num_seeds % num_classes:
-        fit = -(-num_seeds // num_classes) * num_classes
-        raise ConfigError(
-            f"{num_seeds} seeds do not deal evenly over all {num_classes} classes; "
-            f"give a multiple of {num_classes}, e.g. --seeds=0-{fit - 1}"
-        )
-    return [i // (num_seeds // num_classes) for i in range(num_seeds)]
-
-
-def require_matching_guide(net: Any, gnet: Any) -> None:
-    """Raise ConfigError if the guide takes other images or labels than the main network."""
-    shapes = [(n.img_channels, *image_size(n)) for n in (net, gnet)]
-    if shapes[0] != shapes[1]:
-        main, guide = ("x".join(map(str, shape)) for shape in shapes)
-        raise ConfigError(f"the guide is for images of {guide} (channels, height, width), the main network for {main}")
-    if gnet.label_dim not in (0, net.label_dim):
-        raise ConfigError(
-            f"the guide knows {gnet.label_dim} classes and the main network {net.label_dim}; "
-            "a guide is unconditional or has the same classes"
-        )
-
-
-def require_writable_images(net: Any, encoder: Encoder | None) -> None:
-    """Raise ConfigError if the images of `net` cannot be written as PNG. Decoders of latents give RGB."""
-    if encoder is None or isinstance(encoder, StandardRGBEncoder):
-        require_png_channels(net.img_channels)
-
-
-def _check_request(
-    seeds: list[int],
-    max_batch_size: int,
-    encoder_batch_size: int,
-    sampler_fn: Callable[..., torch.Tensor],
-    sampler_kwargs: dict[str, Any],
-    *,
-    num_guides: int,
-) -> None:
-    if not seeds:
-        raise ConfigError("there are no seeds; give at least one")
-    for name, count in (("max_batch_size", max_batch_size), ("encoder_batch_size", encoder_batch_size)):
-        if count < 1:
-            raise ConfigError(f"{name}={count} images at once cannot be computed; ask for 1 or more")
-    guided = {key: sampler_kwargs[key] for key in ("shares", "interval") if key in sampler_kwargs}
-    Guidance(weight=sampler_kwargs.get("guidance", 1), num_guides=num_guides, **guided)
-    if sampler_fn is edm_sampler:
-        known = inspect.signature(HeunOptions).parameters
-        options = HeunOptions(**{key: value for key, value in sampler_kwargs.items() if key in known})
-        choose_solver(sampler_kwargs.get("solver", "heun"), options)
-
-
 def _current_world(device: torch.device | str | None) -> World:
     resolved = resolve_device() if device is None else torch.device(device)
     if not torch.distributed.is_initialized():
         return World(device=resolved)
     return World(rank=torch.distributed.get_rank(), size=torch.distributed.get_world_size(), device=resolved)
-
-
-def _classes_per_seed(net: Any, seeds: list[int], class_idx: int | Sequence[int] | str | None) -> list[int] | None:
-    if class_idx is None:
-        return None
-    if net.label_dim == 0:
-        raise ConfigError("the network is unconditional and takes no class; leave the class out")
-    if class_idx == "all":
-        return deal_classes(len(seeds), net.label_dim)
-    classes = [class_idx] * len(seeds) if isinstance(class_idx, int | np.integer) else [int(c) for c in class_idx]
-    if len(classes) != len(seeds):
-        raise ConfigError(f"{len(classes)} classes were given for {len(seeds)} seeds; give one each, or one for all")
-    for chosen in classes:
-        if not 0 <= chosen < net.label_dim:
-            raise ConfigError(f"class {chosen} is out of range; the network knows classes 0 to {net.label_dim - 1}")
-    return classes
-
-
-def _require_one_image_per_file(seeds: list[int], classes: list[int] | None) -> None:
-    if classes is None:
-        return
-    class_of: dict[int, int] = {}
-    for seed, chosen in zip(seeds, classes, strict=True):
-        if class_of.setdefault(seed, chosen) != chosen:
-            raise ConfigError(f"seed {seed} is asked for with two classes, but has one file; list each seed once")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from dnnlib.errors import ConfigError
+from torch_utils.side_by_side import SideBySide
 from training.solvers import Denoiser
 
 # A network called as D = net(x, sigma, labels), with sigma a scalar tensor.
@@ -21,12 +22,17 @@ Network = Callable[..., torch.Tensor]
 
 
 def bind_labels(net: Network, labels: torch.Tensor | None) -> Denoiser:
-    """The denoiser of `net` for fixed `labels` [N, L]; its result has the type of the state x."""
+    """The denoiser of `net` for fixed `labels` [N, L]; its result has the type of the state x.
+
+    A network with a method `bind` (training/inference_network.py) is given the labels once, here, and not with each
+    evaluation.
+    """
+    bound = net.bind(labels) if hasattr(net, "bind") else None
 
     def denoise(x: torch.Tensor, sigma: float, step_sigma: float) -> torch.Tensor:
         # Filled on the device: no copy from the host, which would wait for all work in flight.
         level = torch.full((), sigma, dtype=x.dtype, device=x.device)
-        return net(x, level, labels).to(x.dtype)
+        return (net(x, level, labels) if bound is None else bound(x, level)).to(x.dtype)
 
     return denoise
 
@@ -71,18 +77,21 @@ class Guidance:
         return self.weight != 1 and low < step_sigma <= high
 
     def wrap(self, main: Denoiser, guides: Sequence[Denoiser]) -> Denoiser:
-        """The guided denoiser. A guide is called in guided steps only, and never if its share is 0."""
+        """The guided denoiser. A guide is called in guided steps only, and never if its share is 0; on a CUDA device
+        beside the main network, on a stream of its own.
+        """
         assert len(guides) == self.num_guides
         if self.weight == 1:
             return main
         shares = self.shares or (1 / len(guides),) * len(guides)
         active = [(guide, share) for guide, share in zip(guides, shares, strict=True) if share > 0]
         guide = active[0][0] if len(active) == 1 else _weighted_sum(active)
+        both = SideBySide(guide, main)
 
         def denoise(x: torch.Tensor, sigma: float, step_sigma: float) -> torch.Tensor:
             if not self.applies(step_sigma):
                 return main(x, sigma, step_sigma)
-            return torch.lerp(guide(x, sigma, step_sigma), main(x, sigma, step_sigma), self.weight)
+            return torch.lerp(*both(x, sigma, step_sigma), self.weight)
 
         return denoise
 

@@ -3,9 +3,11 @@
 N images, C latent channels, H x W latent pixels.
 """
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ import torch
 
 from dnnlib.errors import ConfigError
 from training.dataset import ImageFolderDataset
+from training.dataset_index import one_line
 from training.dataset_items import CONVERT_HINT
 from training.encoders import Encoder, StabilityVAEEncoder, StandardRGBEncoder
 from training.snapshot_parts import build_encoder, described, plain
@@ -186,12 +189,21 @@ def encoder_entry(encoder: StabilityVAEEncoder) -> dict[str, Any]:
     return described(encoder)
 
 
+def read_encoder_file(path: Path) -> StabilityVAEEncoder:
+    """The encoder that the JSON file `path` describes, as `encoder_entry` does. Raises ConfigError."""
+    try:
+        entry = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} cannot be read, remove it to have it made anew: {one_line(error)}") from None
+    return read_encoder(entry, str(path))
+
+
 def read_encoder(entry: Mapping[str, Any], where: str) -> StabilityVAEEncoder:
     """The encoder that `entry` describes. Raises ConfigError, naming the file `where`, for anything else."""
     try:
         encoder = build_encoder(str(entry.get("class")), (), plain(dict(entry["arguments"]), "its encoder"))
     except (ConfigError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ConfigError(f"{where} describes no known encoder: {str(error)[:300]}") from None
+        raise ConfigError(f"{where} describes no known encoder: {one_line(error)[:300]}") from None
     if not isinstance(encoder, StabilityVAEEncoder):
         raise ConfigError(f"{where} describes {type(encoder).__name__}, which makes no latents")
     return encoder

@@ -18,11 +18,12 @@ import torch
 
 from dnnlib.atomic import atomic_path
 from dnnlib.errors import ConfigError
+from dnnlib.leftovers import remove_leftovers
 from training import phema, snapshot_pickle, snapshot_safetensors
 from training.posthoc_files import InputFiles
 from training.posthoc_inputs import Input, choose_inputs, list_input_pickles
 from training.posthoc_sums import NotFinite, WeightedSums
-from training.snapshot import Snapshot
+from training.snapshot import Snapshot, read_header
 
 __all__ = [
     "Input",
@@ -73,8 +74,9 @@ def reconstruct_phema(
 
     `in_pkls` are what `list_input_pickles` returns, or anything with path, nimg and std. `max_batch_size` outputs are
     built at a time; each such batch is one pass over the inputs. With `out_dir`, outputs are written there as
-    {out_prefix}-{kimg}-{std} in `out_format` (pkl, safetensors, both); `skip_existing` leaves alone what is there.
-    Nothing is read or written before the iteration, and nothing is added or written before all inputs were checked
+    {out_prefix}-{kimg}-{std} in `out_format` (pkl, safetensors, both); `skip_existing` leaves alone what is there,
+    whole and made of the same snapshots, refuses what is not, and removes what a killed process left of these files.
+    Nothing else is read or written before the iteration, and nothing is added or written before all inputs were checked
     against each other. Raises ConfigError for what cannot be done.
 
     Memory: the outputs of a batch in float16, and about 20 MB beside. Inputs in .safetensors files are read where they
@@ -95,9 +97,14 @@ def reconstruct_phema(
         files = [tuple(stem.with_name(stem.name + suffix) for suffix in _FORMATS[out_format]) for stem in stems]
         _check_files(files, inputs, Path(out_dir))
         plans = [replace(plan, paths=paths) for plan, paths in zip(plans, files, strict=True)]
-    skipped = [p for p in plans if skip_existing and p.paths and all(path.is_file() for path in p.paths)]
-    rest = [plan for plan in plans if plan not in skipped]
-    return Reconstruction(inputs, nimg, rest, skipped, max_batch_size, read_bytes)
+    skipped = []
+    if skip_existing:
+        skipped = [path for plan in plans for path in plan.paths if _is_finished(path, plan, inputs)]
+        for path in (path for plan in plans for path in plan.paths):
+            remove_leftovers(path)
+        plans = [replace(plan, paths=tuple(p for p in plan.paths if p not in skipped)) for plan in plans]
+        plans = [plan for plan in plans if plan.paths or out_dir is None]
+    return Reconstruction(inputs, nimg, plans, skipped, max_batch_size, read_bytes)
 
 
 def reconstruct_networks(
@@ -130,14 +137,14 @@ class Reconstruction:
         inputs: Sequence[Input],
         out_nimg: int,
         plans: Sequence[_Plan],
-        skipped: Sequence[_Plan],
+        skipped: Sequence[Path],
         max_batch_size: int,
         read_bytes: int,
     ) -> None:
         self.inputs = list(inputs)
         self.out_nimg = out_nimg
         self.out_stds = [plan.std for plan in plans]
-        self.skipped = [path for plan in skipped for path in plan.paths]
+        self.skipped = list(skipped)
         self._batches = [list(plans[i : i + max_batch_size]) for i in range(0, len(plans), max_batch_size)]
         self._read_bytes = read_bytes
 
@@ -201,6 +208,29 @@ class Reconstruction:
             added += len(group.places)
             del group  # its tensors, before the next group comes
         return buffers
+
+
+def _is_finished(path: Path, plan: _Plan, inputs: Sequence[Input]) -> bool:
+    """Whether `path` is there already, whole and, as far as it says, made as planned. Raises ConfigError if not so.
+
+    Pickles, in the published layout, do not say of which snapshots they were made.
+    """
+    if not path.exists():
+        return False
+    hint = "leave out --skip to replace it, or choose another folder or prefix"
+    try:
+        header = read_header(path)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; {hint}") from None
+    recorded = header.info.get("posthoc_inputs")
+    names = [os.path.basename(file.path) for file in inputs]
+    if recorded not in (None, names):
+        raise ConfigError(
+            f"{path} is there, and was made of other snapshots ({len(recorded)}, now {len(names)}); {hint}"
+        )
+    if (header.nimg or plan.nimg) // 1000 != plan.nimg // 1000 or abs((header.ema_std or plan.std) - plan.std) > 0.0006:
+        raise ConfigError(f"{path} is there, and says that its EMA length is {header.ema_std} at {header.nimg}; {hint}")
+    return True
 
 
 def _check_stds(stds: Sequence[float]) -> None:

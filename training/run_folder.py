@@ -134,6 +134,6 @@ class RunFolder:
 def _nimg(line: str) -> float:
     """The images that a line of stats.jsonl was written after; beyond everything where the line is damaged."""
     try:
-        return round(float(json.loads(line)["Progress/kimg"]) * 1e3)
-    except (ValueError, OverflowError, KeyError, TypeError):
+        return round(json.loads(line)["Progress/kimg"] * 1e3)
+    except (ValueError, OverflowError, KeyError, TypeError, RecursionError):
         return float("inf")

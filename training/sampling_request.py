@@ -1,12 +1,16 @@
 """What to sample from and how, put together from a preset and options and checked without any network."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from dnnlib.errors import ConfigError
+from torch_utils.precision import Precision, precision_note
 from training.guidance import Guidance
+from training.prepare_network import PrepareNetwork
 from training.presets import generation_preset, locate
 from training.sampler import HeunOptions, choose_solver
 
@@ -15,7 +19,7 @@ from training.sampler import HeunOptions, choose_solver
 class SamplingRequest:
     """A network, its guides and the sampler's options. Raises ConfigError for what cannot work.
 
-    For use: `generate_images(net=request.net, gnet=request.gnets, ..., **request.sampler_kwargs())`.
+    For use: `generate_images(request.net, request.gnets, ..., prepare=request.prepare(), **request.sampler_kwargs())`.
     """
 
     net: str  # path or URL
@@ -25,6 +29,8 @@ class SamplingRequest:
     shares: tuple[float, ...] | None = None  # of the guides; None = equal
     solver: str = "heun"
     heun: HeunOptions = field(default_factory=HeunOptions)  # noise levels and churn, of every solver
+    precision: Precision | None = None  # None = what the network's file says
+    compile: bool = False
     notes: tuple[str, ...] = ()  # what a user who gave these options should be told
 
     def __post_init__(self) -> None:
@@ -41,6 +47,15 @@ class SamplingRequest:
             "solver": self.solver,
         }
 
+    def notes_for(self, device: torch.device) -> tuple[str, ...]:
+        """What a user should be told who runs this on `device`."""
+        note = None if self.precision is None else precision_note(self.precision, device)
+        return self.notes if note is None else (*self.notes, note)
+
+    def prepare(self, announce: Callable[[str], None] | None = None) -> PrepareNetwork:
+        """What makes loaded networks ready to sample from; `announce` is told what a user should know meanwhile."""
+        return PrepareNetwork(precision=self.precision, compile=self.compile, announce=announce)
+
 
 def resolve_sampling(
     *,
@@ -51,6 +66,8 @@ def resolve_sampling(
     guidance: float | None = None,
     interval: tuple[float, float] | None = None,
     solver: str | None = None,
+    precision: Precision | None = None,
+    compile: bool = False,
     **heun: float | None,
 ) -> SamplingRequest:
     """Fill what was left open (None) from the preset. `heun`: the fields of HeunOptions.
@@ -77,6 +94,8 @@ def resolve_sampling(
         interval=interval,
         shares=gnet_shares,
         solver="heun" if solver is None else solver,
+        precision=precision,
+        compile=compile,
         heun=HeunOptions(**{name: value for name, value in heun.items() if value is not None}),  # type: ignore[arg-type]
     )
     return _without_idle_guides(request, tell=bool(gnet))

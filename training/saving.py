@@ -142,10 +142,11 @@ class RunSaver:
         while not settled:
             # Not for longer at a time: the other processes' patience is bounded, a full disk's emptying is not.
             done = self._writer.wait(_HEARTBEAT_SEC)
-            yield from self.poll()
+            news = list(self.poll())
             settled = self._share(done)
-        yield from self._expected
-        self._expected = []
+            yield from news  # after the exchange, so that a caller who leaves at an event is not ahead of the others
+        expected, self._expected = self._expected, []
+        yield from expected
 
     def close(self) -> None:
         """Wait until everything is written, whatever the other processes do."""

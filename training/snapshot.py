@@ -10,17 +10,15 @@ import torch
 
 from dnnlib.atomic import atomic_path
 from dnnlib.disk import write_error
-from dnnlib.download import open_url
 from dnnlib.errors import ConfigError
 from torch_utils.safe_pickle import printable, read_pickle
-from training import snapshot_pickle, snapshot_safetensors
+from training import model_folder, snapshot_pickle, snapshot_safetensors
 from training.encoders import Encoder
 from training.loss import EDM2Loss
+from training.network_source import SUFFIXES, locate_network
 from training.networks_edm2 import Precond
 from training.snapshot_code import TrustCode
 from training.snapshot_parts import build_encoder, build_loss, build_network, described, network_arguments, plain
-
-SUFFIXES = (".pkl", ".safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +52,9 @@ class SnapshotHeader:
 def load_snapshot(
     source: str | os.PathLike[str], trust_code: TrustCode | None = None, *, device: torch.device | str = "cpu"
 ) -> Snapshot:
-    """Read the network file `source`, a path or an http(s) URL, without running anything from it.
+    """Read the network `source`, without running anything from it.
+
+    That is a file, an http(s) URL, a model folder or a name on the hub: see `training.network_source.locate_network`.
 
     Files with other classes than ours are refused, unless the caller gives `trust_code`: then the source text that the
     file has for them is run, as if it were a program that was downloaded. `trust_code` is told of it before.
@@ -62,13 +62,13 @@ def load_snapshot(
     The file's content, not its name, tells which format it has. Where it does not record image count and EMA length,
     they are taken from its name. Raises ConfigError, naming the file, where it is missing, foreign or damaged.
     """
-    fields = _read_fields(str(source), values=True, trust_code=trust_code)
+    fields = _read_fields(str(source), values=True, trust_code=trust_code, device=device)
     fields["net"].to(device)
     return Snapshot(**fields)
 
 
 def read_header(source: str | os.PathLike[str]) -> SnapshotHeader:
-    """What the network file `source`, a path or an http(s) URL, says of itself, without the numbers in its tensors.
+    """What the network `source`, named as for `load_snapshot`, says of itself, without the numbers in its tensors.
 
     Of a .safetensors file only the header is read; a pickle is read through, but no tensor is kept. The same files
     are refused, with the same errors, as by `load_snapshot`, save for damage inside the numbers.
@@ -88,25 +88,32 @@ def read_header(source: str | os.PathLike[str]) -> SnapshotHeader:
     )
 
 
-def _read_fields(name: str, values: bool, trust_code: TrustCode | None = None) -> dict[str, Any]:
-    """The fields of a Snapshot from the file called `name`; without `values` the network is on the meta device."""
-    path = Path(open_url(name, return_filename=True))
+def _read_fields(
+    name: str, values: bool, trust_code: TrustCode | None = None, device: torch.device | str = "cpu"
+) -> dict[str, Any]:
+    """The fields of a Snapshot from the file called `name`; without `values` the network is on the meta device.
+
+    With `values` it may be on `device`, or still on the CPU.
+    """
+    path = locate_network(name)
     try:
-        format_name = _format_of(path)
+        format_name = "folder" if path.is_dir() else _format_of(path)
         tree = read_pickle(path, name, values=values) if format_name == "pickle" else None
     except OSError as error:
         raise ConfigError(f"cannot read {name}: {error.strerror or error}") from None
     try:
         if format_name == "pickle":
             fields = snapshot_pickle.parts_of(tree, path.stat().st_size, trust_code)
+        elif format_name == "folder":
+            fields = model_folder.read(path, values)
         elif format_name == "safetensors":
-            fields = snapshot_safetensors.read(path, values)
+            fields = snapshot_safetensors.read(path, values, device)
         else:
             raise ConfigError("it is neither a pickle nor a safetensors file")
     except ConfigError as error:
         raise ConfigError(f"{name}: {printable(error)}") from error
     fields = {"nimg": None, "ema_std": None, "info": {}} | fields
-    nimg, ema_std = parse_name(name) or (None, None)
+    nimg, ema_std = parse_name(name) or parse_name(path.name) or (None, None)
     fields["nimg"] = nimg if fields["nimg"] is None else fields["nimg"]
     fields["ema_std"] = ema_std if fields["ema_std"] is None else fields["ema_std"]
     return fields

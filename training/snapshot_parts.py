@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from dnnlib.errors import ConfigError
+from torch_utils.layout import WithoutValues
 from training.encoders import Encoder, StabilityVAEEncoder, StandardRGBEncoder
 from training.loss import EDM2Loss
 from training.networks_edm2 import Block, Precond, UNet
@@ -102,7 +103,7 @@ def lay_out_network(arguments: Mapping[str, Any], file_bytes: float) -> Precond:
         if levels > _MAX_LEVELS or levels * max(num_blocks, 0) * _MIN_TENSOR_BYTES > file_bytes:
             raise ConfigError(f"a network of {levels} levels with {num_blocks} blocks each does not fit the file")
     try:
-        with torch.device("meta"):
+        with WithoutValues():
             return Precond(**arguments)
     except Exception as error:  # whatever numbers can do to a constructor: division by zero, negative or huge sizes
         reason = " ".join(str(error).split())[:200]

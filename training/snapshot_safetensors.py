@@ -25,20 +25,28 @@ VERSION = 1
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
 
-def read(path: Path, values: bool = True) -> dict[str, Any]:
+def read(
+    path: Path,
+    values: bool = True,
+    device: torch.device | str = "cpu",
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
     """The fields of a Snapshot from the file `path`. Raises ConfigError, without the file's name.
 
-    Without `values`, the network is on the meta device and only the header is read.
+    The network is on `device`, to which its tensors go from the mapped file, without a copy in between. Without
+    `values`, it is on the meta device and only the header is read. `metadata` takes the place of the file's own.
     """
+    device = torch.device(device)
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+            metadata = metadata or file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise ConfigError(f"it is a safetensors file, but its header does not say that it is an {FORMAT}")
             if metadata.get("format_version") != str(VERSION):
                 raise ConfigError(f"its format_version is {metadata.get('format_version')!r}; known is {VERSION}")
             # Copies, not views of the mapped file: the file may be replaced while the network is in use.
-            read_tensor = (lambda name: file.get_tensor(name).clone()) if values else lambda name: _shape(file, name)
+            read_tensor = (lambda name: _copied(file, name, device)) if values else lambda name: _shape(file, name)
             tensors = {name: read_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ConfigError(f"the file is damaged or cut short: {error}") from error
@@ -89,6 +97,12 @@ def write(
         if code is None:
             raise
         raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+
+
+def _copied(file: Any, name: str, device: torch.device) -> torch.Tensor:
+    """The tensor called `name`, on `device`. Integers are refused with the rest, by name, and need no place there."""
+    mapped: torch.Tensor = file.get_tensor(name)
+    return mapped.to(device, copy=True) if mapped.is_floating_point() else mapped
 
 
 def _shape(file: Any, name: str) -> torch.Tensor:

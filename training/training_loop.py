@@ -3,10 +3,12 @@
 Source: Karras et al., arXiv 2312.02696, Section 2 and Appendix B.
 """
 
+import contextlib
 import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import psutil
 import torch
@@ -14,28 +16,36 @@ import torch
 from dnnlib.atomic import write_text
 from dnnlib.errors import ConfigError
 from dnnlib.folders import make_folder
+from torch_utils import distributed
 from torch_utils.distributed import World
 from torch_utils.precision import numerics
+from torch_utils.stopping import prepare_worker, spared_children
 from torch_utils.stored_tensor import read_whole
 from torch_utils.training_stats import RunningMeans
 from training.config import TrainingConfig
+from training.consistency import require_same
 from training.dataset import BatchReader, ImageFolderDataset
 from training.encoders import Encoder, StabilityVAEEncoder
-from training.latents import PUBLISHED_VAE, encoder_entry, measured_encoder, read_encoder
+from training.latents import PUBLISHED_VAE, encoder_entry, measured_encoder, read_encoder_file
 from training.loss import EDM2Loss
 from training.resuming import find_resumption, tick_of
 from training.run_folder import RunFolder
+from training.run_samples import RunSamples
 from training.saving import Notice, RunSaver, Saved
 from training.schedule import learning_rate_schedule
+from training.session import Cause, Ended, Session
 from training.streaming.dataset import StreamedDataset, data_order, is_remote
 from training.streams import BatchPositions, Order
 from training.training_metrics import TrainingMetrics
 from training.training_state import TrainingState, make_encoder
 
 __all__ = [
+    "Cause",
     "EDM2Loss",
+    "Ended",
     "Iteration",
     "Notice",
+    "Sampled",
     "Saved",
     "Status",
     "TrainingRun",
@@ -61,6 +71,17 @@ class Status:
     nimg: int
     stats: dict[str, float]
     texts: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampled:
+    """A sample grid was drawn; every process sees the event, the main one wrote the file."""
+
+    nimg: int
+    path: Path
+
+
+Event = Iteration | Status | Saved | Sampled | Notice | Ended
 
 
 def open_dataset(config: TrainingConfig) -> ImageFolderDataset:
@@ -103,7 +124,7 @@ def load_vae_encoder(
             make_folder(folder.path)
             write_text(folder.encoder_file, json.dumps(encoder_entry(measured_encoder(encoder, dataset, world.device))))
         world.barrier()
-        encoder = read_encoder(json.loads(folder.encoder_file.read_text("utf-8")), str(folder.encoder_file))
+        encoder = read_encoder_file(folder.encoder_file)
     encoder.init(world.device)
     return encoder
 
@@ -120,8 +141,13 @@ class TrainingRun:
         self.metrics = None
         if config.metrics is not None:
             self.metrics = TrainingMetrics(config.metrics, snapshot=config.snapshot, folder=folder, world=world)
+        self.samples = None
+        if config.samples is not None:
+            self.samples = RunSamples(config.samples, ema_stds=config.ema_stds, folder=folder, world=world)
         resumption = find_resumption(folder, world)
         self.resumed_from, self.notes = resumption.path, resumption.notes
+        found = "" if self.resumed_from is None else self.resumed_from.name
+        require_same(world, config, self.dataset, resumed_from=found)
         resumed = self.resumed_from is not None
         encoder = load_vae_encoder(config, self.dataset, folder, world)
         self.state = TrainingState(config, self.dataset, world, resumed=resumed, encoder=encoder)
@@ -133,6 +159,8 @@ class TrainingRun:
         self._tick = tick_of(resumption.data, nimg=self.state.nimg, elapsed_sec=self.state.elapsed_sec)
         if self.metrics is not None:
             self.metrics.prepare(self.state.encoder, self.state.nimg)
+        if self.samples is not None:
+            self.samples.prepare(self.state.encoder)
 
     def close(self) -> None:
         """Wait for files on their way, and let go of the other processes. To be called before the World's `close`."""
@@ -144,26 +172,38 @@ class TrainingRun:
     def __len__(self) -> int:
         return max(-(-(self.config.duration - self.state.nimg) // self.config.batch), 0)
 
-    def __iter__(self) -> Iterator[Iteration | Status | Saved | Notice]:
+    def __iter__(self) -> Iterator[Event]:
+        session = Session(self.config, self.world, nimg=self.state.nimg)
         with numerics(cudnn_benchmark=self.config.bench, precision=self.config.network.precision):
-            yield from self._events()
+            yield from self._events(session)
+        session.close()
 
-    def _events(self) -> Iterator[Iteration | Status | Saved | Notice]:
+    def _events(self, session: Session) -> Iterator[Event]:
         config, state = self.config, self.state
         batches = self._batches()
         session_start = time.monotonic()
         elapsed_before, maintenance_sec = state.elapsed_sec, 0.0
         tick_nimg, tick_start = self._tick[0], session_start - (elapsed_before - self._tick[1])
+        self._progress()
+        if state.nimg < config.duration and (end := session.before_start(state.nimg)) is not None:
+            yield end
+            return
         while state.nimg < config.duration:
             images, labels = next(batches)
             learning_rate = state.learning_rate
+            watches = config.monitor or config.on_nonfinite == "stop"
+            if watches and self._reports(state.nimg + config.batch):
+                state.monitor.arm()
             self._means.add("Loss/loss", state.step(images, labels))
             self._means.add("Loss/learning_rate", torch.full([], learning_rate, device=self.world.device))
             yield Iteration(nimg=state.nimg)
             yield from self._saver.poll()
 
+            end = session.after_iteration(state.nimg)
+            finished = state.nimg >= config.duration
+            end = None if finished else end
             measures = self.metrics is not None and self._due(self.metrics.every)
-            reports = self._due(config.status) or measures
+            reports = self._reports(state.nimg)
             if reports:
                 self._saver.check()
                 stats = self._means.collect()  # waits for the device, so that the time below is that of finished work
@@ -172,18 +212,57 @@ class TrainingRun:
             if reports:
                 stats |= self._timing(now - tick_start - maintenance_sec, state.nimg - tick_nimg, maintenance_sec)
                 tick_start, tick_nimg, maintenance_sec = now, state.nimg, 0.0
-            if self._due(config.snapshot) or measures:
+                if watches:
+                    stats |= state.monitor.collect(state.loss_fn)
+                    end = session.after_status(state.nimg, stats["Loss/loss"], state.monitor.lost) or end
+                self._progress()
+            # Who is told to go may have no time for pictures.
+            hurries = end is not None and end.cause in (Cause.SIGNAL, Cause.SUSPEND)
+            measures = measures and not hurries
+            if self._due(config.snapshot) or measures or (end is not None and end.is_final and config.snapshot):
                 yield from self._saver.save_snapshots(state)
+                if self.samples is not None and not hurries:
+                    yield self._draw(self.samples)
             if measures:
                 yield from self._saver.settle()  # the best snapshot can be named only when it is there
             if reports:
                 yield self._status(stats, measures=measures)
-            if self._due(config.checkpoint):
+            # Also with --checkpoint=0: what the run went on from is not to remain as if it were the newest.
+            wanted = self._due(config.checkpoint) or (finished and self.resumed_from is not None)
+            if (wanted or end is not None) and self._worth_keeping(session):
                 state.elapsed_sec = elapsed_before + time.monotonic() - session_start
                 self._tick = tick_nimg, elapsed_before + tick_start + maintenance_sec - session_start
                 yield from self._save_checkpoint()
+            if end is not None:
+                yield from self._saver.settle()
+                yield end
+                return
             maintenance_sec += time.monotonic() - now
         yield from self._saver.settle()
+
+    def _draw(self, samples: RunSamples) -> Sampled | Notice:
+        """A new sample grid. One that cannot be written, on a full disk, is no reason to end a run."""
+        try:
+            path = samples.draw(self.state.averages(), self.state.encoder, self.state.nimg)
+        except ConfigError as error:
+            return Notice(text=f"{error}; going on without this sample grid.")
+        return Sampled(nimg=self.state.nimg, path=path)
+
+    def _reports(self, nimg: int) -> bool:
+        """Whether there is a line for stats.jsonl after the iteration that ends at `nimg`."""
+        every = 0 if self.metrics is None else self.metrics.every
+        return self._due(self.config.status, nimg) or self._due(every, nimg)
+
+    def _progress(self) -> None:
+        if self.world.is_main:
+            distributed.update_progress(self.state.nimg, self.config.duration)
+
+    def _worth_keeping(self, session: Session) -> bool:
+        """Whether the run can go on from where it is: not from weights that are no numbers."""
+        if not session.in_doubt:
+            return True
+        finite = torch.stack([param.detach().isfinite().all() for param in self.state.part.parameters()]).all()
+        return all(self.world.all_gather_objects(bool(finite)))
 
     def _status(self, stats: dict[str, float], *, measures: bool) -> Status:
         """The event that reports `stats`, with metrics if it `measures`: of the snapshots that were just taken."""
@@ -192,11 +271,12 @@ class TrainingRun:
         found = self.metrics.measure(self.state.averages(), self.state.encoder, self.state.nimg)
         return Status(nimg=self.state.nimg, stats=stats | found.stats, texts=found.texts)
 
-    def _due(self, interval: int) -> bool:
-        """Whether the iteration just taken crossed a multiple of `interval` images, or was the last one."""
+    def _due(self, interval: int, nimg: int | None = None) -> bool:
+        """Whether the iteration that ended at `nimg`, by default the one just taken, crossed a multiple of `interval`
+        images, or was the last one."""
         if interval == 0:
             return False
-        nimg = self.state.nimg
+        nimg = self.state.nimg if nimg is None else nimg
         return nimg // interval > (nimg - self.config.batch) // interval or nimg >= self.config.duration
 
     def _batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -222,9 +302,12 @@ class TrainingRun:
             pin_memory=device.type == "cuda",
             multiprocessing_context="spawn" if workers else None,
             prefetch_factor=2 if workers else None,
+            worker_init_fn=prepare_worker,
         )
         try:
-            for images, labels in loader:
+            with spared_children() if workers else contextlib.nullcontext():
+                batches = iter(loader)
+            for images, labels in batches:
                 yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         except ConfigError as error:
             # A worker's exception arrives with the worker's traceback as its message, ending in the original.

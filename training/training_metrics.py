@@ -1,19 +1,17 @@
 """Scores of a run's averaged networks while it trains, and which of its snapshots is the best so far."""
 
-import contextlib
 import copy
 import math
-import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from dnnlib.errors import ConfigError
 from torch_utils.distributed import World
 from torch_utils.precision import numerics
+from torch_utils.random_state import unchanged_random_state
 from training.config import MetricsConfig, TrainingConfig
 from training.dataset import ImageFolderDataset
 from training.encoders import Encoder
@@ -133,18 +131,3 @@ class TrainingMetrics:
                 file = next((path for path in files if path.is_file()), None)
                 if file is not None:
                     self._scores[name][file.name] = value
-
-
-@contextlib.contextmanager
-def unchanged_random_state(device: torch.device) -> Iterator[None]:
-    """Put back the global random states of Python, NumPy and PyTorch as they were when the block began.
-
-    Our own code draws from none of them; the libraries that load a VAE or DINOv2 may.
-    """
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)

@@ -16,6 +16,7 @@ from training.dataset import ImageFolderDataset
 from training.encoders import Encoder, StabilityVAEEncoder
 from training.latents import encoder_of, vae_encoder, vae_geometry
 from training.loss import EDM2Loss
+from training.monitor import Monitor
 from training.networks_edm2 import Precond
 from training.phema import PowerFunctionEMA
 from training.replica import make_replica
@@ -59,11 +60,14 @@ class TrainingState:
         if config.init is not None and not resumed:
             self.left_fresh = copy_weights(config.init, self.net, partial=config.init_partial)
         self.loss_fn = EDM2Loss(P_mean=config.P_mean, P_std=config.P_std, sigma_data=self.net.sigma_data)
-        self._replica = make_replica(self.net, config, world)
+        self.replica = make_replica(self.net, config, world)
         self.part = own_part(self.net) if self.sharded else self.net  # what this process keeps, steps and averages
         self.optimizer = make_optimizer(self.part.parameters(), lr=config.lr)
         self.loss_scale = LossScale(config.ls, world.device, shared=world if self.sharded else None)
         self.ema = PowerFunctionEMA(self.part, stds=list(config.ema_stds))
+        self.monitor = Monitor(
+            self.net, world, everything=config.monitor, replica=self.replica if self.sharded else None
+        )
         self._noise = NoiseStream(config.seed, world.device)
 
     def close(self) -> None:
@@ -72,7 +76,7 @@ class TrainingState:
         Without it the group may live on in DistributedDataParallel after it was closed, and then its end is a deadlock
         now and again: that waits, with Python's global lock held, for a thread that wants the lock to drop a tensor.
         """
-        self._replica = self.net
+        self.replica = self.net
 
     @property
     def learning_rate(self) -> float:
@@ -86,6 +90,7 @@ class TrainingState:
         `images` [N, C, H, W] as the data set holds them, `labels` [N, L] float32, both on the run's device.
         """
         loss = self.accumulate_gradients(images, labels)
+        self.monitor.see_gradients(self.loss_scale.factor)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
         if self.sharded:
@@ -93,6 +98,7 @@ class TrainingState:
         gradients = [param.grad for param in self.part.parameters() if param.grad is not None]
         self.loss_scale.unscale_(gradients)
         clear_nonfinite(gradients)
+        self.optimizer.found_inf = self.loss_scale.overflow  # type: ignore[attr-defined]  # read by fused Adam
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.nimg += self.config.batch
@@ -123,8 +129,9 @@ class TrainingState:
         losses = []
         rounds = (t.chunk(num_rounds) for t in (latents, labels, rnd_normal, unit_noise))
         for index, (x, y, n, e) in enumerate(zip(*rounds, strict=True)):
+            self.monitor.see_inputs(x, y, rnd_normal=n, unit_noise=e)
             with self._gradients_later(index < num_rounds - 1):
-                loss = self.loss_fn(self._replica, x, y, rnd_normal=n, unit_noise=e)
+                loss = self.loss_fn(self.replica, x, y, rnd_normal=n, unit_noise=e)
                 (loss.sum() * (self.loss_scale.factor / share)).backward()
             losses.append(loss.detach())
         return torch.cat(losses)
@@ -136,9 +143,9 @@ class TrainingState:
         copies waits.
         """
         if self.sharded:
-            cast(Any, self._replica).set_requires_all_reduce(not later)
-        if later and isinstance(self._replica, DistributedDataParallel):
-            return self._replica.no_sync()
+            cast(Any, self.replica).set_requires_all_reduce(not later)
+        if later and isinstance(self.replica, DistributedDataParallel):
+            return self.replica.no_sync()
         return contextlib.nullcontext()
 
     def state_dict(self) -> dict[str, Any]:

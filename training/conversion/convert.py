@@ -17,6 +17,7 @@ from dnnlib.folders import require_folder
 from torch_utils.distributed import World
 from training.conversion import archive
 from training.conversion.archive import Part, Writer
+from training.conversion.finished import MADE_KEY, missing_parts, remove_leftovers, request_digest
 from training.conversion.selection import choose_rows
 from training.conversion.source import Source
 from training.conversion.sources import open_source
@@ -48,6 +49,7 @@ class ConvertOptions:
     overwrite: bool = False  # existing ZIP files
     split: str | None = None
     label: str | None = None
+    skip_existing: bool = False  # leave what was made from the same alone
 
     def __post_init__(self) -> None:
         result_size(self.transform, self.resolution)
@@ -81,7 +83,8 @@ class Conversion:
 
     Making one checks everything that can be without reading all pictures, and writes nothing. Under torchrun every
     process makes and runs one, which writes its share of the shards; they appear when all processes are done. Raises
-    ConfigError; whenever the iteration ends early, nothing is left behind.
+    ConfigError; whenever the iteration ends early, nothing is left behind. With `skip_existing`, shards appear one by
+    one, and those that are there, made from the same, are left out of `parts`: interrupted work goes on from there.
     """
 
     def __init__(self, options: ConvertOptions, world: World | None = None) -> None:
@@ -103,7 +106,10 @@ class Conversion:
         self.size = sample.size
         require_trainable_size(self.size, self._describe(self._first))
         self._png_bytes = len(sample.png)
+        self._made_from = self._digest() if options.skip_existing else ""
         self._head = _head(self.source)
+        if options.skip_existing:  # else files are the same bytes for the same pictures, whatever their names were
+            self._head[MADE_KEY] = self._made_from
         self._stale = archive.existing_shards(options.dest) if options.sharded else []
         self.parts = self._plan()
 
@@ -118,19 +124,24 @@ class Conversion:
 
     def __iter__(self) -> Iterator[Step]:
         """Convert; see the class."""
-        keys = (self._keys(chunk) for _, chunk in self._chunks())
+        one_by_one = self.options.skip_existing
+        if one_by_one:
+            remove_leftovers(self.parts)
+        keys = (self._keys(chunk) for part in self.parts for chunk in self._chunks(part))
         done = 0
-        with (
-            archive.writing(self.parts, self._head) as writers,
-            closing(convert_chunks(self._work, keys, num_workers=self.options.workers)) as outcomes,
-        ):
-            for (number, chunk), results in zip(self._chunks(), outcomes, strict=True):
-                step = self._write(writers[number], chunk, results)
-                done += step.num_written
-                yield step
-            for writer in writers:
-                writer.finish()
-            self._require_any(sum(self._world.all_gather_objects(done)))
+        with closing(convert_chunks(self._work, keys, num_workers=self.options.workers)) as outcomes:
+            for group in [[part] for part in self.parts] if one_by_one else [self.parts]:
+                with archive.writing(group, self._head) as writers:
+                    for part, writer in zip(group, writers, strict=True):
+                        for chunk in self._chunks(part):
+                            step = self._write(writer, chunk, next(outcomes))
+                            done += step.num_written
+                            yield step
+                    for writer in writers:
+                        writer.finish()
+                    if not one_by_one:
+                        self._require_any(sum(self._world.all_gather_objects(done)))
+        self._world.barrier()
         self._remove_stale()
 
     def _plan(self) -> list[Part]:
@@ -144,6 +155,14 @@ class Conversion:
         parts = archive.plan_parts(options.dest, len(self._rows), num_shards=options.shards, per_shard=per_shard)
         self.num_parts = len(parts)
         mine = parts[self._world.rank :: self._world.size]
+        missing = mine
+        if options.skip_existing:
+            # All, so that every process refuses what does not belong.
+            missing_parts(parts, self._made_from, self._stale, replace=options.overwrite)
+            missing = missing_parts(mine, self._made_from, [], replace=options.overwrite)
+        self.num_kept = len(mine) - len(missing)
+        self._paths = [part.path for part in mine]  # written by this process, or kept
+        mine = missing
         _require_space(options.dest, each * sum(part.stop - part.start for part in mine))
         return mine
 
@@ -163,12 +182,19 @@ class Conversion:
         width, height = self.options.resolution or (0, 0)
         raise ConfigError(f"all {count} images are smaller than --resolution={width}x{height}; choose a smaller one")
 
-    def _chunks(self) -> Iterator[tuple[int, range]]:
-        """Number of the part and pictures of each chunk."""
+    def _digest(self) -> str:
+        """Of the source's names and labels, and of what is made of them."""
+        options = self.options
+        how = [options.resolution, options.transform, options.exif, options.on_error]
+        names = [self.source.names[row] for row in self._rows]
+        labels = None if self.source.labels is None else [self.source.labels[row] for row in self._rows]
+        return request_digest({"names": names, "labels": labels, "how": how})
+
+    def _chunks(self, part: Part) -> Iterator[range]:
+        """The pictures of a part, in chunks."""
         length = max(1, min(_MAX_CHUNK, _CHUNK_BYTES // self._png_bytes))
-        for number, part in enumerate(self.parts):
-            for start in range(part.start, part.stop, length):
-                yield number, range(start, min(start + length, part.stop))
+        for start in range(part.start, part.stop, length):
+            yield range(start, min(start + length, part.stop))
 
     def _keys(self, chunk: range) -> list[Any]:
         return [self.source.keys[row] for row in self._rows[chunk.start : chunk.stop]]
@@ -217,9 +243,7 @@ class Conversion:
 
     def _remove_stale(self) -> None:
         """Remove shards of an earlier, larger number: --overwrite was given, or there are none."""
-        written = {
-            path.name for paths in self._world.all_gather_objects([p.path for p in self.parts]) for path in paths
-        }
+        written = {path.name for paths in self._world.all_gather_objects(self._paths) for path in paths}
         for path in self._stale:
             if self._world.is_main and path.name not in written:
                 path.unlink(missing_ok=True)
@@ -240,7 +264,7 @@ def _require_places(options: ConvertOptions) -> None:
     if not archive.is_zip(dest):
         require_folder(options.dest)
         found = next(iter(sorted(os.listdir(dest))), None) if dest.is_dir() else None
-        if found is not None:
+        if found is not None and not options.skip_existing:
             raise ConfigError(f"--dest={options.dest} is not empty, it has {found}; choose a new folder")
         return
     found_shards = archive.existing_shards(options.dest) if options.sharded else []
@@ -251,7 +275,7 @@ def _require_places(options: ConvertOptions) -> None:
             raise ConfigError(f"{place} is a folder; choose another --dest")
         if place.resolve() in inputs:
             raise ConfigError(f"{place} is part of --source={options.source}; choose another --dest")
-        if place.exists() and not options.overwrite:
+        if place.exists() and not (options.overwrite or options.skip_existing):
             raise ConfigError(f"{place} exists already; choose another --dest, or add --overwrite to replace it")
 
 

@@ -33,6 +33,7 @@ from training.conversion.archive import (
     plan_parts,
     writing,
 )
+from training.conversion.finished import MADE_KEY, missing_parts, remove_leftovers, request_digest
 from training.dataset import ImageFolderDataset
 from training.dataset_files import find_shards
 from training.dataset_index import one_line
@@ -65,7 +66,8 @@ class Transcoding:
 
     Making one checks what can be checked without the VAE, and writes nothing. Under torchrun every process makes and
     runs one; they need a common disk. What was done before an interruption is found in `workdir`, provided that the
-    same is asked for again. Raises ConfigError.
+    same is asked for again; with `skip_existing` a result that is there already and was made from the same is left as
+    it is (`finished`). Raises ConfigError.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class Transcoding:
         max_images: int | None = None,
         num_shards: int | None = None,
         overwrite: bool = False,
+        skip_existing: bool = False,
     ) -> None:
         self._source = source
         self._dest = dest
@@ -98,10 +101,18 @@ class Transcoding:
             "encoder": encoder_entry(encoder),
             "result": "latents" if to_latents else "pixels",
         }
+        self._made_from = request_digest(
+            {key: value for key, value in self._request.items() if key != "source"} | {"measured": measure}
+        )
         self.parts = plan_parts(dest, self.num_images, num_shards=num_shards, per_shard=None)
         self._chunk = max(_CHUNK_IMAGES // encoder.batch_size, 1) * encoder.batch_size
         self._stale = existing_shards(dest) if num_shards is not None else []  # of an earlier, larger number
-        self._require_places(source_path, sharded=num_shards is not None, overwrite=overwrite)
+        resumed = (self.workdir / _REQUEST).is_file()
+        known = skip_existing or resumed
+        self._require_places(source_path, sharded=num_shards is not None, overwrite=overwrite, known=known)
+        replace = overwrite or (resumed and is_zip(dest))
+        # Whether all is there already, because it was finished before, or killed when it was as good as finished.
+        self.finished = known and not missing_parts(self.parts, self._made_from, self._stale, replace=replace)
 
     def __len__(self) -> int:
         """The images that this process has to do."""
@@ -110,6 +121,10 @@ class Transcoding:
     def __iter__(self) -> Iterator[Step]:
         """Compute what is missing, then put it together; see the class."""
         world = self._world
+        if self.finished:
+            self._tidy_up()
+            yield Step(num_images=len(self))
+            return
         try:
             self._start()
             yield from self._compute_missing()
@@ -121,17 +136,21 @@ class Transcoding:
                 f"{self._dest} cannot be written: {error.strerror or error}; what is done stays in {self.workdir}, and"
                 " the same command again goes on from there"
             ) from None
-        if world.is_main:
-            written = {part.path for part in self.parts}
-            for path in self._stale:
-                if path not in written:
-                    path.unlink(missing_ok=True)
-            shutil.rmtree(self.workdir, ignore_errors=True)
+        self._tidy_up()
 
     @property
     def encoder(self) -> StabilityVAEEncoder:
         """The encoder that belongs to the latents; with `measure`, once the work is done, that of their statistics."""
         return self._encoder
+
+    def _tidy_up(self) -> None:
+        """Remove what is of no use any more once the result is there."""
+        if self._world.is_main:
+            written = {part.path for part in self.parts}
+            for path in self._stale:
+                if path not in written:
+                    path.unlink(missing_ok=True)
+            shutil.rmtree(self.workdir, ignore_errors=True)
 
     def _chunks(self) -> Iterator[tuple[int, range]]:
         """Number and images of the chunks that are this process's to compute."""
@@ -176,6 +195,8 @@ class Transcoding:
         if self._world.is_main:
             make_folder(self.workdir)
             if not request_file.is_file():
+                for path in self.workdir.iterdir():
+                    path.unlink()  # nothing tells what it was made from
                 write_text(request_file, json.dumps(self._request))
         self._world.barrier()
         try:
@@ -186,6 +207,8 @@ class Transcoding:
             raise ConfigError(
                 f"{self.workdir} holds the unfinished work of another command; finish it, or remove the folder"
             )
+        if self._world.is_main:
+            remove_leftovers(self.parts)
 
     def _put_together(self) -> None:
         """Write this process's parts of the destination out of the chunks."""
@@ -194,7 +217,7 @@ class Transcoding:
             for number in range(-(-self.num_images // self._chunk)):
                 statistics.add(_load(self._chunk_path(number)))
             self._encoder = self._encoder.with_statistics(statistics.mean, statistics.std)
-        head: dict[str, Any] = {"labels": [] if self._source.has_labels else None}
+        head: dict[str, Any] = {"labels": [] if self._source.has_labels else None, MADE_KEY: self._made_from}
         if self._source.has_labels and self._source.class_names is not None:
             head["classes"] = self._source.class_names
         if self._to_latents:
@@ -216,7 +239,7 @@ class Transcoding:
     def _label(self, index: int) -> Any:
         return self._source.get_details(index).raw_label.tolist() if self._source.has_labels else None
 
-    def _require_places(self, source: Path, *, sharded: bool, overwrite: bool) -> None:
+    def _require_places(self, source: Path, *, sharded: bool, overwrite: bool, known: bool) -> None:
         dest = self._dest
         if dest.resolve() == source.resolve() or (source.is_dir() and dest.resolve().is_relative_to(source.resolve())):
             raise ConfigError(f"--dest={dest} lies inside of --source={source}; choose a place outside")
@@ -233,10 +256,9 @@ class Transcoding:
                     raise ConfigError(f"{path} is a folder; choose another --dest")
                 if path.resolve() in inputs:
                     raise ConfigError(f"{path} is part of --source={source}; choose another --dest")
-            resumed = (self.workdir / _REQUEST).is_file()
-            if found and not overwrite and not resumed:
+            if found and not (overwrite or known):
                 raise ConfigError(f"{found[0]} exists already; choose another --dest, or add --overwrite to replace it")
-        elif dest.is_dir() and any(os.scandir(dest)):
+        elif dest.is_dir() and any(os.scandir(dest)) and not known:
             raise ConfigError(f"--dest={dest} is not empty; choose a new folder")
         elif dest.exists() and not dest.is_dir():
             raise ConfigError(f"--dest={dest} is a file; name a ZIP file or a folder")

@@ -12,7 +12,7 @@ import json
 import os
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from dnnlib.atomic import atomic_path
 from dnnlib.download import open_url
 from dnnlib.errors import ConfigError
 from torch_utils.safe_pickle import read_pickle
-from training.metrics.table import DETECTORS, METRICS
+from training.metrics.table import DETECTORS, METRICS, moments_entry
 
 Stats = dict[str, Any]
 
@@ -87,6 +87,25 @@ def require_suffix(path: Path) -> None:
     """Raise ConfigError unless `save_stats` can write a file of this name."""
     if path.suffix not in SUFFIXES:
         raise ConfigError(f"{path} has none of the suffixes {' and '.join(SUFFIXES)} of reference files")
+
+
+def require_statistics(path: Path, metrics: Sequence[str], *, num_images: int, num_features: int | None) -> None:
+    """Raise ConfigError unless the file holds what `metrics` need, of so many images, and features of that many.
+
+    Which images these were, no file says.
+    """
+    stats = load_stats(path)
+    needed = {moments_entry(METRICS[name]) for name in metrics if METRICS[name].kind == "frechet"}
+    rows = {len(found) for found in stats.get("features", {}).values()}
+    lacks = sorted(needed - stats.keys())
+    if stats.get("num_images") != num_images or lacks or rows - {min(num_features or 0, num_images)}:
+        found = f"{stats.get('num_images')} images, {', '.join(sorted(stats.keys() - {'num_images', 'features'}))}"
+        raise ConfigError(
+            f"{path} is there, and holds other statistics ({found}, features of {max(rows, default=0)}) than those of"
+            f" {num_images} images; name another file, or delete it"
+        )
+    if num_features and not rows:
+        raise ConfigError(f"{path} is there, and has no features; name another file, or delete it")
 
 
 def _read_npz(path: Path) -> Stats:

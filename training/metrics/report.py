@@ -102,15 +102,20 @@ def result_record(
         "num_images": num_images,
         "num_images_wanted": wanted,
         "fewer_images_than_wanted": num_images < wanted,
-        "detectors": {
-            name: {**described_file(detector.weights_path), "published_weights": detector.published}
-            for name, detector in plan.detectors.items()
-        },
+        "detectors": described_detectors(plan),
         "device": str(world.device),
         "device_name": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else platform.machine(),
         "processes": world.size,
         "versions": versions(),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def described_detectors(plan: Plan) -> dict[str, Any]:
+    """The weights of the networks that measure."""
+    return {
+        name: {**described_file(detector.weights_path), "published_weights": detector.published}
+        for name, detector in plan.detectors.items()
     }
 
 
@@ -120,6 +125,29 @@ def write_json(path: Path, record: Mapping[str, Any]) -> None:
         write_text(path, json.dumps(for_json(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+def read_results(path: Path, request: Mapping[str, Any]) -> dict[str, float] | None:
+    """The mean of each metric in the record at `path`; None where there is no such file.
+
+    Raises ConfigError where it is no record, or one of another `request`: entries of a record, as for `write_json`.
+    """
+    if not path.exists():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record["format"] != FORMAT or record["format_version"] != VERSION:
+            raise ValueError
+        results = {name: fmean(map(float, entry["values"])) for name, entry in record["results"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError):
+        raise ConfigError(f"{path} is there, and is no record of results; name another file") from None
+    wanted = json.loads(json.dumps(for_json(request)))
+    changed = sorted(key for key in wanted if record.get(key) != wanted[key])
+    if changed:
+        raise ConfigError(
+            f"{path} holds results of another request (other {', '.join(changed)}); name another file, or delete it"
+        )
+    return results
 
 
 def described_file(source: str | os.PathLike[str]) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from typing import Any
 
 from dnnlib.errors import ConfigError
 from torch_utils.distributed import World
-from training.generation import generate_images, load_network, split_batches
+from training.dealing import split_batches
+from training.generation import generate_images, load_network
 from training.metrics import report
 from training.metrics.evaluate import StatsPass
 from training.metrics.plan import Plan
@@ -116,15 +117,16 @@ class Sweep:
             return
         device = self._world.device
         paths = dict.fromkeys(path for left in self._todo.values() for r in left for path in r.gnets)
-        guides = {path: load_network(path, device)[0] for path in paths}
+        prepare = next(iter(self._todo.values()))[0].prepare()  # every request has the same precision
+        guides = {path: prepare(load_network(path, device)[0], device) for path in paths}
         encoder = None
         for std, snapshot in reconstruct_networks(self._inputs, list(self._todo), self._out_nimg, self._build):
             encoder = encoder or snapshot.encoder  # a VAE is loaded once
-            net = snapshot.net.to(device)
+            net = prepare(snapshot.net.to(device), device)
             for request in self._todo[std]:
                 guide = [guides[path] for path in request.gnets]
                 yield from self._measure(std, request, net, guide, encoder, snapshot.info["posthoc_fit"])
-            net.to("cpu")  # it may be some while until the others of its pass are done
+            snapshot.net.to("cpu")  # it may be some while until the others of its pass are done
 
     def _measure(
         self, std: float, request: SamplingRequest, net: Any, guides: list[Any], encoder: Any, fit: float
@@ -185,7 +187,9 @@ def settings_of(
     gnets = next((request.gnets for request in requests if request.gnets), ())
     sampler = max(requests, key=lambda request: len(request.gnets)).sampler_kwargs()
     del sampler["guidance"]
+    precision = requests[0].precision
     settings = {
+        **({} if precision is None else {"precision": precision}),
         **inputs,
         "gnets": [report.described_file(path)["sha256"] for path in gnets],
         "sampler": sampler,
@@ -220,7 +224,7 @@ def read_points(path: Path, settings: Mapping[str, Any]) -> list[Point]:
             )
             for entry in record["points"]
         ]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         raise ConfigError(f"{path} is there, and is no record of a sweep; name another file") from None
     if not points:
         return []

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import json
 import zipfile
-import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import numpy as np
 
 from dnnlib.atomic import atomic_path
 from dnnlib.errors import ConfigError
-from training.dataset_index import NameTable, one_line
+from training.dataset_index import NameTable, one_line, require_all_entries
 from training.dataset_items import CONVERT_HINT, Shape, is_item, is_latents, read_shape
 from training.dataset_labels import LABELS_FILE, Label, labels_array, read_labels, require_inside
 from training.streaming.cache import ShardCache, cache_name
@@ -29,7 +28,7 @@ from training.streaming.tar import TarIndex, index_tar
 
 _THREADS = 8  # shards looked at at a time
 _OPEN_ATTEMPTS = 10
-_FORMAT = 1  # of the files below
+_FORMAT = 2  # of the files below
 _MAX_ENTRY_BYTES = 1 << 30
 
 
@@ -83,6 +82,7 @@ def _index_shard(url: str, folder: Path, cache: ShardCache) -> ShardIndex:
 def _index_zip(file: RemoteFile) -> ShardIndex:
     try:
         with zipfile.ZipFile(RemoteReader(file)) as archive:
+            require_all_entries(archive)
             entries = {entry.filename for entry in archive.infolist() if not entry.is_dir()}
             require_inside(entries, file.url)
             names = sorted(name for name in entries if is_item(name))
@@ -90,7 +90,7 @@ def _index_zip(file: RemoteFile) -> ShardIndex:
             first = _read_entry(archive, names[0], file) if names else None
     except ConfigError:
         raise
-    except (zipfile.BadZipFile, zlib.error, OSError, ValueError, RuntimeError, NotImplementedError) as error:
+    except Exception as error:  # zipfile and what it decompresses with raise a dozen kinds
         raise ConfigError(f"{file.url} is no readable ZIP file: {one_line(error)}") from None
     labels = None if text is None else read_labels(text, names, f"{file.url}: {LABELS_FILE}")
     return _make_index(file, names, first, labels, text, None)
@@ -167,12 +167,14 @@ def _save_index(index: ShardIndex, path: Path) -> None:
         "encoder": index.encoder,
         "number": index.number,
     }
-    arrays = {"about": np.frombuffer(json.dumps(about).encode(), dtype=np.uint8)}
+    arrays: dict[str, np.ndarray] = {}
     if index.labels is not None:
         arrays["labels"] = index.labels
     if index.tar is not None:
         arrays["text"] = np.frombuffer(index.tar.names.text, dtype=np.uint8)
         arrays |= {"ends": index.tar.names.ends, "starts": index.tar.starts, "sizes": index.tar.sizes}
+    about["arrays"] = sorted(arrays)
+    arrays["about"] = np.frombuffer(json.dumps(about).encode(), dtype=np.uint8)
     try:
         with atomic_path(path) as temp, open(temp, "wb") as out:
             np.savez(out, **arrays)  # type: ignore[arg-type]
@@ -185,13 +187,13 @@ def load_index(file: RemoteFile, path: Path) -> ShardIndex | None:
     try:
         with np.load(path, allow_pickle=False) as stored:
             about = json.loads(stored["about"].tobytes())
-            if about["format"] != _FORMAT:
+            if about["format"] != _FORMAT or sorted({*stored.files} - {"about"}) != about["arrays"]:
                 return None
             tar = None
             if "starts" in stored:
                 names = NameTable.packed(stored["text"].tobytes(), stored["ends"])
                 tar = TarIndex(names=names, starts=stored["starts"], sizes=stored["sizes"])
-            return ShardIndex(
+            index = ShardIndex(
                 file=file,
                 count=int(about["count"]),
                 first=str(about["first"]),
@@ -201,8 +203,27 @@ def load_index(file: RemoteFile, path: Path) -> ShardIndex | None:
                 number=None if about["number"] is None else (*about["number"],),
                 tar=tar,
             )
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+            return index if _is_sound(index) else None
+    except Exception:  # whatever NumPy and zipfile raise on damaged bytes; it is made anew
         return None
+
+
+def _is_sound(index: ShardIndex) -> bool:
+    """Whether the parts of a stored index fit each other and the file."""
+    labels, tar = index.labels, index.tar
+    if labels is not None:
+        kind = (np.dtype(np.int64), 1) if labels.ndim == 1 else (np.dtype(np.float32), 2)
+        if (labels.dtype, labels.ndim) != kind or len(labels) != index.count:
+            return False
+    if tar is None:
+        return True
+    ends = tar.names.ends
+    return (
+        len(ends) - 1 == len(tar.starts) == len(tar.sizes) == index.count
+        and all(column.dtype == np.int64 and column.ndim == 1 for column in (ends, tar.starts, tar.sizes))
+        and bool(ends[0] == 0 and ends[-1] == len(tar.names.text) and (np.diff(ends) >= 0).all())
+        and bool(((tar.starts >= 0) & (tar.sizes >= 0) & (tar.sizes <= index.file.size - tar.starts)).all())
+    )
 
 
 def read_first(index: ShardIndex, folder: Path) -> bytes:
@@ -212,8 +233,13 @@ def read_first(index: ShardIndex, folder: Path) -> bytes:
         table = load_table(index.file, folder)
         reader.seek(int(table.starts[0]))
         return reader.read(int(table.sizes[0])) or b""
-    with zipfile.ZipFile(reader) as archive:
-        return _read_entry(archive, index.first, index.file)
+    try:
+        with zipfile.ZipFile(reader) as archive:
+            return _read_entry(archive, index.first, index.file)
+    except ConfigError:
+        raise
+    except Exception as error:  # as above
+        raise ConfigError(f"{index.file.url}: {index.first} cannot be read: {one_line(error)}") from None
 
 
 def load_table(file: RemoteFile, folder: Path) -> TarIndex:

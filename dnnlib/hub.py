@@ -1,0 +1,166 @@
+"""Files on the Hugging Face hub, by name: hf://user/name[@revision][/file], in the cache of huggingface_hub.
+
+That library finds the endpoint, the token and the cache, and whether to stay offline, in its own environment variables
+(HF_ENDPOINT, HF_TOKEN, HF_HUB_CACHE, HF_HUB_OFFLINE, ...). It is an extra, and imported where a name is first used.
+"""
+
+import os
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+from dnnlib.errors import ConfigError
+
+INSTALL_HINT = 'pip install "edm2[hub]"'
+
+_PART = r"[0-9A-Za-z](?:[0-9A-Za-z._-]{0,94}[0-9A-Za-z])?"  # of a repository's name
+_NAME = re.compile(rf"(?P<repo>{_PART}/{_PART})(?:@(?P<revision>[^@/\s]+))?(?:/(?P<file>.+))?")
+_SCHEME = "hf://"
+_SYNTAX = "write hf://user/name, hf://user/name/file, or hf://user/name@revision/file"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubName:
+    """A repository of models on the hub, or one file of it."""
+
+    repo: str  # user/name
+    revision: str | None = None  # branch, tag or commit; None = the main branch
+    file: str | None = None  # path within the repository
+
+    def __str__(self) -> str:
+        revision = "" if self.revision is None else f"@{self.revision}"
+        return f"{_SCHEME}{self.repo}{revision}" + ("" if self.file is None else f"/{self.file}")
+
+
+def is_hub_url(source: str | os.PathLike[str]) -> bool:
+    """Whether `source` is written as hf://..."""
+    return str(source).lower().startswith(_SCHEME)
+
+
+def parse_hub_url(source: str) -> HubName:
+    """The name behind hf://user/name[@revision][/file]. Raises ConfigError for anything else.
+
+    A slash within a revision is written %2F, as in refs%2Fpr%2F1.
+    """
+    match = _NAME.fullmatch(source[len(_SCHEME) :].rstrip("/")) if is_hub_url(source) else None
+    if match is None:
+        raise ConfigError(f"'{source}' is no name on the hub; {_SYNTAX}")
+    return _name_of(match, source)
+
+
+def parse_repository(source: str) -> HubName | None:
+    """The repository behind a plain user/name or user/name@revision; None where `source` cannot be one."""
+    match = _NAME.fullmatch(source)
+    return None if match is None or match["file"] is not None else _name_of(match, source)
+
+
+def _name_of(match: re.Match[str], source: str) -> HubName:
+    file = match["file"]
+    if file is not None and any(part in ("", ".", "..") for part in re.split(r"[/\\]", file)):
+        raise ConfigError(f"'{source}' names no file within a repository; {_SYNTAX}")
+    return HubName(repo=match["repo"], revision=unquote(match["revision"]) if match["revision"] else None, file=file)
+
+
+def fetch_file(name: HubName) -> Path:
+    """The file in huggingface_hub's cache, after a download where it is not there. Raises ConfigError in one line.
+
+    A link to the contents; its folder and those above it lie as in the repository, under the commit's name.
+    """
+    assert name.file is not None
+    library = _library(name)
+    try:
+        return Path(library.hf_hub_download(name.repo, name.file, revision=name.revision))
+    except Exception as error:  # of this library, of its HTTP library, of the disk
+        raise _explained(error, name) from None
+
+
+def list_files(name: HubName) -> list[str]:
+    """The files of a repository; of those in the cache, where the hub cannot be asked. Raises ConfigError."""
+    library = _library(name)
+    try:
+        if library.constants.HF_HUB_OFFLINE:
+            raise library.utils.OfflineModeIsEnabled("HF_HUB_OFFLINE is set")
+        info = library.HfApi().model_info(name.repo, revision=name.revision, timeout=10)
+        return sorted(sibling.rfilename for sibling in info.siblings or [])
+    except Exception as error:
+        utils = library.utils
+        final = (utils.RepositoryNotFoundError, utils.RevisionNotFoundError, utils.HFValidationError)
+        cached = [] if isinstance(error, final) else _cached_files(library, name)
+        if cached:
+            return cached
+        raise _explained(error, name) from None
+
+
+def pinned(name: HubName, path: Path) -> HubName:
+    """`name` at the very commit that `path`, what `fetch_file` gave for it, belongs to."""
+    assert name.file is not None
+    snapshot = path.parents[len(name.file.split("/")) - 1]
+    return replace(name, revision=snapshot.name)
+
+
+def _library(name: HubName) -> Any:
+    try:
+        import huggingface_hub
+        import huggingface_hub.constants
+        import huggingface_hub.utils
+    except ImportError:
+        raise ConfigError(
+            f"'{name}' is on the Hugging Face hub, and the library huggingface_hub is not installed;"
+            f" try: {INSTALL_HINT}"
+        ) from None
+    return huggingface_hub
+
+
+def _cached_files(library: Any, name: HubName) -> list[str]:
+    """The files of the repository in the cache: refs/{revision} names a commit, snapshots/{commit} has its files."""
+    folder = Path(library.constants.HF_HUB_CACHE) / "--".join(["models", *name.repo.split("/")])
+    revision = name.revision or library.constants.DEFAULT_REVISION
+    try:
+        reference = folder / "refs" / revision
+        commit = reference.read_text("utf-8").strip() if reference.is_file() else revision
+        snapshot = folder / "snapshots" / commit
+        return sorted(path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file())
+    except (OSError, ValueError):  # names that no folder can have
+        return []
+
+
+def _explained(error: Exception, name: HubName) -> ConfigError:
+    """What to tell the user, in one line, of an exception that huggingface_hub raised for `name`."""
+    import huggingface_hub.constants as constants
+    import huggingface_hub.utils as utils
+
+    if isinstance(error, utils.GatedRepoError):
+        return ConfigError(
+            f"{name.repo} gives its files to users who accepted its terms: do so at {constants.ENDPOINT}/{name.repo},"
+            " then log in with `hf auth login` or set HF_TOKEN"
+        )
+    if isinstance(error, utils.RepositoryNotFoundError):
+        return ConfigError(
+            f"there is no model repository {name.repo} at {constants.ENDPOINT}, or it is private: check the name, or"
+            " log in with `hf auth login` or HF_TOKEN"
+        )
+    if isinstance(error, utils.RevisionNotFoundError):
+        return ConfigError(f"{name.repo} has no revision {name.revision!r}; name a branch, a tag or a commit")
+    if isinstance(error, utils.HFValidationError):
+        return ConfigError(f"'{name}' is no name on the hub: {_one_line(error)}")
+    offline = isinstance(error, utils.OfflineModeIsEnabled)
+    if isinstance(error, utils.LocalEntryNotFoundError) or offline:
+        if offline or constants.HF_HUB_OFFLINE:
+            return ConfigError(
+                f"'{name}' is not in the cache ({constants.HF_HUB_CACHE}) and HF_HUB_OFFLINE is set; unset it, or fetch"
+                " it once with a connection"
+            )
+    elif isinstance(error, utils.EntryNotFoundError):
+        where = "" if name.revision is None else f" at revision {name.revision}"
+        return ConfigError(f"{name.repo} has no file {name.file}{where}")
+    reason = _one_line(error.__cause__ or error)
+    return ConfigError(
+        f"'{name}' is not in the cache and cannot be had from {constants.ENDPOINT}: {reason};"
+        " check the network connection"
+    )
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

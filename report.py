@@ -1,0 +1,55 @@
+"""Write the report of a training run: one HTML file that needs nothing else."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+import click
+
+import dnnlib.cli
+from dnnlib.atomic import write_text
+from dnnlib.errors import ConfigError
+from dnnlib.folders import make_folder, require_folder
+from training.report.page import render
+from training.report.record import read_run
+
+
+@click.command()
+@click.argument("run_dir", metavar="RUN_DIR", type=click.Path(path_type=Path))
+@click.option(
+    "--out", metavar="FILE", type=click.Path(path_type=Path), help="Where to write it  [default: RUN_DIR/report.html]"
+)
+@click.option(
+    "--sweep",
+    "sweeps",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Also show this record of sweep.py --json; those in RUN_DIR are found",
+)
+def cmdline(run_dir: Path, out: Path | None, sweeps: tuple[Path, ...]) -> None:
+    """Write one HTML file about the training run in RUN_DIR, the --outdir of train_edm2.py.
+
+    It shows options, curves, metrics, sample grids, sweeps, restarts, and the commands that go on from the run. It
+    holds everything that it shows, loads nothing and runs no script. It may be made while the run is going on.
+
+    \b
+    python report.py training-runs/fashion
+    """
+    dest = run_dir / "report.html" if out is None else out
+    record = read_run(run_dir, sweeps)
+    require_folder(dest.parent)
+    if dest.is_dir():
+        raise ConfigError(f"--out={dest} cannot be written: it is a folder; name a file")
+    page = render(record, now=datetime.now(UTC))
+    make_folder(dest.parent)
+    try:
+        write_text(dest, page)
+    except OSError as error:
+        raise ConfigError(f"{dest} cannot be written: {error.strerror or error}") from None
+    for note in record.notes:
+        click.echo(note)
+    click.echo(f"Wrote {dest} ({len(page.encode()) / 1e6:.1f} MB)")
+
+
+if __name__ == "__main__":
+    dnnlib.cli.main(cmdline)

@@ -1,0 +1,185 @@
+"""What goes on inside of the network while it trains: gradients, activations and weights, at status intervals.
+
+Figure 3 of Karras et al., arXiv 2312.02696, plots the magnitudes of activations and weights over the training time, for
+each level of encoder and decoder. Here a magnitude is the root of the mean square of the elements. The names are those
+of the blocks in the network, e.g. enc.16x16_block0.
+
+Nothing of it changes the training, not even in the last bit: gradients are looked at and left alone, and activations
+come from an extra forward pass after the step, without gradients, in evaluation mode (which neither normalizes weights
+nor draws dropout masks), outside of torch.compile and DistributedDataParallel. The device is waited for when `collect`
+is called, and not before.
+"""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from torch_utils.distributed import World
+
+_PREFIX = "Monitor/"
+Loss = Callable[..., torch.Tensor]  # as EDM2Loss
+
+
+class Monitor:
+    """Watches one network of a run; every process calls the same methods in the same iterations.
+
+    `arm` says that the iteration to come is to be watched; in it, the training step shows what it works with by
+    `see_inputs` and `see_gradients`, which cost nothing in other iterations. `collect` then gives the figures. With
+    `everything` these are all of --monitor; without, only whether gradients are finite is found out. Where the weights
+    are spread over the processes, `net` cannot be called: `replica` (FastPrecond) is, in its place.
+    """
+
+    def __init__(
+        self, net: torch.nn.Module, world: World, *, everything: bool, replica: torch.nn.Module | None = None
+    ) -> None:
+        self.everything = everything
+        self.lost: list[str] = []  # parameters whose gradients had no finite element at the last `collect`
+        self._net = net
+        self._world = world
+        self._replica = replica
+        self._loss_scale: float | torch.Tensor = 1.0
+        self._armed = False
+        self._inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self._gradients: torch.Tensor | None = None  # [parameters, 3]: elements, those not finite, sum of squares
+
+    def arm(self) -> None:
+        """Watch the next iteration."""
+        self._armed = True
+
+    def see_inputs(self, *args: Any, **kwargs: Any) -> None:
+        """What the loss is computed from, apart from the network; the first round of an iteration is kept."""
+        if self._armed and self.everything and self._inputs is None:
+            self._inputs = args, kwargs
+
+    @torch.no_grad()
+    def see_gradients(self, loss_scale: float | torch.Tensor = 1.0) -> None:
+        """Look at the gradients as the backward pass left them, before anything is done about elements that are not
+        finite. `loss_scale` is what the loss was multiplied with, and is divided out of their norm."""
+        if self._armed:
+            self._loss_scale = loss_scale.clone() if isinstance(loss_scale, torch.Tensor) else loss_scale
+            rows = [_describe(_local(param.grad), param) for param in self._net.parameters()]
+            self._gradients = torch.stack(rows)
+
+    def collect(self, loss_fn: Loss) -> dict[str, float]:
+        """The figures of the iteration that was watched, with keys of stats.jsonl, and its parameters in `lost`.
+
+        `loss_fn(net, *inputs)` computes the loss from what `see_inputs` was shown.
+        """
+        assert self._gradients is not None
+        gradients = self._world.all_reduce_sum(self._gradients)
+        names = [name for name, _ in self._net.named_parameters()]
+        stats = self._summary(gradients, names)
+        if self.everything:
+            assert self._inputs is not None
+            args, kwargs = self._inputs
+            with torch.no_grad():
+                net = self._net if self._replica is None else self._replica
+                sums = _activations(net, self._computing_blocks(), lambda: loss_fn(net, *args, **kwargs))
+                sums |= _weights(self._net)
+            table = self._world.all_reduce_sum(torch.stack(list(sums.values())))
+            for name, (count, squares) in zip(sums, table.tolist(), strict=True):
+                stats[f"{_PREFIX}{name}"] = (squares / count) ** 0.5
+        self._armed, self._inputs, self._gradients = False, None, None
+        return stats if self.everything else {}
+
+    def _computing_blocks(self) -> list[tuple[str, torch.nn.Module]]:
+        """What is called for each part of the U-Net, under that part's name; the fast form has no call for the first
+        convolution."""
+        blocks = list(_blocks(self._net))
+        if self._replica is None:
+            return blocks
+        called = [*self._replica.get_submodule("enc").children(), *self._replica.get_submodule("dec").children()]
+        return [(name, module) for (name, _), module in zip(blocks[1:], called, strict=True)]
+
+    def _summary(self, gradients: torch.Tensor, names: list[str]) -> dict[str, float]:
+        """Norm and share of elements that are not finite; fills `lost`. `gradients` is summed over the processes.
+
+        Each process may hold all of a parameter or a part of it: the sums are scaled to one copy.
+        """
+        full = torch.tensor([param.numel() for param in self._net.parameters()], device=gradients.device)
+        copies = gradients[:, 0] / full
+        counts, bad, squares = (gradients / copies[:, None]).unbind(1)
+        norm, share = torch.stack([squares.sum().sqrt() / self._loss_scale, bad.sum() / counts.sum()]).tolist()
+        self.lost = [name for name, lost in zip(names, (bad == counts).tolist(), strict=True) if lost]
+        return {f"{_PREFIX}gradients/norm": norm, f"{_PREFIX}gradients/nonfinite": share}
+
+
+def _describe(grad: torch.Tensor | None, param: torch.Tensor) -> torch.Tensor:
+    """Elements, those that are not finite, and the sum of squares of the finite ones, of this process's part: [3]."""
+    if grad is None:
+        return torch.tensor([_local(param).numel(), 0, 0], dtype=_wide(param), device=param.device)
+    finite = grad.isfinite()
+    squares = grad.float().where(finite, 0).square().sum(dtype=_wide(grad))
+    count = torch.full_like(squares, grad.numel())
+    return torch.stack([count, count - finite.sum(), squares])
+
+
+def _activations(
+    net: torch.nn.Module, blocks: list[tuple[str, torch.nn.Module]], forward: Callable[[], Any]
+) -> dict[str, torch.Tensor]:
+    """(elements, sum of squares) of what each block puts out, and of each level, while `forward` runs `net`."""
+    sums: dict[str, torch.Tensor] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        def measure(module: torch.nn.Module, args: Any, output: torch.Tensor) -> None:
+            _add(sums, "activations", name, output)
+
+        return measure
+
+    hooks = [block.register_forward_hook(hook(name)) for name, block in blocks]
+    modes = {module: module.training for module in net.modules()}
+    try:
+        net.eval()
+        with _uncompiled():
+            forward()
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for each in hooks:
+            each.remove()
+    return sums
+
+
+def _weights(net: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """(elements, sum of squares) of the weights of each block and level, without gains and other scalars."""
+    sums: dict[str, torch.Tensor] = {}
+    for name, block in _blocks(net):
+        for param in block.parameters():
+            if param.ndim > 0:
+                _add(sums, "weights", name, _local(param))
+    return sums
+
+
+def _add(sums: dict[str, torch.Tensor], kind: str, name: str, values: torch.Tensor) -> None:
+    squares = values.detach().float().square().sum(dtype=_wide(values))
+    row = torch.stack([torch.full_like(squares, values.numel()), squares])
+    for key in (f"{kind}/{name}", f"{kind}/{name.rpartition('_')[0]}"):
+        sums[key] = sums[key] + row if key in sums else row
+
+
+def _blocks(net: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    """The parts of the U-Net in their order, each with its name: {enc|dec}.{resolution}_{part}."""
+    unet = net.get_submodule("unet")
+    for half in ("enc", "dec"):
+        for name, block in unet.get_submodule(half).named_children():
+            yield f"{half}.{name}", block
+
+
+def _uncompiled() -> contextlib.AbstractContextManager[Any]:
+    """Run what torch.compile has compiled as it was written, so that hooks are called and nothing is compiled anew."""
+    if "torch._dynamo" not in sys.modules:  # nothing can have been compiled, and its import takes seconds
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
+def _local(tensor: Any) -> Any:
+    """The part of a tensor that is in this process: all of it, unless it is sharded (DTensor)."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _wide(tensor: torch.Tensor) -> torch.dtype:
+    """What sums are kept in; Apple's GPUs have no float64."""
+    return torch.float32 if tensor.device.type == "mps" else torch.float64

@@ -1,0 +1,188 @@
+"""A run's scalars, sample grids and options in TensorBoard's and Weights & Biases' forms; steps are images.
+
+Both packages are optional, and imported only where they are asked for.
+"""
+
+import importlib.util
+import json
+import os
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+import numpy as np
+import PIL.Image
+import torch
+
+from dnnlib.atomic import write_text
+from dnnlib.errors import ConfigError
+from torch_utils.random_state import unchanged_random_state
+from training.config import TrainingConfig
+
+WANDB_PROJECT = "edm2"  # unless WANDB_PROJECT names another
+
+_PACKAGES = ("tensorboard", "wandb")  # the extras have the same names
+
+
+class Logger(Protocol):
+    """Where a run is told to."""
+
+    def scalars(self, stats: Mapping[str, float], texts: Mapping[str, str], nimg: int) -> None:
+        """A line of stats.jsonl, in parts: numbers and texts, after `nimg` images."""
+
+    def image(self, path: Path, nimg: int) -> None:
+        """The sample grid in the PNG file `path`."""
+
+    def close(self, *, failed: bool) -> None:
+        """There is no more to tell."""
+
+
+def check_loggers(names: Sequence[str]) -> None:
+    """Raise ConfigError where the package behind one of `names` is not installed. Imports none of them."""
+    for name in names:
+        assert name in _PACKAGES
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:  # none, or a mere folder of that name, such as W&B's own
+            raise ConfigError(f'--log={name} needs the {name} package, which is missing; pip install "edm2[{name}]"')
+
+
+class TensorBoardLogger:
+    """Event files in the run folder's `tensorboard`. Of a session before, what lies beyond `nimg` is withdrawn."""
+
+    def __init__(self, folder: Path, config: TrainingConfig, *, nimg: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        try:
+            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=nimg + 1)
+        except OSError as error:
+            raise ConfigError(f"--log=tensorboard cannot write to {folder}: {error.strerror or error}") from None
+        self._writer.add_text("options", "    " + config.to_json().replace("\n", "\n    "), nimg)
+
+    def scalars(self, stats: Mapping[str, float], texts: Mapping[str, str], nimg: int) -> None:
+        """Numbers under the names that stats.jsonl has, and texts."""
+        for key, value in stats.items():
+            self._writer.add_scalar(key, value, nimg)
+        for key, text in texts.items():
+            self._writer.add_text(key, text, nimg)
+        self._writer.flush()
+
+    def image(self, path: Path, nimg: int) -> None:
+        """A sample grid."""
+        with PIL.Image.open(path) as image:
+            pixels = np.asarray(image.convert("RGB"))
+        self._writer.add_image("samples", pixels, nimg, dataformats="HWC")
+        self._writer.flush()
+
+    def close(self, *, failed: bool) -> None:
+        """Write what is left."""
+        self._writer.close()
+
+
+class WandbLogger:
+    """A run of Weights & Biases, with the environment's settings (WANDB_MODE=offline, WANDB_PROJECT, ...).
+
+    Files go to the run folder's `wandb`. All sessions of a run share one id, which wandb.json keeps; of what a session
+    repeats after an interruption, the first report stays.
+    """
+
+    def __init__(self, folder: Path, config: TrainingConfig, *, nimg: int) -> None:
+        import wandb
+
+        self._wandb = wandb
+        try:
+            self._run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", WANDB_PROJECT),
+                id=_wandb_id(folder / "wandb.json"),
+                name=os.environ.get("WANDB_NAME", folder.absolute().name),
+                resume="allow",
+                dir=str(folder),
+                config=json.loads(config.to_json()),
+                settings=wandb.Settings(console="off", save_code=False, silent=True),
+            )
+        except (wandb.Error, OSError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ConfigError(f"--log=wandb: {reason}; log in with `wandb login`, or set WANDB_MODE=offline") from None
+
+    def scalars(self, stats: Mapping[str, float], texts: Mapping[str, str], nimg: int) -> None:
+        """Numbers under the names that stats.jsonl has; texts go to the summary."""
+        self._log(dict(stats), nimg)
+        self._run.summary.update(dict(texts))
+
+    def image(self, path: Path, nimg: int) -> None:
+        """A sample grid."""
+        self._log({"samples": self._wandb.Image(str(path), caption=f"{nimg / 1e3:.1f} kimg")}, nimg)
+
+    def close(self, *, failed: bool) -> None:
+        """Wait until all is written, or sent."""
+        self._run.finish(exit_code=1 if failed else 0)
+
+    def _log(self, data: dict[str, Any], nimg: int) -> None:
+        if nimg >= self._run.step:  # a service that is past that step already takes no more for it
+            self._run.log(data, step=nimg)
+
+
+_LOGGERS: dict[str, type[TensorBoardLogger] | type[WandbLogger]] = {
+    "tensorboard": TensorBoardLogger,
+    "wandb": WandbLogger,
+}
+
+
+class RunLoggers:
+    """The loggers of a run's main process, of which none can stop the training; a context manager.
+
+    `names`: some of 'tensorboard' and 'wandb'. A logger that fails later is left out from then on, and `notes` has a
+    line about it for the user.
+    """
+
+    def __init__(self, names: Sequence[str], folder: Path, config: TrainingConfig) -> None:
+        self.notes: list[str] = []
+        self._names, self._folder, self._config = names, folder, config
+        self._loggers: dict[str, Logger] = {}
+
+    def begin(self, *, nimg: int) -> None:
+        """Open the logs of a session that goes on from `nimg` images. Raises ConfigError where one cannot be."""
+        for name in dict.fromkeys(self._names):
+            with _unnoticed():
+                self._loggers[name] = _LOGGERS[name](self._folder, self._config, nimg=nimg)
+
+    def scalars(self, stats: Mapping[str, float], texts: Mapping[str, str], nimg: int) -> None:
+        """Log what a line of stats.jsonl has."""
+        self._tell("scalars", stats, texts, nimg)
+
+    def image(self, path: Path, nimg: int) -> None:
+        """Log a sample grid."""
+        self._tell("image", path, nimg)
+
+    def __enter__(self) -> "RunLoggers":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._tell("close", failed=kind is not None)
+
+    def _tell(self, method: str, *args: Any, **kwargs: Any) -> None:
+        for name in list(self._loggers):
+            try:
+                with _unnoticed():
+                    getattr(self._loggers[name], method)(*args, **kwargs)
+            except Exception as error:  # a full disk, a lost service: hours of training are worth more
+                del self._loggers[name]
+                reason = " ".join(str(error).split())[:300] or type(error).__name__
+                self.notes.append(f"--log={name} has failed, and is left out from here on: {reason}")
+
+
+def _unnoticed() -> Any:
+    return unchanged_random_state(torch.device("cpu"))
+
+
+def _wandb_id(path: Path) -> str:
+    """The run's id at Weights & Biases: as the file says, else a new one, which the file then says."""
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["id"])
+    except (OSError, ValueError, KeyError, TypeError):
+        name = uuid.uuid4().hex[:12]
+        write_text(path, json.dumps({"id": name}) + "\n")
+        return name
