@@ -136,8 +136,9 @@ def test_skip_existing_knows_results_of_the_same_request(
 ):
     out = tmp_path / "r.json"
     options = ["calc", f"--images={data}", f"--ref={reference}", "--metrics=fid", "--workers=0", "--skip-existing"]
+    options += ["--num=20", "--repeat=2"]
     assert "--json=result.json" in fails(capsys, *options)
-    options += ["--num=20", "--repeat=2", f"--json={out}"]
+    options += [f"--json={out}"]
     assert "there already" not in run(*options)
     fid, content = json.loads(out.read_text())["results"]["fid"]["mean"], out.read_bytes()
     monkeypatch.setattr(script, "StatsPass", None)
