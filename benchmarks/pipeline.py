@@ -80,8 +80,8 @@ def compare(num: int, resolution: int, batch: int, steps: int, compression: int,
         for name, work in zip(fastest, (without_files, ours, plain_loop), strict=True):
             fastest[name] = min(fastest[name], seconds(work))
     for seed in range(0, num, max(1, num // 50)):
-        same = [read_png(folder / way / f"{seed:06d}.png") for way in ("ours", "plain")]
-        assert np.array_equal(*same), f"the files of seed {seed} differ"
+        own, plain = (read_png(folder / way / f"{seed:06d}.png") for way in ("ours", "plain"))
+        assert np.array_equal(own, plain), f"the files of seed {seed} differ"
     base = fastest["without files"]
     for name, sec in fastest.items():
         click.echo(f"{name:<14}{sec:8.2f} s{sec / num * 1e3:9.2f} ms/image   ratio to without files {sec / base:.3f}")

@@ -4,7 +4,7 @@ A network of five million parameters with random weights: 64 channels, multiplie
 16x16, 32x32 pixels, ten classes. Whole commands include the start of the processes, of which each imports torch;
 "sampling" is from when all processes have loaded the network until all have written their images.
 
-`python -m benchmarks.ranks --num=64 --steps=8`
+`python -m benchmarks.ranks --images=64 --steps=8`
 """
 
 import datetime
@@ -68,7 +68,7 @@ def work(net: Path, outdir: Path, num: int, steps: int, batch: int) -> None:
 
 
 @click.command()
-@click.option("--num", default=64, show_default=True, help="Images")
+@click.option("--images", "num", default=64, show_default=True, help="Images")
 @click.option("--steps", default=8, show_default=True, help="Heun steps")
 @click.option("--batch", default=8, show_default=True, help="Images at once for each process")
 @click.option("--repeats", default=2, show_default=True, help="Runs of each way, of which the fastest counts")
@@ -85,12 +85,11 @@ def main(num: int, steps: int, batch: int, repeats: int, worker: tuple[Path, Pat
         click.echo(
             f"{write_network(net) / 1e6:.2f} million parameters, {num} images, {steps} Heun steps, batch {batch}"
         )
-        options = [f"--num={num}", f"--steps={steps}", f"--batch={batch}"]
+        options = [f"--images={num}", f"--steps={steps}", f"--batch={batch}"]
         sampling, whole = {1: float("inf"), 2: float("inf")}, {1: float("inf"), 2: float("inf")}
         for _ in range(repeats):
             for ranks in (1, 2):
                 outdir = folder / f"out{ranks}"
-                # torchrun would take options such as --num for its own, were they not behind the module's name.
                 done = launch(ranks, "-m", "benchmarks.ranks", *options, "--worker", net, outdir)
                 record = json.loads(done.stdout.strip().splitlines()[-1])
                 sampling[ranks] = min(sampling[ranks], record["sec"])

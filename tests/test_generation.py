@@ -18,7 +18,7 @@ from tests.conftest import GOLDEN_DIR, Golden
 from torch_utils.distributed import World
 from training.dealing import split_batches
 from training.generation import GeneratedImages, generate_images
-from training.image_files import ImageWriter, contact_sheet
+from training.image_files import ImageWriter, contact_sheet, num_writer_threads
 from training.networks_edm2 import Precond
 from training.png_files import write_png
 
@@ -152,7 +152,8 @@ class FixedBatch(torch.nn.Module):
 
     def __init__(self, net: Precond) -> None:
         super().__init__()
-        self.net, self.sizes = net, set()
+        self.net = net
+        self.sizes: set[int] = set()
         self.img_channels, self.img_resolution, self.label_dim = net.img_channels, net.img_resolution, net.label_dim
 
     def forward(self, x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
@@ -250,28 +251,42 @@ def test_latents_without_a_decoder_can_be_had_as_tensors():
     assert collect(generate_images(tiny_network(channels=4), seeds=[0], num_steps=2, **CPU)).shape == (1, 4, 4, 4)
 
 
-def test_a_slow_disk_holds_sampling_back_and_a_fast_one_does_not(tmp_path: Path):
+# By number; and by size, where two images of 128 MB are what may wait.
+@pytest.mark.parametrize(("max_pending", "image_bytes", "num"), [(3, 12, 3), (None, 128 << 20, 2)])
+def test_a_slow_disk_holds_sampling_back_and_a_fast_one_does_not(
+    tmp_path: Path, max_pending: int | None, image_bytes: int, num: int
+):
     disk = threading.Event()
-    fourth_accepted = threading.Event()
+    one_more_accepted = threading.Event()
 
     def slow_image() -> np.ndarray:
         disk.wait(10)
         return np.zeros([1, 2, 2], np.uint8)
 
-    with ImageWriter(num_threads=1, max_pending=3) as writer:
-        for i in range(3):
-            writer.write(tmp_path / f"{i}.png", slow_image)  # returns at once
+    with ImageWriter(num_threads=1, max_pending=max_pending) as writer:
+        for i in range(num):
+            writer.write(tmp_path / f"{i}.png", slow_image, image_bytes=image_bytes)  # returns at once
 
-        def write_fourth() -> None:
-            writer.write(tmp_path / "3.png", slow_image)
-            fourth_accepted.set()
+        def write_one_more() -> None:
+            writer.write(tmp_path / f"{num}.png", slow_image, image_bytes=image_bytes)
+            one_more_accepted.set()
 
-        waiting = threading.Thread(target=write_fourth)
+        waiting = threading.Thread(target=write_one_more)
         waiting.start()
-        assert not fourth_accepted.wait(0.1) and not list(tmp_path.glob("*.png"))
+        assert not one_more_accepted.wait(0.1) and not list(tmp_path.glob("*.png"))
         disk.set()
         waiting.join(10)
-    assert len(list(tmp_path.iterdir())) == 4
+    assert len(list(tmp_path.iterdir())) == num + 1
+
+
+def test_processes_on_one_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    alone = num_writer_threads()
+    assert alone >= 1
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert num_writer_threads() in (max(1, alone // 2), alone)  # alone, where both are at the upper limit
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
+    assert num_writer_threads() == 1
 
 
 def test_a_file_that_cannot_be_written_ends_the_run(tmp_path: Path):

@@ -2,6 +2,7 @@
 
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,6 +42,14 @@ def encoder_of(vae: str) -> StabilityVAEEncoder:
     return StabilityVAEEncoder(vae, raw_mean=[0.0] * 4, raw_std=[0.5] * 4)
 
 
+def applied(encoder: StabilityVAEEncoder, **options: Any) -> tuple[StabilityVAEEncoder, dict[str, Any]]:
+    """The encoder that decodes as `options` say, on `device` and `batch_size` at once, and what is noted."""
+    device, batch_size = options.pop("device", CPU), options.pop("batch_size", 4)
+    result, noted = DecoderOptions(**options).apply(encoder, device, batch_size)
+    assert isinstance(result, StabilityVAEEncoder)
+    return result, noted
+
+
 def latents(size: int = 16, num: int = 3) -> torch.Tensor:
     return torch.randn(num, 4, size, size, generator=torch.Generator().manual_seed(1)) * 0.5
 
@@ -57,7 +66,7 @@ def sizes_seen(encoder: StabilityVAEEncoder) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize(("precision", "most"), [("fp16", 1), ("bf16", 16)])
 def test_half_precision_is_close_and_leaves_encoding_alone(vae: str, precision: str, most: int):
     plain = encoder_of(vae)
-    half, noted = DecoderOptions(precision=precision).apply(plain, CPU, 2)
+    half, noted = applied(plain, precision=precision, batch_size=2)
     assert noted == {"decoder": precision, "decoder_tile": None}
     expected, actual = plain.decode(latents()), half.decode(latents())
     assert expected.float().std() > 5
@@ -75,7 +84,7 @@ def test_a_decoder_that_overflows_in_half_precision_computes_in_float32(vae: str
     with torch.no_grad():  # activations beyond 65504 in the middle, and what they give scaled back at the end
         plain._vae.decoder.conv_in.weight.mul_(1e6)
         plain._vae.decoder.conv_in.bias.mul_(1e6)
-    half, _ = DecoderOptions(precision="fp16").apply(plain, CPU, 4)
+    half, _ = applied(plain, precision="fp16")
     assert half is not plain
     assert torch.equal(half.decode(latents()), plain.decode(latents()))
     assert half._decoder_dtype == torch.float32
@@ -84,7 +93,7 @@ def test_a_decoder_that_overflows_in_half_precision_computes_in_float32(vae: str
 @torch.no_grad()
 def test_the_decoder_has_its_own_batch_size(vae: str):
     plain = encoder_of(vae)
-    other, _ = DecoderOptions().apply(plain, CPU, 2)
+    other, _ = applied(plain, batch_size=2)
     other.init("cpu")
     seen = sizes_seen(other)
     pixels = other.decode(latents(num=5))
@@ -96,7 +105,7 @@ def test_the_decoder_has_its_own_batch_size(vae: str):
 @torch.no_grad()
 def test_large_images_are_decoded_in_tiles_and_small_ones_as_they_were(vae: str):
     plain = encoder_of(vae)
-    tiled, noted = DecoderOptions(tile=32).apply(plain, CPU, 4)
+    tiled, noted = applied(plain, tile=32)
     assert noted == {"decoder": None, "decoder_tile": 32}
     assert torch.equal(tiled.decode(latents(16)), plain.decode(latents(16)))
     seen = sizes_seen(tiled)
@@ -110,7 +119,7 @@ def test_large_images_are_decoded_in_tiles_and_small_ones_as_they_were(vae: str)
 
 
 def test_tiles_that_do_not_fit_the_vae_are_refused(vae: str):
-    encoder, _ = DecoderOptions(tile=12).apply(encoder_of(vae), CPU, 4)
+    encoder, _ = applied(encoder_of(vae), tile=12)
     with pytest.raises(ConfigError, match="tiles of 12 pixels cannot be decoded; the VAE needs a multiple of 8"):
         encoder.init("cpu")
     with pytest.raises(ConfigError, match="--decoder-tile=0"):
@@ -121,9 +130,9 @@ def test_tiles_that_do_not_fit_the_vae_are_refused(vae: str):
 
 def test_the_default_is_half_precision_on_cuda_only_and_pixels_have_no_decoder(vae: str):
     encoder = encoder_of(vae)
-    on_gpu, noted = DecoderOptions().apply(encoder, torch.device("cuda"), 4)
+    on_gpu, noted = applied(encoder, device=torch.device("cuda"))
     assert noted["decoder"] == "fp16" and on_gpu._decoder_dtype == torch.float16
-    assert DecoderOptions().apply(encoder, CPU, 4)[1]["decoder"] is None
+    assert applied(encoder)[1]["decoder"] is None
     rgb = StandardRGBEncoder()
     assert DecoderOptions(precision="fp16", tile=8).apply(rgb, CPU, 4) == (rgb, {})
 

@@ -1,7 +1,9 @@
 """Networks laid out without values: as on the meta device, and without PyTorch's compiler being loaded."""
 
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 
 from tests.conftest import GOLDEN_DIR
 from torch_utils.layout import WithoutValues
+from training import snapshot_safetensors
 from training.networks_edm2 import Precond
 from training.presets import REPOSITORY_DIR
 
@@ -48,6 +51,23 @@ def test_other_operations_go_the_ordinary_way():
     assert scaled.is_meta and (scaled.shape, scaled.dtype) == ((2,), torch.float64)
     assert product.is_meta and product.shape == (2, 3)
     assert ones.is_meta and ones.dtype == torch.int64
+
+
+def test_a_file_is_read_straight_to_the_device():
+    # The meta device stands for a GPU: tensors that had been put together on the CPU would not be without values.
+    fields = snapshot_safetensors.read(REPOSITORY_DIR / "models" / "fashion.safetensors", device="meta")
+    assert all(value.is_meta for value in fields["net"].state_dict().values())
+
+
+def test_a_network_does_not_change_with_its_file(tmp_path: Path):
+    path = tmp_path / "net.safetensors"
+    shutil.copy(REPOSITORY_DIR / "models" / "fashion.safetensors", path)
+    net = snapshot_safetensors.read(path)["net"]
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with open(path, "r+b") as file:
+        file.seek(-(1 << 16), 2)
+        file.write(b"\x01" * (1 << 16))
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
 def test_loading_a_network_does_not_load_the_compiler():

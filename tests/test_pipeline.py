@@ -75,7 +75,8 @@ def test_the_next_batch_is_queued_before_a_batch_is_given_out_and_no_more_than_t
 @pytest.mark.parametrize("num", [0, 1, 2, 3, 7])
 def test_results_come_in_order_and_all_work_is_over_at_the_end(num: int):
     streams = NotedStreams()
-    assert list(two_stages(range(num), *stages(streams), lambda x: [], streams)) == list(range(num))
+    first, second = stages(streams)
+    assert list(two_stages(range(num), first, second, lambda x: [], streams)) == list(range(num))
     assert streams.done == set(range(num))
 
 
@@ -94,8 +95,8 @@ def test_what_is_queued_is_waited_for_also_where_the_caller_stops_early_or_work_
 
 def test_without_streams_a_batch_is_given_out_as_soon_as_it_is_made():
     assert streams_of(torch.device("cpu")) is None
-    made = []
-    loop = two_stages(range(3), lambda x: made.append(x), lambda x: len(made), lambda x: [], None)
+    made: list[int] = []
+    loop = two_stages(range(3), made.append, lambda _: len(made), lambda _: [], None)
     assert next(loop) == 1 and made == [0]
     assert list(loop) == [2, 3]
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
+from PIL.PngImagePlugin import PngImageFile
 
 from dnnlib.errors import ConfigError
 from training.png_files import PngHead, encode_png, read_png, read_png_head, write_png
@@ -52,6 +53,7 @@ def test_texts_are_read_by_others_and_by_us(tmp_path: Path, compression: int):
     path = tmp_path / "a.png"
     write_png(path, picture(3, 5, 4), compression=compression, texts={"a": "1", "generate_images": '{"seed": 3}'})
     with PIL.Image.open(path) as file:
+        assert isinstance(file, PngImageFile)
         assert file.text == {"a": "1", "generate_images": '{"seed": 3}'}
     assert read_png_head(path) == PngHead(shape=(3, 5, 4), texts={"a": "1", "generate_images": '{"seed": 3}'})
     assert np.array_equal(read_png(path), picture(3, 5, 4))

@@ -13,6 +13,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from PIL.PngImagePlugin import PngImageFile
 
 import dnnlib.cli
 import generate_images as script
@@ -113,6 +114,7 @@ def test_what_plays_no_part_is_not_compared(full: Path):
 def test_a_file_notes_its_seed_and_class(tmp_path: Path):
     generate(tmp_path, seeds=[7], class_idx=2)
     with PIL.Image.open(tmp_path / "000007.png") as file:
+        assert isinstance(file, PngImageFile)
         noted = json.loads(file.text[KEYWORD])
     digest = noted.pop("net")
     assert re.fullmatch("[0-9a-f]{16}", digest) and digest == network_digest(tiny_network())

@@ -1,8 +1,8 @@
 """Pictures as PNG files, fast: bytes of an image, with a text; and what the files that are there say.
 
-Pillow tries all five row filters on each row and packs with a general search for repetitions. For what networks
-generate, one filter and a search for runs alone give about the same size in a fraction of the time (see
-benchmarks/README.md), and nearly all of it is spent where other Python threads can run.
+Pillow tries all five row filters on each row and packs with a general search for repetitions. One filter and a search
+for runs alone take a fraction of the time, nearly all of it where other Python threads can run, and give about the same
+size where there is some grain (see docs/sampling.md).
 
 Shape legend: C channels (1 grey, 3 RGB), H x W pixels.
 """
@@ -62,7 +62,7 @@ def write_png(path: Path, image: np.ndarray, *, compression: int = FAST, texts: 
 def encode_png(image: np.ndarray, *, compression: int = FAST, texts: dict[str, str] | None = None) -> bytes:
     """The PNG file of `image` (uint8 [C, H, W], C 1 or 3). The pixels are the same at every `compression`.
 
-    0 stores them as they are, 1 is fast, 2 to 9 are Pillow's: smaller by up to a seventh, at 3 to 15 times the work.
+    0 stores them as they are, 1 is fast, 2 to 9 are Pillow's: smaller for smooth images, at 3 to 15 times the work.
     `texts` go into tEXt chunks by their keywords (section 11.3.3), in ASCII.
     """
     require_png_channels(image.shape[0])
