@@ -98,9 +98,9 @@ def block_bytes(net: Precond, num: int) -> list[int]:
     replica = FastPrecond(net.train(), dtype=torch.bfloat16)
     sizes: list[int] = []
 
-    def around(block: torch.nn.Module, *args: torch.Tensor) -> torch.Tensor:
+    def around(block: torch.nn.Module, *args: torch.Tensor, **named: torch.Tensor) -> torch.Tensor:
         with saved_storages(net) as found:
-            result: torch.Tensor = block(*args)
+            result: torch.Tensor = block(*args, **named)
         sizes.append(sum(storage.nbytes() for storage in found.values()))
         return result
 

@@ -11,7 +11,8 @@ from dnnlib.errors import ConfigError
 from tests.tiny import assert_same_state
 from torch_utils.checkpoint import MANIFEST, DamagedCheckpoint, remove_older
 from torch_utils.distributed import World
-from torch_utils.sharded_checkpoint import StoredTensor, open_sharded, read_into, read_whole, save_sharded
+from torch_utils.sharded_checkpoint import open_sharded, read_into, save_sharded
+from torch_utils.stored_tensor import StoredTensor, read_whole
 from training.resuming import find_resumption
 from training.run_folder import RunFolder
 

@@ -17,7 +17,6 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -27,8 +26,9 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from dnnlib.disk import forget_cached, sync_folder
 from dnnlib.errors import ConfigError
-from torch_utils.checkpoint import MANIFEST, DamagedCheckpoint, load_checkpoint
+from torch_utils.checkpoint import MANIFEST, DamagedCheckpoint
 from torch_utils.distributed import World
+from torch_utils.stored_tensor import StoredTensor, check_same, flatten
 
 T = TypeVar("T")
 
@@ -51,16 +51,6 @@ _INDEX_CLASSES = {
     "torch": ("Size", "float64", "float32", "float16", "bfloat16", "int64", "int32"),
     "torch.serialization": ("_get_layout",),
 }
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor in a checkpoint's folder, not read yet."""
-
-    folder: Path
-    key: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
 
 
 def save_sharded(path: str | os.PathLike[str], data: dict[str, Any], world: World) -> None:
@@ -115,16 +105,9 @@ def open_sharded(path: str | os.PathLike[str], *, verify: bool = True) -> dict[s
     return result
 
 
-def read_checkpoint(path: Path, *, verify: bool = True) -> dict[str, Any]:
-    """The content of a checkpoint of either form: of a file, or of a folder as `open_sharded` gives it."""
-    return open_sharded(path, verify=verify) if path.is_dir() else load_checkpoint(path)
-
-
-def read_whole(data: Any) -> Any:
+def read_all(data: Any) -> Any:
     """`data` as `open_sharded` gave it, with whole tensors on the CPU. To be called by every process."""
     leaves = {path: leaf for path, leaf in flatten(data).items() if isinstance(leaf, StoredTensor)}
-    if not leaves:
-        return data
     values = {path: torch.empty(leaf.shape, dtype=leaf.dtype) for path, leaf in leaves.items()}
     _read(leaves, values)
     return _replaced(data, "", values)
@@ -137,19 +120,8 @@ def read_into(data: Any, target: Any) -> None:
     """
     leaves = {path: leaf for path, leaf in flatten(data).items() if isinstance(leaf, StoredTensor)}
     values = {path: value for path, value in flatten(target).items() if isinstance(value, torch.Tensor)}
-    shapes = [{path: tuple(leaf.shape) for path, leaf in named.items()} for named in (leaves, values)]
-    if shapes[0] != shapes[1]:
-        odd = sorted(set(shapes[0].items()) ^ set(shapes[1].items()))
-        raise ValueError(f"the stored tensors are others: {odd[:4]}")
+    check_same(leaves, values)
     _read(leaves, values)
-
-
-def flatten(data: Any, path: str = "") -> dict[str, Any]:
-    """All leaves of nested dictionaries, lists and tuples by their path, e.g. optimizer/state/0/exp_avg."""
-    if isinstance(data, dict | list | tuple):
-        items = data.items() if isinstance(data, dict) else enumerate(data)
-        return {k: v for key, value in items for k, v in flatten(value, f"{path}/{key}").items()}
-    return {path.removeprefix("/"): data}
 
 
 def digest_of_file(path: Path, *, from_disk: bool = False) -> str:

@@ -20,7 +20,6 @@ from dnnlib.errors import ConfigError
 from torch_utils.checkpoint import checkpoint_bytes, remove_older, save_checkpoint
 from torch_utils.distributed import World
 from torch_utils.host_copy import HostCopy, on_host
-from torch_utils.sharded_checkpoint import save_sharded
 from torch_utils.together import on_main
 from training.config import TrainingConfig
 from training.run_folder import RunFolder
@@ -103,6 +102,8 @@ class RunSaver:
 
     def _save_in_parts(self, nimg: int, data: dict[str, Any]) -> Iterator[Saved | Notice]:
         """Have each process write its part of `data`, while nothing else goes on."""
+        from torch_utils.sharded_checkpoint import save_sharded  # slow to import
+
         yield from self.settle()
         path, told = self._folder.checkpoint_path(nimg, sharded=True), False
         while True:

@@ -11,16 +11,13 @@ element. It is done on the `part`: a network of the same names that has this pro
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard
 
 from torch_utils.distributed import World
-from torch_utils.sharded_checkpoint import flatten
+from torch_utils.stored_tensor import check_same, flatten
 from training.fast_network import FastPrecond
 from training.networks_edm2 import Precond
 
@@ -33,6 +30,10 @@ def shard_network(replica: FastPrecond, world: World, *, group: int) -> None:
     The parameters of `net` become DTensors; they are on the run's device then, whatever they were on before. Scalars
     (gains) stay whole in every process, since `fully_shard` takes none: see `hand_over_gradients`.
     """
+    # Imported here: most runs do without, and it takes a third of the time that torch itself takes.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     if group == world.size:
         mesh = init_device_mesh(world.device.type, (group,))
     else:
@@ -62,7 +63,7 @@ def _sharded_or_scalar_hidden(module: nn.Module) -> Iterator[None]:
     hidden = []
     for owner in module.modules():
         for name, param in owner._parameters.items():
-            if param is not None and (param.ndim == 0 or isinstance(param, DTensor)):
+            if param is not None and (param.ndim == 0 or _is_spread(param)):
                 hidden.append((owner, name, param))
     for owner, name, _ in hidden:
         owner._parameters[name] = None
@@ -106,11 +107,11 @@ def hand_over_gradients(net: nn.Module, part: nn.Module, world: World) -> None:
 
 def whole_like(rows: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
     """Rows that belong to `param`'s as a tensor over all processes of its shape; `rows` itself where that has none."""
-    if not isinstance(param, DTensor):
+    if not _is_spread(param):
         return rows
-    return DTensor.from_local(
-        rows.detach(), param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
-    )
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(rows.detach(), *_layout(param), run_check=False, shape=param.shape, stride=param.stride())
 
 
 @torch.no_grad()
@@ -142,11 +143,13 @@ def _without_content(net: Any) -> Precond:
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    rows: torch.Tensor = cast(Any, tensor).to_local() if _is_spread(tensor) else tensor
+    return rows
 
 
 def _full(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    whole: torch.Tensor = cast(Any, tensor).full_tensor() if _is_spread(tensor) else tensor
+    return whole
 
 
 def sharded_state(data: dict[str, Any], net: nn.Module) -> dict[str, Any]:
@@ -180,21 +183,28 @@ def take_rows(data: Any, target: Any) -> None:
     Raises ValueError where names or shapes differ.
     """
     ours, theirs = ({k: v for k, v in flatten(d).items() if isinstance(v, torch.Tensor)} for d in (target, data))
-    shapes = [{k: tuple(v.shape) for k, v in named.items()} for named in (ours, theirs)]
-    if shapes[0] != shapes[1]:
-        odd = sorted(set(shapes[0].items()) ^ set(shapes[1].items()))
-        raise ValueError(f"the stored tensors are others: {odd[:4]}")
+    check_same(theirs, ours)
     for name, tensor in ours.items():
         whole = theirs[name]
-        if isinstance(tensor, DTensor):
-            tensor.to_local().copy_(_rows_of(whole, tensor))
+        if _is_spread(tensor):
+            _rows(tensor).copy_(_rows_of(whole, tensor))
         else:
             tensor.copy_(whole)
 
 
-def _rows_of(whole: torch.Tensor, like: DTensor) -> torch.Tensor:
+def _rows_of(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """This process's rows of a whole tensor that is to be spread as `like` is."""
-    (axis,) = (i for i, placement in enumerate(like.placements) if isinstance(placement, Shard))
-    size, rank = like.device_mesh.size(axis), like.device_mesh.get_local_rank(axis)
-    per_rank = -(-len(whole) // size)
+    mesh, placements = _layout(like)
+    (axis,) = (index for index, placement in enumerate(placements) if placement.is_shard())
+    per_rank, rank = -(-len(whole) // mesh.size(axis)), mesh.get_local_rank(axis)
     return whole[rank * per_rank : (rank + 1) * per_rank]
+
+
+def _layout(tensor: Any) -> tuple[Any, Any]:
+    """Over which processes a tensor is spread, and how."""
+    return tensor.device_mesh, tensor.placements
+
+
+def _is_spread(tensor: torch.Tensor) -> bool:
+    """Whether it is a DTensor, asked without importing these."""
+    return hasattr(tensor, "to_local")

@@ -19,8 +19,8 @@ from dnnlib.folders import make_folder
 from torch_utils import distributed
 from torch_utils.distributed import World
 from torch_utils.precision import numerics
-from torch_utils.sharded_checkpoint import read_whole
 from torch_utils.stopping import prepare_worker, spared_children
+from torch_utils.stored_tensor import read_whole
 from torch_utils.training_stats import RunningMeans
 from training.config import TrainingConfig
 from training.consistency import require_same

@@ -1,17 +1,16 @@
 """Everything about a training run that changes as it trains: how it starts, takes a step, is saved and is restored."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from dnnlib.errors import ConfigError
 from torch_utils.distributed import World
 from torch_utils.loss_scale import LossScale
-from torch_utils.sharded_checkpoint import StoredTensor, flatten, read_into, read_whole
+from torch_utils.stored_tensor import has_stored, read_whole
 from training.config import TrainingConfig
 from training.dataset import ImageFolderDataset
 from training.encoders import Encoder, StabilityVAEEncoder
@@ -144,7 +143,7 @@ class TrainingState:
         copies waits.
         """
         if self.sharded:
-            cast(FSDPModule, self.replica).set_requires_all_reduce(not later)
+            cast(Any, self.replica).set_requires_all_reduce(not later)
         if later and isinstance(self.replica, DistributedDataParallel):
             return self.replica.no_sync()
         return contextlib.nullcontext()
@@ -193,21 +192,23 @@ class TrainingState:
             {"net": d["net"], "optimizer": d["optimizer"]["state"], "ema": d["ema"]["emas"]}
             for d in (self.state_dict(), data)
         )
-        (read_into if any(isinstance(leaf, StoredTensor) for leaf in flatten(theirs).values()) else take_rows)(
-            theirs, ours
-        )
+        if has_stored(theirs):
+            from torch_utils.sharded_checkpoint import read_into  # slow to import
 
-    def averages(self, *, main_only: bool = False) -> Iterator[tuple[Precond, str]]:
-        """The averaged networks, each with a suffix for its file name; every process must take all of them.
+            read_into(theirs, ours)
+        else:
+            take_rows(theirs, ours)
 
-        Where the run is sharded they are gathered for this, one at a time and in float16; with `main_only` they have
-        no content in other processes than the main one. Otherwise they are the averages themselves.
+    def averages(self, *, main_only: bool = False) -> Iterable[tuple[torch.nn.Module, str]]:
+        """The averaged networks, each with a suffix for its file name; every process must take all of them, once.
+
+        Where the run is sharded they are gathered as they are taken, one at a time and in float16; with `main_only`
+        they have no content in other processes than the main one. Otherwise they are the averages themselves.
         """
-        for ema, suffix in self.ema.get():
-            if self.sharded:
-                yield gathered(ema, self.net, self.world, main_only=main_only), suffix
-            else:
-                yield cast(Precond, ema), suffix
+        averages = self.ema.get()
+        if not self.sharded:
+            return averages
+        return ((gathered(ema, self.net, self.world, main_only=main_only), suffix) for ema, suffix in averages)
 
 
 def fitting_moments(stored: dict[str, Any], parameters: list[torch.nn.Parameter]) -> dict[str, Any]:
