@@ -22,6 +22,7 @@ from torch_utils.precision import numerics
 from torch_utils.stopping import prepare_worker, spared_children
 from torch_utils.stored_tensor import read_whole
 from torch_utils.training_stats import RunningMeans
+from torch_utils.transfer import on_device
 from training.config import TrainingConfig
 from training.consistency import require_same
 from training.dataset import BatchReader, ImageFolderDataset
@@ -307,8 +308,7 @@ class TrainingRun:
         try:
             with spared_children() if workers else contextlib.nullcontext():
                 batches = iter(loader)
-            for images, labels in batches:
-                yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            yield from on_device(batches, device)
         except ConfigError as error:
             # A worker's exception arrives with the worker's traceback as its message, ending in the original.
             raise ConfigError(str(error).rpartition(f"{ConfigError.__name__}: ")[2].strip()) from None
