@@ -99,7 +99,9 @@ def compare(parent: str | None, device: str | None, channels: int, batch: int, s
             (Path(name) / way).mkdir()
             folder = RunFolder(Path(name) / way)
             savers[way] = RunSaver(replace(config, background_saves=way == "background"), folder, state.world)
-        take_steps(state, 2, batch)
+        take_steps(state, 1, batch)
+        savers["background"].prepare(state, state.state_dict())
+        take_steps(state, 1, batch)
         gigabytes = checkpoint_bytes(state.state_dict()) / 1e9
         parameters = sum(p.numel() for p in state.net.parameters()) / 1e6
         print(f"{parameters:.0f} million parameters, {gigabytes:.2f} GB a checkpoint, {state.world.device.type}")
@@ -107,13 +109,15 @@ def compare(parent: str | None, device: str | None, channels: int, batch: int, s
         pauses: dict[str, list[float]] = {way: [] for way in savers}
         for _ in range(repeats):
             times["none"].append(interval(state, lambda: 0.0, steps, batch)[0])
+            print(f"{steps} iterations alone: {times['none'][-1]:.2f} s", flush=True)
             # No iteration in between, so that both have the same content.
             pauses["foreground"].append(save(savers["foreground"], state))
+            print(f"foreground: pause {pauses['foreground'][-1]:.2f} s", flush=True)
             seconds, pause = interval(state, lambda: save(savers["background"], state), steps, batch)
             late = exhaust(savers["background"].settle())
             times["background"].append(seconds + late)
             pauses["background"].append(pause)
-            print(f"background: pause {pause:.2f} s, written {late:.2f} s after the last iteration")
+            print(f"background: pause {pause:.2f} s, written {late:.2f} s after the last iteration", flush=True)
             one, two = (next((Path(name) / way).glob("*.pt")) for way in savers)
             if not filecmp.cmp(one, two, shallow=False):
                 raise ConfigError("the two ways wrote different files")

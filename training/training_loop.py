@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import psutil
 import torch
@@ -153,6 +154,7 @@ class TrainingRun:
         session_start = time.monotonic()
         elapsed_before, maintenance_sec = state.elapsed_sec, 0.0
         tick_nimg, tick_start = self._tick[0], session_start - (elapsed_before - self._tick[1])
+        prepared = False
         while state.nimg < config.duration:
             images, labels = next(batches)
             learning_rate = state.learning_rate
@@ -160,6 +162,9 @@ class TrainingRun:
             self._means.add("Loss/learning_rate", torch.tensor(learning_rate))
             yield Iteration(nimg=state.nimg)
             yield from self._saver.poll()
+            if not prepared:  # the optimizer has all its tensors after a step
+                self._saver.prepare(state, self._checkpoint())
+                prepared = True
 
             measures = self.metrics is not None and self._due(self.metrics.every)
             reports = self._due(config.status) or measures
@@ -248,7 +253,10 @@ class TrainingRun:
         return stats
 
     def _save_checkpoint(self) -> Iterator[Saved | Notice]:
+        yield from self._saver.save_checkpoint(self.state.nimg, self._checkpoint())
+
+    def _checkpoint(self) -> dict[str, Any]:
+        """What a checkpoint holds. Every process calls this."""
         nimg, elapsed_sec = self._tick
         run = {"ranks": self.world.size, "tick": {"cur_nimg": nimg, "total_elapsed_time": elapsed_sec}}
-        data = self.state.state_dict() | {"stats": self._means.state_dict(), "run": run}
-        yield from self._saver.save_checkpoint(self.state.nimg, data)
+        return self.state.state_dict() | {"stats": self._means.state_dict(), "run": run}
