@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -189,6 +190,7 @@ class TrainingRun:
         if state.nimg < config.duration and (end := session.before_start(state.nimg)) is not None:
             yield end
             return
+        prepared = False
         while state.nimg < config.duration:
             images, labels = next(batches)
             learning_rate = state.learning_rate
@@ -199,6 +201,9 @@ class TrainingRun:
             self._means.add("Loss/learning_rate", torch.full([], learning_rate, device=self.world.device))
             yield Iteration(nimg=state.nimg)
             yield from self._saver.poll()
+            if not prepared:  # the optimizer has all its tensors after a step
+                self._saver.prepare(state, self._checkpoint())
+                prepared = True
 
             end = session.after_iteration(state.nimg)
             finished = state.nimg >= config.duration
@@ -332,7 +337,10 @@ class TrainingRun:
         return stats
 
     def _save_checkpoint(self) -> Iterator[Saved | Notice]:
+        yield from self._saver.save_checkpoint(self.state.nimg, self._checkpoint())
+
+    def _checkpoint(self) -> dict[str, Any]:
+        """What a checkpoint holds. Every process calls this."""
         nimg, elapsed_sec = self._tick
         run = {"ranks": self.world.size, "tick": {"cur_nimg": nimg, "total_elapsed_time": elapsed_sec}}
-        data = self.state.state_dict() | {"stats": self._means.state_dict(), "run": run}
-        yield from self._saver.save_checkpoint(self.state.nimg, data)
+        return self.state.state_dict() | {"stats": self._means.state_dict(), "run": run}
