@@ -74,7 +74,7 @@ def random_network(options: dict[str, Any], device: torch.device, seed: int) -> 
 
 
 def random_decoder(device: torch.device, width: int = 128) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A decoder of the published size (`width` 128), on a GPU in float16: from latents to pixels, four at once."""
+    """A decoder of the published size (`width` 128), on a GPU in half precision: latents to pixels, four at once."""
     from diffusers import AutoencoderKL
 
     vae: Any = AutoencoderKL(
