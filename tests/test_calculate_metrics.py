@@ -197,6 +197,7 @@ def test_gen_takes_presets_and_the_options_of_generate_images():
         return {name for param in command.params for name in param.opts}
 
     own = {"--outdir", "--subdirs", "--grid", "--seeds", "--class", "--list-presets", "--trust-code"}
+    own |= {"--png-compression", "--decoder-batch", "--decoder-precision", "--decoder-tile"}
     assert names(generate.cmdline) - names(script.gen) <= own
     published = {"calc": "images ref metrics num seed batch workers", "gen": "net ref metrics num seed batch"}
     published["ref"] = "data dest metrics batch workers"

@@ -102,6 +102,7 @@ def test_every_field_changes_the_result_except_these():
         "bench",
         "compile",
         "recompute",
+        "samples",
         "shard",
         "shard_group",
         "workers",
