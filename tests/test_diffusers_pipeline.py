@@ -206,7 +206,8 @@ def test_names_of_parameters_are_those_of_network_files(pipeline: EDM2Pipeline) 
     assert next(net.parameters()) is next(net.denoiser.parameters())
     x, labels = torch.randn(2, 3, *net.img_resolution), torch.tensor([0, 1])
     (direct,) = net(x, 0.5, labels, return_dict=False)
-    assert torch.equal(direct, net(x, torch.tensor([0.5, 0.5]), labels).sample)
+    # Noise levels one by one go through a matrix product of another shape, whose sums are rounded otherwise.
+    assert torch.allclose(direct, net(x, torch.tensor([0.5, 0.5]), labels).sample, atol=1e-5)
     assert torch.equal(direct, net.denoiser(x, 0.5, torch.eye(net.label_dim)[:2]))
 
 
@@ -289,8 +290,8 @@ def test_with_accelerate_parts_are_placed_and_offloaded(latent_folder: Path) -> 
     pytest.importorskip("accelerate")
     images, _ = reference(latent_folder)
     assert torch.equal(sample(EDM2Pipeline.from_pretrained(latent_folder, low_cpu_mem_usage=True)), images)
-    mapped = EDM2Pipeline.from_pretrained(latent_folder, device_map="balanced")
-    assert set(mapped.hf_device_map) == {"unet", "vae"}
+    mapped = EDM2Pipeline.from_pretrained(latent_folder, device_map="cpu")
+    assert hasattr(mapped.unet, "_hf_hook") and hasattr(mapped.vae, "_hf_hook")
     assert torch.equal(sample(mapped), images)
     model = EDM2UNet.from_pretrained(latent_folder, subfolder="unet", device_map={"": "cpu"})
     assert torch.equal(sample(EDM2Pipeline(model, EDM2HeunScheduler(), mapped.vae)), images)
