@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -254,6 +255,7 @@ def _train(run: TrainingRun, log: Log) -> int:
         log.say(note)
     log.say(f"Training for {len(run)} iterations on {run.world.size} process(es), {run.world.device.type}.")
     batch, ended = run.config.batch, None
+    compiling_since = time.monotonic() if run.config.compiles_on(run.world.device) else None
     with tqdm.tqdm(
         total=run.state.nimg + len(run) * batch,
         initial=run.state.nimg,
@@ -266,6 +268,9 @@ def _train(run: TrainingRun, log: Log) -> int:
             match event:
                 case Iteration():
                     bar.update(batch)
+                    if compiling_since is not None:
+                        log.say(f"Compiled, with the first iteration, in {time.monotonic() - compiling_since:.1f} s.")
+                        compiling_since = None
                 case Status():
                     log.record(event.stats, event.texts, event.nimg)
                     bar.set_postfix(loss=f"{event.stats['Loss/loss']:.4f}")

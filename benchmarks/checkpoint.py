@@ -3,7 +3,8 @@
 The network has the shape of the XS model (128 channels, latents of 64x64x4, 1000 classes: 125 million parameters), and
 the state two averages and Adam's moments. The load beside the writing is real training: iterations of --batch images.
 Time lost is what a number of iterations take longer with a checkpoint at their start than without. On a CPU the writer
-and the training share the cores, which on a GPU they don't.
+and the training share the cores, and where all of these are busy nothing is won. With a GPU the cores wait for it:
+--wait takes that for a load, iterations in which the process does nothing.
 
 Example:
 
@@ -50,8 +51,11 @@ def make_state(folder: Path, batch: int, channels: int, device: str | None) -> t
     return TrainingState(config, open_dataset(config), world, resumed=False), config
 
 
-def take_steps(state: TrainingState, num: int, batch: int) -> None:
-    """Train on random latents, and wait for the device."""
+def take_steps(state: TrainingState, num: int, batch: int, wait_sec: float = 0.0) -> None:
+    """Train on random latents, and wait for the device; or only wait, for so long an iteration."""
+    if wait_sec:
+        time.sleep(num * wait_sec)
+        return
     device = state.world.device
     images = torch.randn([batch, 8, 64, 64], device=device)
     labels = torch.eye(1000, device=device)[torch.arange(batch) % 1000]
@@ -73,11 +77,13 @@ def save(saver: RunSaver, state: TrainingState) -> float:
     return exhaust(saver.save_checkpoint(state.nimg, state.state_dict()))
 
 
-def interval(state: TrainingState, begin: Callable[[], float], steps: int, batch: int) -> tuple[float, float]:
+def interval(
+    state: TrainingState, begin: Callable[[], float], steps: int, batch: int, wait_sec: float
+) -> tuple[float, float]:
     """Seconds of `begin` with the iterations after it, and those that `begin` tells."""
     start = time.perf_counter()
     pause = begin()
-    take_steps(state, steps, batch)
+    take_steps(state, steps, batch, wait_sec)
     return time.perf_counter() - start, pause
 
 
@@ -87,8 +93,11 @@ def interval(state: TrainingState, begin: Callable[[], float], steps: int, batch
 @click.option("--channels", metavar="INT", type=int, default=128, show_default=True, help="Width of the network")
 @click.option("--batch", metavar="INT", type=int, default=1, show_default=True, help="Images an iteration")
 @click.option("--steps", metavar="INT", type=int, default=8, show_default=True, help="Iterations after each save")
+@click.option("--wait", metavar="SEC", type=float, default=0.0, help="Let an iteration be a wait of so long")
 @click.option("--repeats", metavar="INT", type=int, default=2, show_default=True, help="The median counts")
-def compare(parent: str | None, device: str | None, channels: int, batch: int, steps: int, repeats: int) -> None:
+def compare(
+    parent: str | None, device: str | None, channels: int, batch: int, steps: int, wait: float, repeats: int
+) -> None:
     """Time iterations without a checkpoint, with one in the foreground, and with one in the background."""
     today = datetime.datetime.now(datetime.UTC).date()
     print(f"{today}, {platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
@@ -99,21 +108,25 @@ def compare(parent: str | None, device: str | None, channels: int, batch: int, s
             (Path(name) / way).mkdir()
             folder = RunFolder(Path(name) / way)
             savers[way] = RunSaver(replace(config, background_saves=way == "background"), folder, state.world)
-        take_steps(state, 2, batch)
+        take_steps(state, 1, batch)
+        savers["background"].prepare(state, state.state_dict())
+        take_steps(state, 1, batch)
         gigabytes = checkpoint_bytes(state.state_dict()) / 1e9
         parameters = sum(p.numel() for p in state.net.parameters()) / 1e6
         print(f"{parameters:.0f} million parameters, {gigabytes:.2f} GB a checkpoint, {state.world.device.type}")
         times: dict[str, list[float]] = {"none": [], "background": []}
         pauses: dict[str, list[float]] = {way: [] for way in savers}
         for _ in range(repeats):
-            times["none"].append(interval(state, lambda: 0.0, steps, batch)[0])
+            times["none"].append(interval(state, lambda: 0.0, steps, batch, wait)[0])
+            print(f"{steps} iterations alone: {times['none'][-1]:.2f} s", flush=True)
             # No iteration in between, so that both have the same content.
             pauses["foreground"].append(save(savers["foreground"], state))
-            seconds, pause = interval(state, lambda: save(savers["background"], state), steps, batch)
+            print(f"foreground: pause {pauses['foreground'][-1]:.2f} s", flush=True)
+            seconds, pause = interval(state, lambda: save(savers["background"], state), steps, batch, wait)
             late = exhaust(savers["background"].settle())
             times["background"].append(seconds + late)
             pauses["background"].append(pause)
-            print(f"background: pause {pause:.2f} s, written {late:.2f} s after the last iteration")
+            print(f"background: pause {pause:.2f} s, written {late:.2f} s after the last iteration", flush=True)
             one, two = (next((Path(name) / way).glob("*.pt")) for way in savers)
             if not filecmp.cmp(one, two, shallow=False):
                 raise ConfigError("the two ways wrote different files")

@@ -5,7 +5,8 @@ Shape legend: N images, C channels, H x W pixels, L labels; latents and images m
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from diffusers.utils import BaseOutput, is_accelerate_available
 
+from dnnlib import hub
 from dnnlib.errors import ConfigError
 from edm2_diffusers.randomness import Randomness
 from edm2_diffusers.scheduler import EDM2HeunScheduler
@@ -21,6 +23,7 @@ from edm2_diffusers.unet import EDM2UNet
 from training.encoders import Encoder, StabilityVAEEncoder
 from training.generation import require_matching_guide
 from training.guidance import Guidance, bind_labels
+from training.network_source import locate_network
 from training.snapshot import load_snapshot
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -50,7 +53,14 @@ class EDM2Pipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> "EDM2Pipeline":
-        """As DiffusionPipeline's: a folder or hub name. Weights in pickles are not read."""
+        """As DiffusionPipeline's: a folder, or user/name[@revision] on the hub. Weights in pickles are not read.
+
+        From the hub by our own way, since that library refuses repositories whose classes it does not have itself.
+        Raises ConfigError where the hub or the cache does not have it.
+        """
+        if not os.path.isdir(pretrained_model_name_or_path):
+            folder = _fetch(str(pretrained_model_name_or_path), kwargs.pop("revision", None))
+            pretrained_model_name_or_path = folder
         kwargs.setdefault("use_safetensors", True)
         if not is_accelerate_available():
             kwargs.setdefault("low_cpu_mem_usage", False)  # the default asks for that library, at length
@@ -224,6 +234,17 @@ class _PlacedVAE:
     def decode(self, latents: torch.Tensor) -> dict[str, torch.Tensor]:
         """Latents in the VAE's own scale to pixels in its own scale."""
         return {"sample": self._vae.decode(latents.to(self._vae.dtype))["sample"].to(torch.float32)}
+
+
+def _fetch(source: str, revision: str | None) -> Path:
+    """The folder of a repository in the cache, after a download where files are missing."""
+    name = hub.parse_hub_url(source) if hub.is_hub_url(source) else hub.parse_repository(source)
+    if name is None:
+        raise ConfigError(f"'{source}' is neither a folder nor a name on the hub, such as user/name")
+    if name.file is not None:
+        raise ConfigError(f"'{source}' is a file; EDM2Pipeline.from_network makes a pipeline of it")
+    name = name if revision is None else replace(name, revision=revision)
+    return locate_network(str(name))
 
 
 def _called(network: Any) -> Callable[..., torch.Tensor]:

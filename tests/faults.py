@@ -36,10 +36,12 @@ _AIMS = (".training-state", ".network-snapshot")
 class Run:
     """A training run of `iterations` in `folder` on `ranks` processes, which is started again after each harm."""
 
-    def __init__(self, folder: Path, data: Path, *, iterations: int, ranks: int = 1, restarts: int = 0) -> None:
+    def __init__(
+        self, folder: Path, data: Path, *extra: str, iterations: int, ranks: int = 1, restarts: int = 0
+    ) -> None:
         self.folder = folder
         self.log = folder / "log.txt"
-        options = [*OPTIONS, f"--data={data}", f"--outdir={folder}", f"--duration={iterations * BATCH}"]
+        options = [*OPTIONS, f"--data={data}", f"--outdir={folder}", f"--duration={iterations * BATCH}", *extra]
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         launcher = [*launcher, f"--max-restarts={restarts}"] if ranks > 1 else []
         self._command = [sys.executable, *launcher, str(REPOSITORY_DIR / "train_edm2.py"), *options]
@@ -80,6 +82,11 @@ class Run:
         except (psutil.NoSuchProcess, IndexError):
             return False
         return True
+
+    def send_to_all(self, signum: int) -> None:
+        """Signal the whole group of processes, as a terminal does."""
+        assert self._process is not None
+        os.killpg(self._process.pid, signum)
 
     def end(self) -> int:
         """Wait for the end of the processes; the exit code."""

@@ -108,6 +108,7 @@ def test_a_copy_is_of_its_moment_and_its_memory_is_used_again():
     net = torch.nn.Linear(3, 2)
     data = {"net": net.state_dict(), "list": [torch.arange(3), {"n": 1}], "t": torch.ones(4, 6).t()}
     copy = HostCopy()
+    copy.reserve(data)
     first = copy.take(data)
     copy.wait()
     assert list(first) == ["net", "list", "t"] and first["list"][1] == {"n": 1}
@@ -119,6 +120,13 @@ def test_a_copy_is_of_its_moment_and_its_memory_is_used_again():
     second = copy.take(data)
     assert torch.equal(second["net"]["weight"], net.weight)
     assert second["net"]["weight"].data_ptr() == first["net"]["weight"].data_ptr()
+    reserved = HostCopy()
+    reserved.reserve(data)
+    assert reserved._reserving is not None
+    reserved._reserving.join()
+    places = [buffer.data_ptr() for buffer in reserved._buffers]
+    reserved.take(data)
+    assert places == [buffer.data_ptr() for buffer in reserved._buffers]
     half = HostCopy().take(dict(net.state_dict()), dtype=torch.float16)
     assert torch.equal(half["weight"], net.weight.detach().half())
     other = copy.take([torch.zeros(5), torch.ones(7, dtype=torch.int64)])

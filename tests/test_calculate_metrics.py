@@ -136,8 +136,9 @@ def test_skip_existing_knows_results_of_the_same_request(
 ):
     out = tmp_path / "r.json"
     options = ["calc", f"--images={data}", f"--ref={reference}", "--metrics=fid", "--workers=0", "--skip-existing"]
+    options += ["--num=20", "--repeat=2"]
     assert "--json=result.json" in fails(capsys, *options)
-    options += ["--num=20", "--repeat=2", f"--json={out}"]
+    options += [f"--json={out}"]
     assert "there already" not in run(*options)
     fid, content = json.loads(out.read_text())["results"]["fid"]["mean"], out.read_bytes()
     monkeypatch.setattr(script, "StatsPass", None)
@@ -196,6 +197,7 @@ def test_gen_takes_presets_and_the_options_of_generate_images():
         return {name for param in command.params for name in param.opts}
 
     own = {"--outdir", "--subdirs", "--grid", "--seeds", "--class", "--list-presets", "--trust-code"}
+    own |= {"--png-compression", "--decoder-batch", "--decoder-precision", "--decoder-tile"}
     assert names(generate.cmdline) - names(script.gen) <= own
     published = {"calc": "images ref metrics num seed batch workers", "gen": "net ref metrics num seed batch"}
     published["ref"] = "data dest metrics batch workers"

@@ -194,7 +194,7 @@ def test_folders_that_are_none_are_refused(tmp_path: Path, capsys: pytest.Captur
     good = json.loads(config.read_text())
     for change, message in (
         ({"_class_name": "UNet2DModel"}, "'UNet2DModel'; known is EDM2UNet"),
-        ({"network": {**good["network"], "label_dim": 12}}, "has shape"),
+        ({"network": {**good["network"], "img_channels": 3}}, "has shape"),
         ({"network": {**good["network"], "source": "import os"}}, "not known"),
         ({"network": None}, "lacks 'class' or 'arguments'"),
         ({"snapshot": []}, "is no object"),

@@ -59,7 +59,7 @@ def test_the_first_cause_is_told_once_and_torchrun_starts_again(tmp_path: Path):
     assert errors[1] == ["Error: both see a bad file"]
     (lost,) = errors[2]
     assert lost.startswith("Error: another process of the run is gone or does not answer: ")
-    assert errors[3] == ["KeyError: 'a bug'"]
+    assert errors[3][-1] == "[rank1]: KeyError: 'a bug'"  # the prefix is PyTorch's
     assert [text.count("Traceback") for text in attempts] == [0, 0, 0, 1, 0]
     codes = [text.partition("(exitcode: ")[2].partition(")")[0] for text in attempts]
     assert codes == ["2", "2", "-9", "1", ""]

@@ -5,6 +5,7 @@ The short form runs with every `make test`; the long one, `make faults`, counts 
 
 import os
 import random
+import signal
 from collections import Counter
 from pathlib import Path
 
@@ -20,6 +21,23 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has no such sig
 def test_a_run_survives_kills_and_a_sigterm(tmp_path: Path):
     counts = campaign(tmp_path, kills=2, aimed=2, terms=1, iterations=100)
     assert (counts["kill"], counts["aimed"], counts["term"]) == (2, 2, 1)
+
+
+@pytest.mark.slow
+def test_an_interrupt_at_the_terminal_leaves_workers_to_finish_the_iteration(tmp_path: Path):
+    data = write_dataset(tmp_path / "data.zip")
+    run = Run(tmp_path / "run", data, "--workers=1", iterations=100_000)
+    run.start()
+    try:
+        assert run.await_training()  # the worker is just being started
+        run.send_to_all(signal.SIGINT)
+        assert run.end() == 130
+    finally:
+        run.abandon()
+    text = run.tail()
+    assert "Traceback" not in text and "SIGINT: ending after this iteration" in text
+    assert "Suspended at 0.0 kimg: SIGINT. To continue: python" in text and "--workers=1" in text.splitlines()[-1]
+    assert len(list(run.folder.glob("training-state-*"))) == 1
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -137,6 +138,7 @@ def test_a_hub_that_is_not_there_leaves_the_cache(
     server.add("jo/net", {PICKLE.name: PICKLE})
     load_snapshot("jo/net")
     use_hub("http://127.0.0.1:9", tmp_path / "cache", monkeypatch)  # the discard port: nothing listens
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between the attempts that the library makes
     assert load_snapshot("jo/net").nimg == 8388608
     assert "cannot be had from http://127.0.0.1:9" in message("hf://jo/other/x.pkl")
     assert "cannot be had from http://127.0.0.1:9" in message("jo/other")
@@ -174,11 +176,8 @@ def test_a_script_takes_a_name_and_the_librarys_variables(server: FakeHub, tmp_p
     commit = server.add_folder("jo/model", tmp_path / "model")
     environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_HUB_CACHE": str(tmp_path / "other")}
     command = [sys.executable, str(ROOT / "convert_snapshot.py"), f"jo/model@{commit}", "--outdir=out"]
-    for offline in ("0", "1"):
-        done = subprocess.run(
-            command, env={**environment, "HF_HUB_OFFLINE": offline}, capture_output=True, text=True, check=True
-        )
-        assert "Wrote out" in done.stdout.replace("/", os.sep)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("Wrote ")
     assert load_snapshot("out/model.safetensors").net.label_dim > 0
     assert (tmp_path / "other" / "models--jo--model" / "snapshots" / commit).is_dir()
     assert commit == commit_of(server.repositories["jo/model"]["main"])

@@ -88,6 +88,7 @@ def wandb_chunks(data: bytes) -> Iterator[bytes]:
 
 def read_wandb(path: Path) -> dict[str, list[Any]]:
     """The records of an offline file by kind, in W&B's own messages."""
+    importlib.import_module("wandb").teardown()  # its own process writes on for a moment after the end of a run
     messages: Any = importlib.import_module("wandb.proto.wandb_internal_pb2")
     found: dict[str, list[Any]] = {}
     for raw in wandb_chunks(path.read_bytes()):

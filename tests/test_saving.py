@@ -256,6 +256,7 @@ def test_a_second_run_in_the_folder_is_refused_and_a_dead_ones_lock_is_not(data,
     assert "which is gone; taking over" in capsys.readouterr().out
     assert sorted(path.name for path in out.iterdir()) == [
         "log.txt",
+        "sessions.jsonl",
         "training-state-0000001.pt",
         "training_options.json",
     ]
@@ -401,9 +402,9 @@ def test_a_folder_that_vanishes_ends_the_run_in_one_line(data, tmp_path, capsys,
     out = tmp_path / "run"
     record = script.Log.record
 
-    def vanish(log: script.Log, stats: dict, texts: dict) -> None:
+    def vanish(log: script.Log, stats: dict, texts: dict, nimg: int) -> None:
         shutil.rmtree(out, ignore_errors=True)
-        record(log, stats, texts)
+        record(log, stats, texts, nimg)
 
     monkeypatch.setattr(script.Log, "record", vanish)
     args = [*OPTIONS[:-3], f"--data={data}", f"--outdir={out}", "--duration=1Ki"]

@@ -305,7 +305,11 @@ def test_truncated_files_are_refused(suffix: str, tmp_path: Path) -> None:
 
 
 def test_what_is_no_network_file_is_named(tmp_path: Path) -> None:
-    cases = [(GOLDEN / "toy.pkl", "ToyModel"), (GOLDEN.parent / "dataset-ref.pkl", "'ema'"), (tmp_path, "no file")]
+    cases = [
+        (GOLDEN / "toy.pkl", "ToyModel"),
+        (GOLDEN.parent / "dataset-ref.pkl", "'ema'"),
+        (tmp_path, "folder without a network"),
+    ]
     text = tmp_path / "text.pkl"
     text.write_text("hello")
     foreign = tmp_path / "foreign.safetensors"

@@ -55,11 +55,12 @@ def _metadata(config: Mapping[str, Any], folder: Path) -> dict[str, str]:
     entries = config.get("snapshot") or {}
     if not isinstance(entries, dict):
         raise ConfigError(f"the entry 'snapshot' of its {CONFIG_FILE} is no object")
-    found = {key: entries.get(key) for key in ENTRIES}
-    arguments = found["encoder"].get("arguments") if isinstance(found["encoder"], dict) else None
+    found: dict[str, Any] = {key: entries.get(key) for key in ENTRIES}
+    encoder = found["encoder"]
+    arguments = encoder.get("arguments") if isinstance(encoder, dict) else None
     if isinstance(arguments, dict) and arguments.get("vae_name") == VAE_FOLDER:
-        local = {**arguments, "vae_name": os.path.abspath(folder / VAE_FOLDER)}
-        found["encoder"] = {**found["encoder"], "arguments": local}
+        own = arguments | {"vae_name": os.path.abspath(folder / VAE_FOLDER)}
+        found["encoder"] = {**encoder, "arguments": own}
     found["network"] = {"class": "Precond", "arguments": config.get("network")}
     texts = {key: json.dumps(value) for key, value in found.items()}
     return texts | {"format": snapshot_safetensors.FORMAT, "format_version": str(snapshot_safetensors.VERSION)}

@@ -17,7 +17,7 @@ from dnnlib.errors import ConfigError
 from training.encoders import StabilityVAEEncoder
 from training.model_card import CardFacts, model_card
 from training.model_folder import ENTRIES, NETWORK_CLASS
-from training.network_source import CONFIG_FILE, INDEX_FILE, NETWORK_FOLDER, VAE_FOLDER, WEIGHTS_FILE
+from training.network_source import CONFIG_FILE, INDEX_FILE, NETWORK_FOLDER, SCHEDULER_FILE, VAE_FOLDER, WEIGHTS_FILE
 from training.sampler import HeunOptions
 from training.snapshot import Snapshot, save_snapshot
 from training.snapshot_parts import build_encoder, described, network_arguments, plain
@@ -50,8 +50,8 @@ def save_folder(snapshot: Snapshot, folder: str | os.PathLike[str], facts: CardF
             weights.parent.mkdir()
             save_snapshot(snapshot, weights)
             _write_json(weights.with_name(CONFIG_FILE), _network_config(snapshot))
-            (temp / "scheduler").mkdir()
-            _write_json(temp / "scheduler" / "scheduler_config.json", _scheduler_config())
+            (temp / SCHEDULER_FILE).parent.mkdir()
+            _write_json(temp / SCHEDULER_FILE, _scheduler_config())
             if vae is not None:
                 _copy_vae(vae, temp / VAE_FOLDER)
             _write_json(temp / INDEX_FILE, _index(vae is not None))

@@ -18,6 +18,7 @@ CONFIG_FILE = "config.json"
 INDEX_FILE = "model_index.json"
 NETWORK_FOLDER = "unet"  # in the folder of a pipeline; the network alone has its files at the top
 VAE_FOLDER = "vae"
+SCHEDULER_FILE = "scheduler/scheduler_config.json"
 
 
 def locate_network(source: str) -> Path:
@@ -65,7 +66,7 @@ def _fetch_repository(name: hub.HubName) -> Path:
     # The others from the same commit, should the branch move meanwhile.
     commit = hub.pinned(first, path)
     vae = [f"{VAE_FOLDER}/{file}" for file in (CONFIG_FILE, WEIGHTS_FILE)]
-    for file in [*files[1:], *(file for file in vae if file in names)]:
+    for file in [*files[1:], *(file for file in [*vae, SCHEDULER_FILE] if file in names)]:
         hub.fetch_file(replace(commit, file=file))
     return path.parents[len(files[0].split("/")) - 1]
 

@@ -69,6 +69,17 @@ class RunSaver:
         self._state_copy = HostCopy()
         self._net_copies = [HostCopy() for _ in config.ema_stds]
 
+    def prepare(self, state: TrainingState, data: dict[str, Any]) -> None:
+        """Get the memory for copies of the networks and of the checkpoint's `data`, as far as files are to come."""
+        config = self._config
+        if not (config.background_saves and self._world.is_main):
+            return
+        if config.checkpoint:
+            self._state_copy.reserve(data)
+        if config.snapshot:
+            for (net, _), copy in zip(state.ema.get(), self._net_copies, strict=True):
+                copy.reserve(net.state_dict(), dtype=torch.float16)
+
     def save_snapshots(self, state: TrainingState) -> Iterator[Saved | Notice]:
         """Write one network file for each tracked EMA length and format."""
         yield from self._begin(state.nimg)

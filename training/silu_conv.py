@@ -11,17 +11,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from training.fast_ops import convolve
+
 
 def silu_convolve(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None = None, dropout: float = 0
 ) -> torch.Tensor:
     """SiLU of `x` [N, I, H, W], first multiplied by `scale` [N or 1, I] where there is one, then with elements dropped
-    at the probability `dropout`, through `weight` [O, I, k, k], k odd: [N, O, H, W].
+    at the probability `dropout`, through `weight` [O, I, k, k], k odd: [N, O, H, W]. Without gradients, the weight may
+    be a packed one.
     """
     scale = None if scale is None else scale[:, :, None, None]
     if not torch.is_grad_enabled():
         y = F.silu(x if scale is None else x * scale, inplace=scale is not None)
-        return F.conv2d(F.dropout(y, dropout) if dropout else y, weight, padding=weight.shape[-1] // 2)
+        return convolve(F.dropout(y, dropout) if dropout else y, weight)
     result: torch.Tensor = _SiluConv.apply(x, weight, scale, dropout)
     return result
 
@@ -37,7 +40,7 @@ class _SiluConv(torch.autograd.Function):
             y, kept = torch.native_dropout(y, dropout, True)
         ctx.save_for_backward(x, weight, scale, kept)
         ctx.dropout = dropout
-        return F.conv2d(y, weight, padding=weight.shape[-1] // 2)
+        return convolve(y, weight)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, None]:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -22,6 +23,7 @@ from torch_utils.precision import numerics
 from torch_utils.stopping import prepare_worker, spared_children
 from torch_utils.stored_tensor import read_whole
 from torch_utils.training_stats import RunningMeans
+from torch_utils.transfer import on_device
 from training.config import TrainingConfig
 from training.consistency import require_same
 from training.dataset import BatchReader, ImageFolderDataset
@@ -188,6 +190,7 @@ class TrainingRun:
         if state.nimg < config.duration and (end := session.before_start(state.nimg)) is not None:
             yield end
             return
+        prepared = False
         while state.nimg < config.duration:
             images, labels = next(batches)
             learning_rate = state.learning_rate
@@ -198,6 +201,9 @@ class TrainingRun:
             self._means.add("Loss/learning_rate", torch.full([], learning_rate, device=self.world.device))
             yield Iteration(nimg=state.nimg)
             yield from self._saver.poll()
+            if not prepared:  # the optimizer has all its tensors after a step
+                self._saver.prepare(state, self._checkpoint())
+                prepared = True
 
             end = session.after_iteration(state.nimg)
             finished = state.nimg >= config.duration
@@ -307,8 +313,7 @@ class TrainingRun:
         try:
             with spared_children() if workers else contextlib.nullcontext():
                 batches = iter(loader)
-            for images, labels in batches:
-                yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            yield from on_device(batches, device)
         except ConfigError as error:
             # A worker's exception arrives with the worker's traceback as its message, ending in the original.
             raise ConfigError(str(error).rpartition(f"{ConfigError.__name__}: ")[2].strip()) from None
@@ -332,7 +337,10 @@ class TrainingRun:
         return stats
 
     def _save_checkpoint(self) -> Iterator[Saved | Notice]:
+        yield from self._saver.save_checkpoint(self.state.nimg, self._checkpoint())
+
+    def _checkpoint(self) -> dict[str, Any]:
+        """What a checkpoint holds. Every process calls this."""
         nimg, elapsed_sec = self._tick
         run = {"ranks": self.world.size, "tick": {"cur_nimg": nimg, "total_elapsed_time": elapsed_sec}}
-        data = self.state.state_dict() | {"stats": self._means.state_dict(), "run": run}
-        yield from self._saver.save_checkpoint(self.state.nimg, data)
+        return self.state.state_dict() | {"stats": self._means.state_dict(), "run": run}

@@ -1,0 +1,70 @@
+"""How far the images of each way of computing are from those of the plain network in float32, in grey levels.
+
+The shipped demo: network, guide and sampler of the preset, the same seeds. `python -m benchmarks.numerics_sampling`
+"""
+
+import datetime
+import platform
+from typing import Any
+
+import click
+import numpy as np
+import torch
+
+from torch_utils.precision import PRECISIONS, numerics, precision_note
+from training.generation import Prepare, generate_images
+from training.prepare_network import PrepareNetwork
+from training.sampling_request import resolve_sampling
+
+
+def images_of(prepare: Prepare, num: int, device: torch.device, **options: Any) -> np.ndarray:
+    """The images of seeds 0 to num - 1, [N, C, H, W] as integers from 0 to 255."""
+    request = resolve_sampling(preset="demo")
+    options = {"max_batch_size": 25, **request.sampler_kwargs(), **options}
+    images = generate_images(request.net, request.gnets, seeds=range(num), device=device, prepare=prepare, **options)
+    with numerics(cudnn_benchmark=False):
+        return np.concatenate([batch.images.cpu().numpy() for batch in images if batch.images is not None]).astype(int)
+
+
+def ways_on(device: torch.device, compiled: bool) -> dict[str, tuple[PrepareNetwork, dict[str, Any]]]:
+    """By name: how to prepare the networks, and options of `generate_images`."""
+    ways: dict[str, tuple[PrepareNetwork, dict[str, Any]]] = {}
+    for precision in PRECISIONS:
+        if precision in ("fp32", "bf16") or precision_note(precision, device) is None:
+            ways[precision] = PrepareNetwork(precision=precision), {}
+            if compiled:
+                ways[f"{precision}, compiled"] = PrepareNetwork(precision=precision, compile=True), {}
+    ways["fp32, batches of 1"] = PrepareNetwork(precision="fp32"), {"max_batch_size": 1}
+    return ways
+
+
+def in_float32(net: Any, device: torch.device) -> Any:
+    """The plain network, also where its file asks for float16: the reference."""
+    net.use_fp16 = False
+    return net
+
+
+def table(num: int, device: torch.device, compiled: bool, **options: Any) -> list[str]:
+    """The lines of the table; `options` go to `generate_images`."""
+    expected = images_of(in_float32, num, device, **options)
+    lines = ["| mode | largest | mean | pixels that differ |", "|---|---|---|---|"]
+    for name, (prepare, more) in ways_on(device, compiled).items():
+        difference = np.abs(images_of(prepare, num, device, **{**options, **more}) - expected)
+        lines.append(f"| {name} | {difference.max()} | {difference.mean():.4f} | {np.mean(difference > 0):.2%} |")
+    return lines
+
+
+@click.command()
+@click.option("--num", default=100, show_default=True, help="Images")
+@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
+@click.option("--compiled/--no-compiled", default=False, show_default=True, help="Compiled networks too")
+def main(num: int, device: str, compiled: bool) -> None:
+    """Print the table."""
+    place = torch.device(device)
+    machine = torch.cuda.get_device_name(place) if place.type == "cuda" else platform.machine()
+    click.echo(f"{datetime.date.today()}, {machine}, torch {torch.__version__}, {num} images, from 0 to 255")
+    click.echo("\n".join(table(num, place, compiled)))
+
+
+if __name__ == "__main__":
+    main()
