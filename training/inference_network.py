@@ -10,6 +10,7 @@ Shape legend: N images, C channels, H x W pixels, E embedding width, L classes, 
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -115,8 +116,8 @@ class InferencePrecond(nn.Module):
 
         # The embedding is F.silu(noise part + class part), the scales 1 + a product with it: its factors are in these.
         noise_share, label_share = (1.0, 0.0) if unet.emb_label is None else balance(unet.label_balance)
-        self.register_buffer("freqs", unet.emb_fourier.freqs.float())
-        self.register_buffer("phases", unet.emb_fourier.phases.float())
+        self.register_buffer("freqs", unet.emb_fourier.freqs.to(torch.float32, copy=True))
+        self.register_buffer("phases", unet.emb_fourier.phases.to(torch.float32, copy=True))
         self.register_buffer("emb_noise", _matrix(unet.emb_noise, noise_share * math.sqrt(2)))
         label_gain = label_share * math.sqrt(max(net.label_dim, 1))
         self.register_buffer("emb_label", None if unet.emb_label is None else _matrix(unet.emb_label, label_gain))
@@ -145,10 +146,9 @@ class InferencePrecond(nn.Module):
     def evaluate(self, x: torch.Tensor, sigma: torch.Tensor, label_emb: torch.Tensor | None) -> torch.Tensor:
         """The denoised images of `x` [N, C, H, W] at noise levels [N or 1]; `label_emb` [N or 1, E] is `bind`'s."""
         c_skip, c_out, c_in, c_noise = scalings(sigma, self.sigma_data)
-        features = torch.addcmul(self.phases, c_noise[:, None], self.freqs).cos()
-        emb = each_row_alone(features, self.emb_noise)
-        emb = F.silu(emb if label_emb is None else emb + label_emb)
-        scales = (each_row_alone(emb, self.emb_scale) + 1).to(self.dtype)  # [N or 1, S]
+        emb = each_row_alone(self._noise_embedding, c_noise[:, None])
+        emb = emb if label_emb is None else emb + label_emb
+        scales = each_row_alone(self._scales, emb)  # [N or 1, S]
         layers = [*self.enc, *self.dec]
         parts = scales.split([layer.width for layer in layers], dim=1)
         bound = [_bound(layer, part) for layer, part in zip(layers, parts, strict=True)]
@@ -170,16 +170,24 @@ class InferencePrecond(nn.Module):
         if class_labels is None:
             return torch.zeros([1, self.emb_label.shape[0]], device=self.emb_label.device)
         labels = class_labels.to(self.emb_label.device, torch.float32).reshape(-1, self.label_dim)
-        return each_row_alone(labels, self.emb_label)
+        return each_row_alone(partial(F.linear, weight=self.emb_label), labels)
+
+    def _noise_embedding(self, c_noise: torch.Tensor) -> torch.Tensor:
+        """[N, 1] to [N, E]."""
+        return F.linear(torch.addcmul(self.phases, c_noise, self.freqs).cos(), self.emb_noise)
+
+    def _scales(self, emb: torch.Tensor) -> torch.Tensor:
+        """All blocks' modulations for the sum of the embeddings: [N, E] to [N, S]."""
+        return (F.linear(F.silu(emb), self.emb_scale) + 1).to(self.dtype)
 
 
-def each_row_alone(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`x` [N, I] times `weight` [O, I], to [N, O]. On a CPU row by row: in a common product, what comes out for a row
-    depends in its last bits on how many there are, and an image would depend on its batch.
+def each_row_alone(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """`function` of the rows of `x` [N, I], as [N, O]. On a CPU row by row: in a common product or SiLU, what comes out
+    for a row depends in its last bits on how many there are, and an image would depend on its batch.
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling():
-        return F.linear(x, weight)
-    return torch.cat([F.linear(row, weight) for row in x.split(1)])
+        return function(x)
+    return torch.cat([function(row) for row in x.split(1)])
 
 
 def _bound(layer: nn.Module, scale: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
