@@ -194,12 +194,12 @@ def test_folders_that_are_none_are_refused(tmp_path: Path, capsys: pytest.Captur
     good = json.loads(config.read_text())
     for change, message in (
         ({"_class_name": "UNet2DModel"}, "'UNet2DModel'; known is EDM2UNet"),
-        ({"network": {**good["network"], "img_channels": 3}}, "has shape"),
+        ({"network": {**good["network"], "img_channels": 4}}, "has shape"),
         ({"network": {**good["network"], "source": "import os"}}, "not known"),
         ({"network": None}, "lacks 'class' or 'arguments'"),
         ({"snapshot": []}, "is no object"),
         ({"snapshot": {"encoder": {"class": "os.system", "arguments": {}}}}, "known are"),
-        ({"snapshot": {"nimg": "many"}}, "an int is needed"),
+        ({"snapshot": {"nimg": "many"}}, "int is needed"),
     ):
         config.write_text(json.dumps(good | change))
         assert message in told()
@@ -208,7 +208,7 @@ def test_folders_that_are_none_are_refused(tmp_path: Path, capsys: pytest.Captur
     config.write_text("{")
     assert "no JSON" in told()
     config.unlink()
-    assert "a folder without a network in it" in told()
+    assert "without a network in it" in told()
     assert not (tmp_path / "net.pkl").exists()
 
 

@@ -39,7 +39,7 @@ def read(folder: Path, values: bool = True) -> dict[str, Any]:
         parts = next((name for name in present if name.endswith(f"{WEIGHTS_FILE}.index.json")), None)
         hint = f"; {parts} says that its weights are in parts, which is not supported" if parts else ""
         raise ConfigError(
-            f"it is a folder without a network in it ({NETWORK_FOLDER}/{CONFIG_FILE} and"
+            f"it is a folder, no file, without a network in it ({NETWORK_FOLDER}/{CONFIG_FILE} and"
             f" {NETWORK_FOLDER}/{WEIGHTS_FILE}, or both at its top){hint}; to use a file in it, name the file"
         )
     config = _read_json(folder / files[0])
@@ -52,7 +52,7 @@ def read(folder: Path, values: bool = True) -> dict[str, Any]:
 
 def _metadata(config: Mapping[str, Any], folder: Path) -> dict[str, str]:
     """The header's metadata of a network file with this configuration."""
-    entries = config.get("snapshot") or {}
+    entries = config.get("snapshot", {})
     if not isinstance(entries, dict):
         raise ConfigError(f"the entry 'snapshot' of its {CONFIG_FILE} is no object")
     found: dict[str, Any] = {key: entries.get(key) for key in ENTRIES}
