@@ -5,6 +5,7 @@ The shipped demo: network, guide and sampler of the preset, the same seeds. `pyt
 
 import datetime
 import platform
+from collections.abc import Iterator
 from typing import Any
 
 import click
@@ -44,14 +45,14 @@ def in_float32(net: Any, device: torch.device) -> Any:
     return net
 
 
-def table(num: int, device: torch.device, compiled: bool, **options: Any) -> list[str]:
-    """The lines of the table; `options` go to `generate_images`."""
+def table(num: int, device: torch.device, compiled: bool, **options: Any) -> Iterator[str]:
+    """The lines of the table, as they come; `options` go to `generate_images`."""
     expected = images_of(in_float32, num, device, **options)
-    lines = ["| mode | largest | mean | pixels that differ |", "|---|---|---|---|"]
+    yield "| mode | largest | mean | pixels that differ |"
+    yield "|---|---|---|---|"
     for name, (prepare, more) in ways_on(device, compiled).items():
         difference = np.abs(images_of(prepare, num, device, **{**options, **more}) - expected)
-        lines.append(f"| {name} | {difference.max()} | {difference.mean():.4f} | {np.mean(difference > 0):.2%} |")
-    return lines
+        yield f"| {name} | {difference.max()} | {difference.mean():.4f} | {np.mean(difference > 0):.2%} |"
 
 
 @click.command()
@@ -63,7 +64,8 @@ def main(num: int, device: str, compiled: bool) -> None:
     place = torch.device(device)
     machine = torch.cuda.get_device_name(place) if place.type == "cuda" else platform.machine()
     click.echo(f"{datetime.date.today()}, {machine}, torch {torch.__version__}, {num} images, from 0 to 255")
-    click.echo("\n".join(table(num, place, compiled)))
+    for line in table(num, place, compiled):
+        click.echo(line)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def test_the_cases_for_a_gpu_are_the_published_shapes():
 
 
 def test_the_table_of_numerics():
-    lines = numerics_sampling.table(2, CPU, False, num_steps=2)
+    lines = list(numerics_sampling.table(2, CPU, False, num_steps=2))
     rows = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:5]] for line in lines[2:]}
     assert set(rows) == {"fp32", "bf16", "fp32, batches of 1"}
     assert float(rows["fp32"][1]) < 0.01 < float(rows["bf16"][1])
