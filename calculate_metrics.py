@@ -241,8 +241,7 @@ def _measure(
     elif skip_existing:
         raise ConfigError("--skip-existing needs the file that would be there: --json=result.json")
     reference = None if ref is None else load_stats(ref)
-    world = distributed.init(device)
-    try:
+    with distributed.joined(device) as world:
         plan = plan_metrics(metrics, reference, device=world.device, weights=given_weights(weights))
         _say(report.notes(plan.skipped, plan.detectors), world)
         if skip_existing and json_path is not None:
@@ -266,8 +265,6 @@ def _measure(
             make_folder(json_path.parent)
             report.write_json(json_path, {**record, "command": command, "reference": described, **facts()})
         world.barrier()
-    finally:
-        world.close()
 
 
 @cmdline.command()
@@ -299,8 +296,7 @@ def ref(
         )
     pictures = PictureSet(data)
     (everything,) = choose_pictures(pictures, len(pictures), seed=0)
-    world = distributed.init(device)
-    try:
+    with distributed.joined(device) as world:
         plan = plan_reference(
             metrics, keep_features=features is not None, device=world.device, weights=given_weights(weights)
         )
@@ -319,8 +315,6 @@ def ref(
         stats = _finish(work, "Reading", world)
         _say([f"Wrote {dest}: {', '.join(stats.keys() - {'num_images'})} of {stats['num_images']} images"], world)
         world.barrier()
-    finally:
-        world.close()
 
 
 def _from_main(world: World, path: Path, request: dict[str, Any], metrics: Sequence[str]) -> dict[str, float] | None:

@@ -96,8 +96,7 @@ def convert(workers: int | None, **options: Any) -> None:
     # So that `kill`, and torchrun when another process fails, leave no unfinished files behind.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     request = ConvertOptions(**options, workers=workers or default_workers())
-    world = distributed.init("cpu", patience_hours=PATIENCE_HOURS)
-    try:
+    with distributed.joined("cpu", patience_hours=PATIENCE_HOURS) as world:
         conversion = Conversion(request, world)
         left_out, num_unreadable = 0, 0
         with tqdm(total=len(conversion), desc="Converting", unit="image", disable=not world.is_main) as progress:
@@ -109,8 +108,6 @@ def convert(workers: int | None, **options: Any) -> None:
                     progress.write(f"Left out: {line}", file=sys.stderr)
         counts = (conversion.num_kept, left_out, num_unreadable)
         totals = [sum(column) for column in zip(*world.all_gather_objects(counts), strict=True)]
-    finally:
-        world.close()
     if world.is_main:
         click.echo(describe_result(request.dest, conversion, *totals))
 
@@ -243,8 +240,7 @@ def run_transcoding(
     dataset.check_headers(1000)  # what differs from the rest is told now, not after hours
     if grid is not None:
         require_sheet(grid)
-    world = distributed.init(device, patience_hours=PATIENCE_HOURS)
-    try:
+    with distributed.joined(device, patience_hours=PATIENCE_HOURS) as world:
         work = transcode.Transcoding(
             dataset, dest, encoder, source_path=source, world=world, num_shards=shards, **options
         )
@@ -258,8 +254,6 @@ def run_transcoding(
                 progress.update(step.num_images)
             if grid is not None and world.is_main:
                 write_sheet(grid, transcode.samples(dataset, work.encoder, world.device), num_columns=8)
-    finally:
-        world.close()
     if world.is_main:
         place = dest if shards is None else f"{dest} in {len(work.parts)} files"
         there = ", there already" if work.finished else ""

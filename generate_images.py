@@ -109,15 +109,12 @@ def cmdline(list_presets: bool, device: str | None, **options: Any) -> None:
         click.echo(describe_generation_presets())
         return
     request = resolve(**options)
-    world = distributed.init(device)
-    if world.is_main:
-        for note in request.sampling.notes_for(world.device):
-            click.echo(note)
-    try:
+    with distributed.joined(device) as world:
+        if world.is_main:
+            for note in request.sampling.notes_for(world.device):
+                click.echo(note)
         with numerics(cudnn_benchmark=False):
             run(request, world)
-    finally:
-        world.close()
 
 
 def resolve(

@@ -128,8 +128,7 @@ def _sweep(
     if num < 2:
         raise ConfigError(f"--num={num} images cannot be measured; two are the least")
     reference = None if ref is None else load_stats(ref)
-    world = distributed.init(device)
-    try:
+    with distributed.joined(device) as world:
         plan = plan_metrics(metrics, reference, device=world.device, weights=given_weights(weights))
         _say(report.notes(plan.skipped, plan.detectors), world)
         settings = sweep.settings_of(
@@ -152,8 +151,6 @@ def _sweep(
             if plot is not None:
                 plot_sweep(plot, points, plan.metrics, title=f"{len(inputs)} snapshots, {num} images a point")
         world.barrier()
-    finally:
-        world.close()
 
 
 def _from_main(world: World, path: Path, settings: dict[str, Any]) -> list[Point]:

@@ -5,6 +5,7 @@ The short form runs with every `make test`; the long one, `make faults`, counts 
 
 import os
 import random
+import re
 import signal
 from collections import Counter
 from pathlib import Path
@@ -36,8 +37,9 @@ def test_an_interrupt_at_the_terminal_leaves_workers_to_finish_the_iteration(tmp
         run.abandon()
     text = run.tail()
     assert "Traceback" not in text and "SIGINT: ending after this iteration" in text
-    assert "Suspended at 0.0 kimg: SIGINT. To continue: python" in text and "--workers=1" in text.splitlines()[-1]
-    assert len(list(run.folder.glob("training-state-*"))) == 1
+    assert re.search(r"Suspended at \d+\.\d kimg: SIGINT\. To continue: python", text)
+    assert "--workers=1" in text.splitlines()[-1]
+    assert len(list(run.folder.glob("training-state-*"))) <= 1  # none where the signal came before the first iteration
 
 
 @pytest.mark.slow

@@ -311,7 +311,9 @@ def test_the_commands_of_a_real_run_work_and_give_its_sample_grid(tmp_path, monk
         click.testing.CliRunner().invoke(command, words[2:], standalone_mode=False, catch_exceptions=False)
         if purpose.startswith("Sample from the newest"):
             with PIL.Image.open("out/grid.png") as ours, PIL.Image.open("run/samples-0000002.png") as theirs:
-                np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
+                # The run drew from its own weights in float32, the command from a file of theirs in float16.
+                apart = np.abs(np.asarray(ours, dtype=int) - np.asarray(theirs, dtype=int))
+                assert apart.max() <= 1 and (apart > 0).mean() < 0.03
             Path("out/grid.png").unlink()
     assert Path("out/grid.png").is_file()
 
