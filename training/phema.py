@@ -167,9 +167,8 @@ class PowerFunctionEMA:
     @torch.no_grad()
     def update(self, cur_nimg: int, batch_size: int) -> None:
         """Take in the parameters after a step of `batch_size` images that ended at `cur_nimg` images."""
-        for std, ema in zip(self.stds, self.emas, strict=True):
-            beta = float(power_function_beta(std=std, t_next=cur_nimg, t_delta=batch_size))
-            _lerp_parameters(ema, self.net, 1 - beta)
+        betas = [power_function_beta(std=std, t_next=cur_nimg, t_delta=batch_size) for std in self.stds]
+        _lerp_parameters(self.emas, self.net, [1 - float(beta) for beta in betas])
 
     @torch.no_grad()
     def get(self) -> list[tuple[torch.nn.Module, str]]:
@@ -220,7 +219,7 @@ class TraditionalEMA:
         if self.rampup_ratio is not None:
             halflife_Mimg = min(halflife_Mimg, cur_nimg / 1e6 * self.rampup_ratio)
         beta = 0.5 ** (batch_size / max(halflife_Mimg * 1e6, 1e-8))
-        _lerp_parameters(self.ema, self.net, 1 - beta)
+        _lerp_parameters([self.ema], self.net, [1 - beta])
 
     @torch.no_grad()
     def get(self) -> torch.nn.Module:
@@ -263,11 +262,18 @@ def _copy_tensors(pairs: Named) -> None:
         ours.copy_(theirs)
 
 
-def _lerp_parameters(ema: torch.nn.Module, net: torch.nn.Module, weight: float) -> None:
-    """Move the average's parameters towards the network's by `weight`, in a few kernels for all of them."""
-    pairs = _pairs(ema.named_parameters(), net.named_parameters())
-    if pairs:
-        torch._foreach_lerp_([ours for ours, _ in pairs], [theirs for _, theirs in pairs], weight)
+def _lerp_parameters(averages: Sequence[torch.nn.Module], net: torch.nn.Module, weights: Sequence[float]) -> None:
+    """Move each average's parameters towards the network's by its weight, in a few kernels for all of them."""
+    pairs = [_pairs(average.named_parameters(), net.named_parameters()) for average in averages]
+    ours, theirs = ([pair[side] for named in pairs for pair in named] for side in (0, 1))
+    if not ours:
+        return
+    each = [weight for weight, named in zip(weights, pairs, strict=True) for _ in named]
+    try:
+        torch._foreach_lerp_(ours, theirs, each)
+    except TypeError:  # before PyTorch 2.7, which takes one weight a call
+        for weight, named in zip(weights, pairs, strict=True):
+            torch._foreach_lerp_([pair[0] for pair in named], [pair[1] for pair in named], weight)
 
 
 def _load(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
