@@ -308,7 +308,7 @@ def test_what_is_no_network_file_is_named(tmp_path: Path) -> None:
     cases = [
         (GOLDEN / "toy.pkl", "ToyModel"),
         (GOLDEN.parent / "dataset-ref.pkl", "'ema'"),
-        (tmp_path, "folder without a network"),
+        (tmp_path, "without a network in it"),
     ]
     text = tmp_path / "text.pkl"
     text.write_text("hello")
