@@ -27,6 +27,7 @@ from dnnlib.folders import make_folder, require_folder
 from torch_utils import distributed
 from torch_utils.distributed import World
 from torch_utils.precision import numerics
+from torch_utils.together import on_main
 from training.detectors import DINOv2Detector, InceptionV3Detector, make_detector
 from training.generation import generate_images
 from training.metrics import report
@@ -319,18 +320,16 @@ def ref(
 
 def _from_main(world: World, path: Path, request: dict[str, Any], metrics: Sequence[str]) -> dict[str, float] | None:
     """The results at `path` as the main process reads them, in every process; None where there are none yet."""
-    found: dict[str, float] | str | None = None
-    if world.is_main:
-        try:
-            found = report.read_results(path, request)
-            if found is not None and set(found) != set(metrics):
-                found = f"{path} holds {', '.join(found)}, not {', '.join(metrics)}; name another file, or delete it"
-        except ConfigError as error:
-            found = str(error)
-    shared = world.all_gather_objects(found)[0]
-    if isinstance(shared, str):
-        raise ConfigError(shared)
-    return shared
+
+    def read() -> dict[str, float] | None:
+        found = report.read_results(path, request)
+        if found is not None and set(found) != set(metrics):
+            raise ConfigError(
+                f"{path} holds {', '.join(found)}, not {', '.join(metrics)}; name another file, or delete it"
+            )
+        return found
+
+    return on_main(world, read)
 
 
 def _finish(work: StatsPass, what: str, world: World) -> Stats:

@@ -16,6 +16,7 @@ from dnnlib.folders import make_folder, require_folder
 from torch_utils import distributed
 from torch_utils.distributed import World
 from torch_utils.precision import numerics
+from torch_utils.together import on_main
 from training.metrics import report, sweep
 from training.metrics.plan import Plan, plan_metrics
 from training.metrics.reference import load_stats
@@ -155,16 +156,7 @@ def _sweep(
 
 def _from_main(world: World, path: Path, settings: dict[str, Any]) -> list[Point]:
     """The points of an earlier sweep as the main process reads them, since it is the one that writes."""
-    found: list[Point] | str = []
-    if world.is_main:
-        try:
-            found = sweep.read_points(path, settings)
-        except ConfigError as error:
-            found = str(error)
-    shared = world.all_gather_objects(found)[0]
-    if isinstance(shared, str):
-        raise ConfigError(shared)
-    return shared
+    return on_main(world, lambda: sweep.read_points(path, settings))
 
 
 def _carry_out(
