@@ -29,7 +29,6 @@ from torch_utils.distributed import World
 from torch_utils.precision import numerics
 from torch_utils.together import on_main
 from training.detectors import DINOv2Detector, InceptionV3Detector, make_detector
-from training.generation import generate_images
 from training.metrics import report
 from training.metrics.evaluate import StatsPass
 from training.metrics.image_set import PictureBatches, PictureSet, choose_pictures
@@ -37,7 +36,8 @@ from training.metrics.plan import plan_metrics, plan_reference
 from training.metrics.reference import Stats, load_stats, require_statistics, require_suffix, save_stats
 from training.metrics.scores import compute_scores, lacking, shared_scores
 from training.metrics.table import DEFAULT, METRICS, parse_metrics
-from training.sampling_request import resolve_sampling
+from training.sampling.generation import generate_images
+from training.sampling.request import resolve_sampling
 
 # Names that people's scripts import from here.
 __all__ = [

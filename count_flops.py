@@ -12,9 +12,9 @@ from dnnlib.atomic import write_text
 from dnnlib.cli_sampling import sampling_options_without
 from dnnlib.errors import ConfigError
 from training.flops import FlopCount, RunCost, count_flops, decoder_of, network_of, run_cost
-from training.guidance import Guidance
 from training.presets import GENERATION, TRAINING
-from training.sampling_request import SamplingRequest, resolve_sampling
+from training.sampling.guidance import Guidance
+from training.sampling.request import SamplingRequest, resolve_sampling
 
 # The name that people's scripts import from here is count_flops.
 __all__ = ["FlopCount", "count_flops"]

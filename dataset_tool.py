@@ -129,7 +129,7 @@ def inspect(path: Path, grid: Path | None, json_file: Path | None) -> None:
 
     from dnnlib.atomic import write_text
     from training.conversion.inspect import Inspection, describe
-    from training.image_files import require_sheet, write_sheet
+    from training.sampling.image_files import require_sheet, write_sheet
 
     if grid is not None:
         require_sheet(grid)
@@ -233,7 +233,7 @@ def run_transcoding(
     from torch_utils.precision import numerics
     from training.conversion import transcode
     from training.dataset import ImageFolderDataset
-    from training.image_files import require_sheet, write_sheet
+    from training.sampling.image_files import require_sheet, write_sheet
 
     dataset = ImageFolderDataset(source)
     encoder = make_encoder(dataset, batch)

@@ -19,15 +19,15 @@ from dnnlib.parse import parse_int_list
 from torch_utils import distributed
 from torch_utils.distributed import World
 from torch_utils.precision import numerics
-from training.generation import GeneratedImages, generate_images
-from training.generation_checks import require_writable_images
-from training.image_decoder import DecoderOptions
-from training.image_files import require_sheet, write_sheet
-from training.png_files import FAST, read_png
 from training.presets import describe_generation_presets
-from training.sampler import StackedRandomGenerator, edm_sampler
-from training.sampling_request import SamplingRequest, resolve_sampling
-from training.snapshot_code import EmbeddedCode
+from training.sampling.checks import require_writable_images
+from training.sampling.generation import GeneratedImages, generate_images
+from training.sampling.image_decoder import DecoderOptions
+from training.sampling.image_files import require_sheet, write_sheet
+from training.sampling.png_files import FAST, read_png
+from training.sampling.request import SamplingRequest, resolve_sampling
+from training.sampling.sampler import StackedRandomGenerator, edm_sampler
+from training.snapshots.code import EmbeddedCode
 
 # Names that people's scripts import from here.
 __all__ = ["StackedRandomGenerator", "edm_sampler", "generate_images", "parse_int_list"]

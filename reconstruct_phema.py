@@ -13,9 +13,9 @@ import tqdm
 from dnnlib.cli import STD_LIST, main
 from dnnlib.errors import ConfigError
 from dnnlib.parse import parse_std_list
-from training import posthoc
-from training.posthoc import Reconstruction, list_input_pickles
-from training.posthoc_plot import check_plot_path, plot_responses
+from training.posthoc import reconstruction
+from training.posthoc.plot import check_plot_path, plot_responses
+from training.posthoc.reconstruction import Reconstruction, list_input_pickles
 from training.snapshot import nimg_from_kimg
 
 __all__ = ["list_input_pickles", "parse_std_list", "reconstruct_phema"]
@@ -36,8 +36,8 @@ def reconstruct_phema(
     verbose: bool = True,
     out_format: str = "pkl",
 ) -> Reconstruction:
-    """`training.posthoc.reconstruct_phema`; `verbose` prints what is going to be done."""
-    work = posthoc.reconstruct_phema(
+    """`training.posthoc.reconstruction.reconstruct_phema`; `verbose` prints what is going to be done."""
+    work = reconstruction.reconstruct_phema(
         in_pkls, out_std, out_nimg, out_dir, out_prefix, skip_existing, max_batch_size, out_format
     )
     if verbose:

@@ -22,9 +22,9 @@ from training.metrics.plan import Plan, plan_metrics
 from training.metrics.reference import load_stats
 from training.metrics.sweep import Point, Sweep
 from training.metrics.sweep_plot import plot_sweep
-from training.posthoc_inputs import choose_inputs, list_input_pickles
-from training.posthoc_plot import SUFFIXES
-from training.sampling_request import SamplingRequest, resolve_sampling
+from training.posthoc.inputs import choose_inputs, list_input_pickles
+from training.posthoc.plot import SUFFIXES
+from training.sampling.request import SamplingRequest, resolve_sampling
 from training.snapshot import nimg_from_kimg
 
 

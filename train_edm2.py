@@ -32,11 +32,13 @@ from torch_utils.together import on_main
 from training.config import MetricsConfig, TrainingConfig
 from training.latents import PUBLISHED_VAE
 from training.presets import locate, training_preset
-from training.run_folder import RunFolder
-from training.run_loggers import RunLoggers, check_loggers
-from training.run_samples import check_samples, preferred_std
-from training.run_sessions import record_session
-from training.samples_config import SamplesConfig
+from training.run.folder import RunFolder
+from training.run.loggers import RunLoggers, check_loggers
+from training.run.metrics import check_metrics
+from training.run.samples import check_samples, preferred_std
+from training.run.samples_config import SamplesConfig
+from training.run.sessions import record_session
+from training.run.state import check_network, network_shape
 from training.streaming.remote import is_remote
 from training.training_loop import (
     Cause,
@@ -49,8 +51,6 @@ from training.training_loop import (
     TrainingRun,
     open_dataset,
 )
-from training.training_metrics import check_metrics
-from training.training_state import check_network, network_shape
 
 # Options that are fields of TrainingConfig.network under another name or their own.
 _NETWORK_FIELDS = {

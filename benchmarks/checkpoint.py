@@ -34,10 +34,10 @@ from dnnlib.errors import ConfigError
 from torch_utils.checkpoint import checkpoint_bytes
 from torch_utils.distributed import World, resolve_device
 from training.config import NetworkConfig, TrainingConfig
-from training.run_folder import RunFolder
-from training.saving import RunSaver
+from training.run.folder import RunFolder
+from training.run.saving import RunSaver
+from training.run.state import TrainingState
 from training.training_loop import open_dataset
-from training.training_state import TrainingState
 
 
 def make_state(folder: Path, batch: int, channels: int, device: str | None) -> tuple[TrainingState, TrainingConfig]:

@@ -133,8 +133,8 @@ def main(items: int, images: int, repeats: int) -> None:
     """Compare readers on latents and on PNGs, as dataset_tool.py and as Pillow writes them; then convert."""
     import torch
 
+    from training.data.png import encode_plain_png
     from training.dataset import ImageFolderDataset
-    from training.dataset_png import encode_plain_png
 
     torch.set_num_threads(1)
     rng = np.random.default_rng(0)

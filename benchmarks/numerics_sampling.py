@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from torch_utils.precision import PRECISIONS, numerics, precision_note
-from training.generation import Prepare, generate_images
-from training.prepare_network import PrepareNetwork
-from training.sampling_request import resolve_sampling
+from training.fast.prepare import PrepareNetwork
+from training.sampling.generation import Prepare, generate_images
+from training.sampling.request import resolve_sampling
 
 
 def images_of(prepare: Prepare, num: int, device: torch.device, **options: Any) -> np.ndarray:

@@ -17,11 +17,11 @@ from torch_utils.distributed import resolve_device
 from torch_utils.precision import numerics
 from training.dataset import ImageFolderDataset
 from training.encoders import StandardRGBEncoder
-from training.fast_network import FastPrecond
+from training.fast.network import FastPrecond
 from training.loss import EDM2Loss
 from training.presets import generation_preset, locate, training_preset
+from training.run.update import normalize_weights
 from training.snapshot import load_snapshot
-from training.update import normalize_weights
 
 MODES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

@@ -2,8 +2,8 @@
 
 Both read the same snapshots of a network the size of edm2-img512-xxs (31 million parameters) from a folder, and write
 the same networks to another: once as the loop that one would write first (load each file, add it to each output in
-turn, write), once as `training.posthoc.reconstruct_phema`. The results are compared. How long a bare copy of as
-many bytes takes is printed beside, as the least that the disk allows.
+turn, write), once as `reconstruct_phema` of `training.posthoc.reconstruction`. The results are compared. How long a bare
+copy of as many bytes takes is printed beside, as the least that the disk allows.
 
     python benchmarks/phema.py
     python benchmarks/phema.py --format=safetensors --dir=/dev/shm --repeats=5
@@ -31,7 +31,7 @@ from dnnlib.errors import ConfigError
 from training import phema
 from training.config import NetworkConfig
 from training.networks_edm2 import Precond
-from training.posthoc import Input, list_input_pickles, reconstruct_phema
+from training.posthoc.reconstruction import Input, list_input_pickles, reconstruct_phema
 from training.snapshot import Snapshot, load_snapshot, save_snapshot
 
 NUM_TIMES, STDS = 6, (0.050, 0.100)

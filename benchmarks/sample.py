@@ -21,9 +21,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from tests.oracle import PlainPrecond, plain_guided, plain_heun_sampler
 from torch_utils.precision import Precision, numerics
+from training.fast.prepare import PrepareNetwork
 from training.networks_edm2 import Precond
-from training.prepare_network import PrepareNetwork
-from training.sampler import edm_sampler
+from training.sampling.sampler import edm_sampler
 
 # What the two may differ by, relative to the spread of the images: rounding, carried through all steps.
 TOLERANCE: dict[str, float] = {"fp32": 1e-3, "tf32": 0.05, "fp16": 0.05, "bf16": 0.2}

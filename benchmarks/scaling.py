@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 from torch_utils import distributed
 from torch_utils.distributed import World
 from training.config import NetworkConfig, TrainingConfig
-from training.training_state import TrainingState
+from training.run.state import TrainingState
 
 DATA = SimpleNamespace(resolution=32, num_channels=3, label_dim=10, holds_latents=False)
 NETWORK = NetworkConfig(channels=64, channel_mult=(1, 2), num_blocks=3, attn_resolutions=(16,), precision="fp32")

@@ -22,7 +22,7 @@ from torch import nn
 
 from dnnlib.cli import main
 from training.dataset import ImageFolderDataset
-from training.generation import generate_images
+from training.sampling.generation import generate_images
 
 DATA = Path(__file__).parents[1] / "data"
 NUM_CLASSES = 10

@@ -1,6 +1,6 @@
 """How fast is a training step, beside the plain eager implementation of the papers, and how much memory does it take?
 
-A step is what tests/oracle.py does tensor by tensor and training/training_state.py does fast: noise, forward, backward,
+A step is what tests/oracle.py does tensor by tensor and training/run/state.py does fast: noise, forward, backward,
 Adam, both averages. Both start from the same weights; before anything is timed, loss and gradients are compared. Then
 they take turns. The matrix rate is that of a large matrix product (on a CPU: of 3x3 convolutions), measured in the same
 run; a step's operations are three times the forward pass's.
@@ -33,10 +33,10 @@ from torch_utils.precision import Precision, compute_dtype, numerics
 from training.config import NetworkConfig, TrainingConfig
 from training.flops import count_flops
 from training.presets import locate, training_preset
-from training.run_folder import RunFolder
+from training.run.folder import RunFolder
+from training.run.state import TrainingState, make_network
+from training.run.update import normalize_weights
 from training.training_loop import Iteration, TrainingRun
-from training.training_state import TrainingState, make_network
-from training.update import normalize_weights
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -84,7 +84,7 @@ _OPTIONS: dict[str, Callable[[Any], Any]] = {
 
 
 def sampling_options(command: F) -> F:
-    """Add the options to a command function; what they give is for `training.sampling_request.resolve_sampling`.
+    """Add the options to a command function; what they give is for `training.sampling.request.resolve_sampling`.
 
     Their names there: preset, net, gnet (a tuple), gnet_shares, guidance, interval, solver, num_steps, sigma_min,
     sigma_max, rho, S_churn, S_min, S_max, S_noise, precision, compile (a bool).

@@ -1,6 +1,6 @@
 """EDM2 networks as a pipeline of the diffusers library: EDM2Pipeline, EDM2UNet, EDM2HeunScheduler.
 
-The folders that they load and save are those of `convert_snapshot.py --to=folder` (training/model_folder.py).
+The folders that they load and save are those of `convert_snapshot.py --to=folder` (training/snapshots/model_folder.py).
 """
 
 try:

@@ -21,10 +21,10 @@ from edm2_diffusers.randomness import Randomness
 from edm2_diffusers.scheduler import EDM2HeunScheduler
 from edm2_diffusers.unet import EDM2UNet
 from training.encoders import Encoder, StabilityVAEEncoder
-from training.generation import require_matching_guide
-from training.guidance import Guidance, bind_labels
-from training.network_source import locate_network
+from training.sampling.generation import require_matching_guide
+from training.sampling.guidance import Guidance, bind_labels
 from training.snapshot import load_snapshot
+from training.snapshots.network_source import locate_network
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 

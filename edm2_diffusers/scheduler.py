@@ -1,7 +1,7 @@
 """Heun's method over EDM's noise levels, as a scheduler of the diffusers library.
 
 Source: Karras et al., arXiv 2206.00364, Algorithm 2 without churn, and Eq. 5. The arithmetic is that of
-`training.solvers.heun`, to the bit.
+`training.sampling.solvers.heun`, to the bit.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 
-from training.sampler import HeunOptions
+from training.sampling.sampler import HeunOptions
 
 
 @dataclass

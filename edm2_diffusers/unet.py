@@ -14,11 +14,11 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from diffusers.utils import is_accelerate_available
 
 from training.encoders import Encoder, StandardRGBEncoder
-from training.generation import image_size
-from training.model_folder_write import described_snapshot
 from training.networks_edm2 import Precond
+from training.sampling.generation import image_size
 from training.snapshot import Snapshot
-from training.snapshot_parts import build_encoder, network_arguments
+from training.snapshots.model_folder_write import described_snapshot
+from training.snapshots.parts import build_encoder, network_arguments
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 

@@ -24,16 +24,16 @@ from dnnlib.errors import ConfigError
 from tests.shards import write_tar
 from tests.tiny import flat_state
 from torch_utils import checkpoint, persistence
-from training import dataset_index
 from training.config import TrainingConfig
+from training.data import index as dataset_index
+from training.data.labels import MAX_CLASSES
 from training.dataset import ImageFolderDataset
-from training.dataset_labels import MAX_CLASSES
 from training.encoders import StabilityVAEEncoder, StandardRGBEncoder
 from training.latents import encoder_entry, encoder_of, read_encoder_file
 from training.metrics import sweep
 from training.metrics.reference import load_stats, save_stats
 from training.networks_edm2 import Precond
-from training.run_folder import RunFolder
+from training.run.folder import RunFolder
 from training.snapshot import Snapshot, load_snapshot, read_header, save_snapshot
 from training.streaming.dataset import StreamedDataset
 from training.toy.files import load_toy_model, save_toy_model

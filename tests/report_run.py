@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tests.tiny import tiny_config
-from training.image_files import write_sheet
+from training.sampling.image_files import write_sheet
 
 NOW = datetime(2026, 11, 24, 12, 0, tzinfo=UTC)
 COMMAND = "python train_edm2.py --outdir=run --preset=fashion --duration=4Ki"

@@ -19,7 +19,7 @@ from training.conversion.archive import (
     shard_path,
     writing,
 )
-from training.dataset_index import read_index
+from training.data.index import read_index
 
 HEAD: dict[str, list[int]] = {"labels": []}
 

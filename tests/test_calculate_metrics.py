@@ -23,14 +23,14 @@ from tests.stand_in_detector import NUM_FEATURES, StandInDetector, images
 from tests.tiny import write_dataset
 from torch_utils.distributed import World
 from training.detectors import DETECTORS, DetectorOutput, EfficientNetLite0Detector
-from training.generation import generate_images
 from training.metrics import plan
 from training.metrics.evaluate import StatsPass, evaluate_images
 from training.metrics.frechet import frechet_distance
 from training.metrics.image_set import PictureBatch, PictureSet, choose_pictures
 from training.metrics.reference import load_stats
 from training.presets import REPOSITORY_DIR
-from training.sampling_request import resolve_sampling
+from training.sampling.generation import generate_images
+from training.sampling.request import resolve_sampling
 
 NET = GOLDEN_DIR / "snapshots" / "rgb-cond.pkl"  # 16x16 pixels
 GUIDE = GOLDEN_DIR / "snapshots" / "rgb-cond-guide.pkl"

@@ -11,8 +11,8 @@ from safetensors import safe_open
 
 import convert_snapshot
 import dnnlib.cli
-from training.model_card import PUBLISHED_NOTICE
 from training.snapshot import Snapshot, load_snapshot, save_snapshot
+from training.snapshots.model_card import PUBLISHED_NOTICE
 
 GOLDEN = Path(__file__).parent / "golden" / "snapshots"
 RUN = GOLDEN / "run" / "network-snapshot-0008388-0.050.pkl"
@@ -172,7 +172,7 @@ def test_a_folder_with_anything_in_it_is_left_alone(tmp_path: Path, capsys: pyte
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from training import model_folder_write
+    from training.snapshots import model_folder_write
 
     def full_disk(*args: Any) -> str:
         raise OSError(28, "No space left on device")

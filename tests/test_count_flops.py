@@ -13,10 +13,10 @@ from dnnlib.errors import ConfigError
 from tests.conftest import GOLDEN_DIR
 from training import flops
 from training.flops import count_decoder, count_flops, decoder_of, network_of, run_cost
-from training.guidance import Guidance
 from training.networks_edm2 import MPConv, Precond
 from training.presets import GENERATION, MODEL_ROOT
-from training.sampler import HeunOptions
+from training.sampling.guidance import Guidance
+from training.sampling.sampler import HeunOptions
 
 # arXiv 2312.02696, Table 2: parameters (the first six exactly) and operations of one evaluation, for latents.
 PAPER = {

@@ -15,10 +15,10 @@ import torch
 
 from dnnlib.errors import ConfigError
 from tests.tiny import write_dataset
-from training import dataset_index
+from training.data import index as dataset_index
+from training.data.files import ZipFiles, open_files
+from training.data.index import NameTable, read_index
 from training.dataset import BatchReader, ImageFolderDataset
-from training.dataset_files import ZipFiles, open_files
-from training.dataset_index import NameTable, read_index
 
 RNG = np.random.default_rng(5)
 

@@ -8,8 +8,8 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from training import dataset_png
-from training.dataset_png import decode_plain_png, encode_plain_png
+from training.data import png as dataset_png
+from training.data.png import decode_plain_png, encode_plain_png
 
 RNG = np.random.default_rng(6)
 

@@ -9,7 +9,7 @@ import torch
 import torch.multiprocessing
 
 from torch_utils.distributed import World
-from training.dealing import all_batches, deal_on_demand, remaining_batches, split_batches
+from training.sampling.dealing import all_batches, deal_on_demand, remaining_batches, split_batches
 
 BATCHES = 7
 

@@ -18,10 +18,10 @@ from edm2_diffusers import EDM2HeunScheduler, EDM2Pipeline, EDM2UNet
 from tests.conftest import GOLDEN_DIR
 from tests.fake_hub import FakeHub, serve_hub
 from training.encoders import StabilityVAEEncoder
-from training.generation import generate_images
-from training.model_folder_write import save_folder
-from training.sampler import HeunOptions
+from training.sampling.generation import generate_images
+from training.sampling.sampler import HeunOptions
 from training.snapshot import Snapshot, load_snapshot
+from training.snapshots.model_folder_write import save_folder
 
 SNAPSHOTS = GOLDEN_DIR / "snapshots"
 NET, GUIDE = SNAPSHOTS / "rgb-cond.pkl", SNAPSHOTS / "rgb-cond-guide.pkl"

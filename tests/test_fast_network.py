@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from tests import oracle
-from training.fast_network import FastPrecond
-from training.fast_ops import effective_weight, head_order, pixel_norm
+from training.fast.network import FastPrecond
+from training.fast.ops import effective_weight, head_order, pixel_norm
 from training.loss import EDM2Loss
 from training.networks_edm2 import Precond, normalize
-from training.update import normalize_weights
+from training.run.update import normalize_weights
 
 SMALL: dict[str, Any] = {
     "img_resolution": 16,

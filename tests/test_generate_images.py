@@ -17,8 +17,8 @@ import dnnlib.cli
 import generate_images as script
 from tests.conftest import GOLDEN_DIR
 from training.presets import GENERATION, MODEL_ROOT, REPOSITORY_DIR
-from training.sampler import HeunOptions
-from training.solvers import SOLVERS
+from training.sampling.sampler import HeunOptions
+from training.sampling.solvers import SOLVERS
 
 NET = GOLDEN_DIR / "snapshots" / "rgb-cond.pkl"  # 16x16 pixels
 GUIDE = GOLDEN_DIR / "snapshots" / "rgb-cond-guide.pkl"

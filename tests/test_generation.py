@@ -16,11 +16,11 @@ import torch
 from dnnlib.errors import ConfigError
 from tests.conftest import GOLDEN_DIR, Golden
 from torch_utils.distributed import World
-from training.dealing import split_batches
-from training.generation import GeneratedImages, generate_images
-from training.image_files import ImageWriter, contact_sheet, num_writer_threads
 from training.networks_edm2 import Precond
-from training.png_files import write_png
+from training.sampling.dealing import split_batches
+from training.sampling.generation import GeneratedImages, generate_images
+from training.sampling.image_files import ImageWriter, contact_sheet, num_writer_threads
+from training.sampling.png_files import write_png
 
 NET = GOLDEN_DIR / "snapshots" / "rgb-cond.pkl"
 GUIDE = GOLDEN_DIR / "snapshots" / "rgb-cond-guide.pkl"

@@ -8,8 +8,8 @@ import torch
 
 from dnnlib.errors import ConfigError
 from tests.test_sampler import GaussianDenoiser
-from training.guidance import Guidance, bind_labels
-from training.sampler import HeunOptions, edm_sampler
+from training.sampling.guidance import Guidance, bind_labels
+from training.sampling.sampler import HeunOptions, edm_sampler
 
 NOISE = torch.randn([2, 1, 3, 3], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 

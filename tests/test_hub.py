@@ -16,9 +16,9 @@ from dnnlib.hub import HubName
 from dnnlib.util import open_url
 from tests.conftest import GOLDEN_DIR
 from tests.fake_hub import FakeHub, commit_of, serve_hub, use_hub
-from training.model_folder_write import save_folder
-from training.network_source import locate_network
 from training.snapshot import load_snapshot, read_header
+from training.snapshots.model_folder_write import save_folder
+from training.snapshots.network_source import locate_network
 
 ROOT = Path(__file__).parents[1]
 PICKLE = GOLDEN_DIR / "snapshots" / "run" / "network-snapshot-0008388-0.050.pkl"

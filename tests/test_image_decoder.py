@@ -10,8 +10,8 @@ import torch
 from dnnlib.errors import ConfigError
 from tests.test_generation import tiny_network
 from training.encoders import StabilityVAEEncoder, StandardRGBEncoder
-from training.generation import generate_images
-from training.image_decoder import PRECISIONS, DecoderOptions
+from training.sampling.generation import generate_images
+from training.sampling.image_decoder import PRECISIONS, DecoderOptions
 
 diffusers = pytest.importorskip("diffusers")
 

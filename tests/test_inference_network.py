@@ -12,13 +12,13 @@ from tests.conftest import GOLDEN_DIR
 from tests.test_fast_network import OPTIONS, small_network
 from tests.test_sampler import CASES, golden_network
 from torch_utils.precision import cpu_threads
-from training.fast_ops import packed
-from training.generation import generate_images
-from training.guidance import bind_labels
-from training.inference_network import InferencePrecond
+from training.fast.inference_network import InferencePrecond
+from training.fast.ops import packed
+from training.fast.prepare import PrepareNetwork
 from training.networks_edm2 import Precond
-from training.prepare_network import PrepareNetwork
-from training.sampler import HeunOptions, StackedRandomGenerator, edm_sampler
+from training.sampling.generation import generate_images
+from training.sampling.guidance import bind_labels
+from training.sampling.sampler import HeunOptions, StackedRandomGenerator, edm_sampler
 from training.snapshot import load_snapshot
 
 NET = GOLDEN_DIR / "snapshots" / "rgb-cond.pkl"

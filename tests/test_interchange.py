@@ -19,7 +19,7 @@ from training.encoders import StabilityVAEEncoder, StandardRGBEncoder
 from training.loss import EDM2Loss
 from training.metrics.reference import load_stats
 from training.snapshot import Snapshot, load_snapshot
-from training.snapshot_pickle import flatten
+from training.snapshots.pickle_file import flatten
 from training.toy.files import load_toy_model
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -11,9 +11,9 @@ import torch
 
 from tests.conftest import GOLDEN_DIR
 from torch_utils.layout import WithoutValues
-from training import snapshot_safetensors
 from training.networks_edm2 import Precond
 from training.presets import REPOSITORY_DIR
+from training.snapshots import safetensors_file
 
 SMALL = {"model_channels": 8, "num_blocks": 1, "channels_per_head": 8}
 
@@ -55,14 +55,14 @@ def test_other_operations_go_the_ordinary_way():
 
 def test_a_file_is_read_straight_to_the_device():
     # The meta device stands for a GPU: tensors that had been put together on the CPU would not be without values.
-    fields = snapshot_safetensors.read(REPOSITORY_DIR / "models" / "fashion.safetensors", device="meta")
+    fields = safetensors_file.read(REPOSITORY_DIR / "models" / "fashion.safetensors", device="meta")
     assert all(value.is_meta for value in fields["net"].state_dict().values())
 
 
 def test_a_network_does_not_change_with_its_file(tmp_path: Path):
     path = tmp_path / "net.safetensors"
     shutil.copy(REPOSITORY_DIR / "models" / "fashion.safetensors", path)
-    net = snapshot_safetensors.read(path)["net"]
+    net = safetensors_file.read(path)["net"]
     before = {name: value.clone() for name, value in net.state_dict().items()}
     with open(path, "r+b") as file:
         file.seek(-(1 << 16), 2)

@@ -11,13 +11,13 @@ import torch.multiprocessing
 from dnnlib.errors import ConfigError
 from tests.stand_in_detector import NUM_FEATURES, StandInDetector, images
 from torch_utils.distributed import World
-from training.dealing import split_batches
 from training.metrics.evaluate import StatsPass, evaluate_images
 from training.metrics.image_set import PictureBatch
 from training.metrics.reference import load_stats
 from training.metrics.scores import compute_scores
 from training.metrics.statistics import Moments, Rows
 from training.metrics.table import METRICS
+from training.sampling.dealing import split_batches
 
 ALL_INCEPTION = [name for name, metric in METRICS.items() if metric.detector == "inception"]
 

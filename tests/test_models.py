@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from training.dataset import ImageFolderDataset
-from training.generation import generate_images
 from training.presets import GENERATION, TRAINING, locate
+from training.sampling.generation import generate_images
 from training.snapshot import load_snapshot
 
 ROOT = Path(__file__).parents[1]

@@ -10,9 +10,9 @@ import torch
 from tests.tiny import assert_same_state, tiny_config, write_dataset
 from torch_utils.distributed import World
 from training.config import TrainingConfig
-from training.monitor import Monitor
 from training.networks_edm2 import Block
-from training.run_folder import RunFolder
+from training.run.folder import RunFolder
+from training.run.monitor import Monitor
 from training.training_loop import Iteration, Status, TrainingRun
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from training.pipeline import streams_of, two_stages
+from training.sampling.pipeline import streams_of, two_stages
 
 
 class NotedStreams:

@@ -9,7 +9,7 @@ import pytest
 from PIL.PngImagePlugin import PngImageFile
 
 from dnnlib.errors import ConfigError
-from training.png_files import PngHead, encode_png, read_png, read_png_head, write_png
+from training.sampling.png_files import PngHead, encode_png, read_png, read_png_head, write_png
 
 
 def picture(channels: int, height: int, width: int, seed: int = 0) -> np.ndarray:

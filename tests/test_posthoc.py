@@ -21,9 +21,11 @@ import reconstruct_phema as script
 from dnnlib.errors import ConfigError
 from tests.conftest import GOLDEN_DIR
 from tests.killed import killed_at_replace, needs_sigkill
-from training import phema, posthoc, posthoc_files, posthoc_plot, posthoc_sums
+from training import phema
 from training.encoders import StabilityVAEEncoder, StandardRGBEncoder
 from training.networks_edm2 import Precond
+from training.posthoc import files as posthoc_files
+from training.posthoc import plot, reconstruction, sums
 from training.snapshot import Snapshot, load_snapshot, save_snapshot
 
 RUN_DIR = GOLDEN_DIR / "snapshots" / "run"
@@ -31,7 +33,7 @@ OUT_DIR = "reconstructed"
 
 
 def build(inputs, stds, **options):
-    return [output for step in posthoc.reconstruct_phema(inputs, stds, **options) for output in step.outputs]
+    return [output for step in reconstruction.reconstruct_phema(inputs, stds, **options) for output in step.outputs]
 
 
 def small_snapshot(path: Path, scale=1.0, seed=0, encoder=None, nimg=None, ema_std=None, **kwargs) -> None:
@@ -56,7 +58,7 @@ def run_dir(tmp_path):
 
 def test_inputs_are_listed_as_the_golden_numbers_have_them():
     golden = json.loads((GOLDEN_DIR / "numbers.json").read_text())["phema_inputs"]
-    files = posthoc.list_input_pickles(RUN_DIR)
+    files = reconstruction.list_input_pickles(RUN_DIR)
     assert [(Path(f.path).name, f.nimg, f.std) for f in files] == [(g["name"], g["nimg"], g["std"]) for g in golden]
 
 
@@ -66,7 +68,7 @@ def test_filters_by_prefix_and_length_and_prefers_safetensors(tmp_path):
         (tmp_path / name).touch()
 
     def listed(**options):
-        return [Path(file.path).name for file in posthoc.list_input_pickles(tmp_path, **options)]
+        return [Path(file.path).name for file in reconstruction.list_input_pickles(tmp_path, **options)]
 
     assert listed() == ["a-0000001-0.050.safetensors", "a-0000001-0.100.pkl", "b-0000002-0.050.pkl"]
     assert listed(in_prefix="a", in_std=[0.1]) == ["a-0000001-0.100.pkl"]
@@ -79,7 +81,7 @@ def test_golden_reconstructions(golden, batch):
     groups: dict[int, list[float]] = {}
     for kimg, std in sorted({tuple(key.split(".unet")[0].split(".logvar")[0].split("-")) for key in wanted}):
         groups.setdefault(int(kimg), []).append(float(std))
-    inputs = posthoc.list_input_pickles(RUN_DIR)
+    inputs = reconstruction.list_input_pickles(RUN_DIR)
     compared = set()
     for kimg, stds in groups.items():
         nimg = next(file.nimg for file in inputs if file.nimg // 1000 == kimg)
@@ -93,7 +95,7 @@ def test_golden_reconstructions(golden, batch):
 
 
 def test_written_files_hold_what_the_iteration_gives(tmp_path):
-    inputs = posthoc.list_input_pickles(RUN_DIR)
+    inputs = reconstruction.list_input_pickles(RUN_DIR)
     outputs = build(inputs, [0.08, 0.03], out_dir=tmp_path / "new" / "folder", out_format="both")
     names = [path.name for output in outputs for path in output.paths]
     assert names == [f"phema-0033554-{std}.{kind}" for std in ("0.030", "0.080") for kind in ("pkl", "safetensors")]
@@ -110,7 +112,7 @@ def test_written_files_hold_what_the_iteration_gives(tmp_path):
 
 
 def test_a_stored_length_comes_back_unchanged():
-    inputs = posthoc.list_input_pickles(RUN_DIR)
+    inputs = reconstruction.list_input_pickles(RUN_DIR)
     (output,) = build(inputs, 0.1)
     stored = load_snapshot(inputs[-1].path).net.state_dict()
     assert output.fit < 1e-7
@@ -119,8 +121,8 @@ def test_a_stored_length_comes_back_unchanged():
 
 
 def test_every_pass_has_as_many_steps_as_there_are_inputs_and_its_last_one_has_the_outputs():
-    inputs = posthoc.list_input_pickles(RUN_DIR)
-    work = posthoc.reconstruct_phema(inputs, [0.03, 0.05, 0.08, 0.1, 0.2], max_batch_size=2)
+    inputs = reconstruction.list_input_pickles(RUN_DIR)
+    work = reconstruction.reconstruct_phema(inputs, [0.03, 0.05, 0.08, 0.1, 0.2], max_batch_size=2)
     steps = list(work)
     assert len(work) == len(steps) == len(inputs) * 4
     assert [step.pass_idx for step in steps] == [i for i in range(4) for _ in inputs]
@@ -128,17 +130,17 @@ def test_every_pass_has_as_many_steps_as_there_are_inputs_and_its_last_one_has_t
 
 
 def test_skip_leaves_existing_files_alone(tmp_path):
-    inputs = posthoc.list_input_pickles(RUN_DIR)
+    inputs = reconstruction.list_input_pickles(RUN_DIR)
     build(inputs, 0.03, out_dir=tmp_path)
     path = tmp_path / "phema-0033554-0.030.pkl"
     os.utime(path, ns=(10**18, 10**18))
     outputs = build(inputs, [0.03, 0.08], out_dir=tmp_path, skip_existing=True)
     assert [output.std for output in outputs] == [0.08] and path.stat().st_mtime_ns == 10**18
-    assert len(posthoc.reconstruct_phema(inputs, [0.03], out_dir=tmp_path, skip_existing=True)) == 0
+    assert len(reconstruction.reconstruct_phema(inputs, [0.03], out_dir=tmp_path, skip_existing=True)) == 0
 
 
 def test_skip_makes_only_the_missing_format_and_removes_what_a_killed_process_left(tmp_path):
-    inputs = posthoc.list_input_pickles(RUN_DIR)
+    inputs = reconstruction.list_input_pickles(RUN_DIR)
     build(inputs, 0.03, out_dir=tmp_path, out_format="safetensors")
     left, other = tmp_path / ".phema-0033554-0.030.pkl.0123456789ab.tmp", tmp_path / ".phema.pkl.0123456789ab.tmp"
     left.write_bytes(b"half")
@@ -151,12 +153,12 @@ def test_skip_makes_only_the_missing_format_and_removes_what_a_killed_process_le
 @needs_sigkill
 def test_a_killed_reconstruction_goes_on_with_what_is_missing(tmp_path):
     """Killed when the second output has all its bytes, and not its name."""
-    inputs, stds = posthoc.list_input_pickles(RUN_DIR), [0.03, 0.08, 0.12]
+    inputs, stds = reconstruction.list_input_pickles(RUN_DIR), [0.03, 0.08, 0.12]
     build(inputs, stds, out_dir=tmp_path / "whole", max_batch_size=1)
     code = f"""
-from training import posthoc
-inputs = posthoc.list_input_pickles({str(RUN_DIR)!r})
-list(posthoc.reconstruct_phema(inputs, {stds}, out_dir={str(tmp_path / "out")!r}, max_batch_size=1))
+from training.posthoc import reconstruction
+inputs = reconstruction.list_input_pickles({str(RUN_DIR)!r})
+list(reconstruction.reconstruct_phema(inputs, {stds}, out_dir={str(tmp_path / "out")!r}, max_batch_size=1))
 """
     killed_at_replace(2, code)
     names = [path.name for path in (tmp_path / "out").iterdir()]
@@ -170,15 +172,15 @@ list(posthoc.reconstruct_phema(inputs, {stds}, out_dir={str(tmp_path / "out")!r}
 
 
 def test_skip_refuses_outputs_that_are_damaged_or_made_of_other_snapshots(tmp_path):
-    inputs = posthoc.list_input_pickles(RUN_DIR)
+    inputs = reconstruction.list_input_pickles(RUN_DIR)
     build(inputs, 0.03, out_dir=tmp_path, out_format="safetensors")
     again = {"out_dir": tmp_path, "skip_existing": True, "out_format": "safetensors"}
     with pytest.raises(ConfigError, match=r"made of other snapshots \(8, now 7\); leave out --skip"):
-        posthoc.reconstruct_phema(inputs[1:], 0.03, 33554432, **again)
+        reconstruction.reconstruct_phema(inputs[1:], 0.03, 33554432, **again)
     path = tmp_path / "phema-0033554-0.030.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ConfigError, match=r"damaged or cut short.*leave out --skip"):
-        posthoc.reconstruct_phema(inputs, 0.03, **again)
+        reconstruction.reconstruct_phema(inputs, 0.03, **again)
 
 
 def test_published_callers_may_pass_objects_of_their_own_and_numpy_lengths():
@@ -186,7 +188,7 @@ def test_published_callers_may_pass_objects_of_their_own_and_numpy_lengths():
         def __init__(self, file):
             self.path, self.nimg, self.std = file.path, file.nimg, file.std
 
-    inputs = [Mine(file) for file in posthoc.list_input_pickles(RUN_DIR, in_std=0.05)]
+    inputs = [Mine(file) for file in reconstruction.list_input_pickles(RUN_DIR, in_std=0.05)]
     work = script.reconstruct_phema(inputs, np.array([0.08]), verbose=False)
     assert [output.std for step in work for output in step.outputs] == [0.08]
 
@@ -207,12 +209,12 @@ def test_inputs_that_do_not_belong_together_are_refused_by_name_before_anything_
     run_dir, tmp_path, monkeypatch, suffix, arguments, message, read_bytes
 ):
     small_snapshot(run_dir / f"net-0000003-0.050{suffix}", **arguments)
-    monkeypatch.setattr(posthoc_sums.WeightedSums, "add", None)
+    monkeypatch.setattr(sums.WeightedSums, "add", None)
     with pytest.raises(ConfigError, match=f"net-0000003-0.050{suffix} does not belong with net-0000001-0.050.pkl: .*"):
-        build(posthoc.list_input_pickles(run_dir), [0.08], out_dir=tmp_path / OUT_DIR, read_bytes=read_bytes)
+        build(reconstruction.list_input_pickles(run_dir), [0.08], out_dir=tmp_path / OUT_DIR, read_bytes=read_bytes)
     assert not (tmp_path / OUT_DIR).exists()
     with pytest.raises(ConfigError, match=message):
-        build(posthoc.list_input_pickles(run_dir), [0.08])
+        build(reconstruction.list_input_pickles(run_dir), [0.08])
 
 
 def test_an_encoder_with_other_settings_is_refused(run_dir):
@@ -220,29 +222,29 @@ def test_an_encoder_with_other_settings_is_refused(run_dir):
         path = run_dir / f"other-000000{index + 1}-0.050.safetensors"
         small_snapshot(path, encoder=StabilityVAEEncoder(**arguments))
     with pytest.raises(ConfigError, match=r"other-0000002-0.050.safetensors .* encoder has final_std=0.7 instead"):
-        build(posthoc.list_input_pickles(run_dir, in_prefix="other"), [0.08])
+        build(reconstruction.list_input_pickles(run_dir, in_prefix="other"), [0.08])
 
 
 def test_a_file_whose_name_tells_another_time_or_length_than_its_header_is_refused(run_dir):
     for nimg, std in ((5000, 0.05), (3072, 0.07)):
         small_snapshot(run_dir / "net-0000003-0.050.safetensors", nimg=nimg, ema_std=std)
         with pytest.raises(ConfigError, match=rf"net-0000003-0.050.safetensors holds .* {std} at {nimg} images"):
-            build(posthoc.list_input_pickles(run_dir), [0.08])
+            build(reconstruction.list_input_pickles(run_dir), [0.08])
 
 
 def test_the_exact_image_count_of_a_header_is_used(run_dir):
     small_snapshot(run_dir / "net-0000003-0.050.safetensors", nimg=3999, ema_std=0.05)
-    assert [file.nimg for file in posthoc.list_input_pickles(run_dir)] == [1024, 2048, 3999]
+    assert [file.nimg for file in reconstruction.list_input_pickles(run_dir)] == [1024, 2048, 3999]
     for out_nimg in (None, 3072):  # the command line knows the thousands only
-        work = posthoc.reconstruct_phema(posthoc.list_input_pickles(run_dir), 0.08, out_nimg)
+        work = reconstruction.reconstruct_phema(reconstruction.list_input_pickles(run_dir), 0.08, out_nimg)
         assert work.out_nimg == 3999 and [o.snapshot.nimg for step in work for o in step.outputs] == [3999]
 
 
 def test_a_pickle_of_the_same_time_and_length_as_an_exact_one_is_refused(run_dir):
     small_snapshot(run_dir / "exact-0000001-0.050.safetensors", nimg=1500, ema_std=0.05)
-    inputs = posthoc.list_input_pickles(run_dir)
+    inputs = reconstruction.list_input_pickles(run_dir)
     with pytest.raises(ConfigError, match=r"net-0000001-0.050.pkl and exact-0000001-0.050.safetensors"):
-        posthoc.reconstruct_phema(inputs, 0.08)
+        reconstruction.reconstruct_phema(inputs, 0.08)
 
 
 @pytest.fixture
@@ -253,7 +255,7 @@ def many(tmp_path):
     for i in range(7):
         kind = "pkl" if i in (0, 2, 3, 5) else "safetensors"
         small_snapshot(folder / f"net-{i + 1:07d}-0.{5 + 5 * (i % 2):02d}0.{kind}", seed=i)
-    return posthoc.list_input_pickles(folder)
+    return reconstruction.list_input_pickles(folder)
 
 
 def plain_sums(inputs, stds):
@@ -270,7 +272,7 @@ def plain_sums(inputs, stds):
 @pytest.mark.parametrize("read_bytes", [1 << 30, 40_000, 0])
 @pytest.mark.parametrize("block_bytes", [4 << 20, 1])
 def test_sums_do_not_depend_on_blocks_or_on_how_many_files_are_open(many, monkeypatch, read_bytes, block_bytes):
-    monkeypatch.setattr(posthoc_sums, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(sums, "BLOCK_BYTES", block_bytes)
     stds = [0.06, 0.08]
     outputs = build(many, stds, read_bytes=read_bytes)
     last = load_snapshot(many[-1].path).net
@@ -285,14 +287,14 @@ def test_sums_do_not_depend_on_blocks_or_on_how_many_files_are_open(many, monkey
 def test_a_sum_that_float16_cannot_hold_is_refused_and_nothing_is_written(run_dir, tmp_path):
     small_snapshot(run_dir / "net-0000003-0.100.pkl", scale=float("nan"))
     with pytest.raises(ConfigError, match=r"not finite in float16 for EMA length 0\.080"):
-        build(posthoc.list_input_pickles(run_dir), [0.08], out_dir=tmp_path / OUT_DIR)
+        build(reconstruction.list_input_pickles(run_dir), [0.08], out_dir=tmp_path / OUT_DIR)
     assert not (tmp_path / OUT_DIR).exists()
 
 
 def test_networks_in_memory_are_those_of_the_files(many, tmp_path):
     files = build(many, [0.06, 0.07, 0.08], out_dir=tmp_path / OUT_DIR, out_format="safetensors")
     before = sorted(tmp_path.rglob("*"))
-    networks = list(posthoc.reconstruct_networks(many, [0.08, 0.06, 0.07], max_batch_size=2))
+    networks = list(reconstruction.reconstruct_networks(many, [0.08, 0.06, 0.07], max_batch_size=2))
     assert [std for std, _ in networks] == [0.06, 0.07, 0.08] and sorted(tmp_path.rglob("*")) == before
     for (std, ours), output in zip(networks, files, strict=True):
         stored = load_snapshot(output.paths[0])
@@ -301,7 +303,7 @@ def test_networks_in_memory_are_those_of_the_files(many, tmp_path):
         for name, value in ours.net.state_dict().items():
             assert torch.equal(value, stored.net.state_dict()[name])
     with pytest.raises(ConfigError, match="above 0 and below"):
-        posthoc.reconstruct_networks(many, [0.4])
+        reconstruction.reconstruct_networks(many, [0.4])
 
 
 def own_memory():
@@ -336,9 +338,9 @@ def test_memory_does_not_grow_with_the_number_of_inputs(tmp_path, suffix):
     for index in range(12):
         save_snapshot(Snapshot(net=net), tmp_path / f"net-{index + 1:07d}-0.050{suffix}")
     del net
-    inputs = posthoc.list_input_pickles(tmp_path)
-    list(posthoc.reconstruct_phema(inputs[:2], 0.05))  # what the first use of anything allocates
-    growth = peak_growth(posthoc.reconstruct_phema(inputs, [0.06, 0.08], read_bytes=0))
+    inputs = reconstruction.list_input_pickles(tmp_path)
+    list(reconstruction.reconstruct_phema(inputs[:2], 0.05))  # what the first use of anything allocates
+    growth = peak_growth(reconstruction.reconstruct_phema(inputs, [0.06, 0.08], read_bytes=0))
     # Two outputs; from pickles also their sums in float32 and two files, one of them in the form in which it is read.
     bound = size * (2 + (4 + 3 if suffix == ".pkl" else 0)) + (20 << 20)
     assert size > 10 << 20 and growth < bound < (12 if suffix == ".pkl" else 5) * size
@@ -351,7 +353,7 @@ def test_reading_ahead_keeps_the_order_and_stays_within_its_depth():
         started.append(number)
         return 2 * number
 
-    for index, number in enumerate(posthoc_sums.read_ahead(double, iter(range(20)), depth=3)):
+    for index, number in enumerate(sums.read_ahead(double, iter(range(20)), depth=3)):
         assert number == 2 * index
         time.sleep(0.002)
         assert len(started) <= index + 4
@@ -359,16 +361,16 @@ def test_reading_ahead_keeps_the_order_and_stays_within_its_depth():
 
 
 def test_an_error_ahead_is_raised_where_the_item_is_due():
-    numbers = posthoc_sums.read_ahead(lambda number: 1 // number, [1, 1, 0, 1], depth=3)
+    numbers = sums.read_ahead(lambda number: 1 // number, [1, 1, 0, 1], depth=3)
     assert [next(numbers), next(numbers)] == [1, 1]
     with pytest.raises(ZeroDivisionError):
         next(numbers)
 
 
 def test_the_responses_of_the_plot_are_those_of_the_fit():
-    inputs = [posthoc.Input(path="", nimg=i << 20, std=std) for i in range(1, 9) for std in (0.05, 0.1)]
+    inputs = [reconstruction.Input(path="", nimg=i << 20, std=std) for i in range(1, 9) for std in (0.05, 0.1)]
     stds = [0.03, 0.08, 0.2]
-    times, stored, wanted, achieved = posthoc_plot.responses(inputs, 8 << 20, stds, num=20000)
+    times, stored, wanted, achieved = plot.responses(inputs, 8 << 20, stds, num=20000)
     assert (times[0], times[-1]) == (0, 8 << 20)
     for curves in (stored, wanted, achieved):
         np.testing.assert_allclose(np.trapezoid(curves, times, axis=0), 1, rtol=5e-3)
@@ -398,7 +400,7 @@ def test_the_script_draws_a_panel_for_the_inputs_and_one_for_each_output(run_dir
 
 def test_pickles_and_safetensors_belong_together(run_dir):
     small_snapshot(run_dir / "net-0000003-0.050.safetensors")
-    assert len(build(posthoc.list_input_pickles(run_dir), [0.08])) == 1
+    assert len(build(reconstruction.list_input_pickles(run_dir), [0.08])) == 1
 
 
 def run(*arguments):
@@ -463,7 +465,7 @@ def test_bad_input_is_one_line_and_code_2_and_writes_nothing(run_dir, monkeypatc
 
 def test_published_names_import_from_the_script():
     assert script.parse_std_list("0.01,0.02,...,0.05") == pytest.approx([0.01, 0.02, 0.03, 0.04, 0.05])
-    assert script.list_input_pickles is posthoc.list_input_pickles
+    assert script.list_input_pickles is reconstruction.list_input_pickles
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -473,7 +475,7 @@ def test_pieces_of_a_file_are_those_of_its_tensors(tmp_path, dtype):
     safetensors.torch.save_file(tensors, path, metadata={"any": "text"})
     with safetensors.safe_open(path, "pt") as file:
         reader = posthoc_files._file_reader(str(path), file)
-        assert isinstance(reader, posthoc_sums.Float16File) == (dtype == torch.float16)
+        assert isinstance(reader, sums.Float16File) == (dtype == torch.float16)
         for name, value in tensors.items():
             for start in range(value.numel() + 1):
                 row = torch.empty(value.numel() - start)

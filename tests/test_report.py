@@ -29,9 +29,9 @@ from training.report.page import render
 from training.report.pictures import MAX_EARLIER, earlier_pictures, newest_picture, spread, strip_of
 from training.report.record import read_run
 from training.report.series import Point, Series, read_stats, smooth, thin
-from training.run_folder import RunFolder
-from training.run_sessions import record_session
-from training.samples_config import SamplesConfig
+from training.run.folder import RunFolder
+from training.run.samples_config import SamplesConfig
+from training.run.sessions import record_session
 from training.training_loop import TrainingRun
 
 

@@ -17,9 +17,9 @@ from torch_utils.distributed import World
 from torch_utils.together import everywhere, on_main
 from torch_utils.training_stats import RunningMeans
 from training.dataset import ImageFolderDataset
-from training.resuming import find_resumption
-from training.run_folder import RunFolder
-from training.streams import BatchPositions, DataOrder
+from training.run.folder import RunFolder
+from training.run.resuming import find_resumption
+from training.run.streams import BatchPositions, DataOrder
 from training.training_loop import Saved, Status, TrainingRun
 
 NUM = 20  # images
@@ -184,7 +184,7 @@ def test_a_failure_of_one_process_is_that_of_all():
 def test_a_process_that_sees_another_file_than_the_first_is_refused(tmp_path: Path, monkeypatch):
     save_checkpoint(tmp_path / "training-state-0000001.pt", {"state": {"cur_nimg": 1024}})
     theirs = tmp_path / "training-state-0000001.pt", 2048, ["a note"]
-    monkeypatch.setattr("training.resuming.on_main", lambda world, work: theirs)
+    monkeypatch.setattr("training.run.resuming.on_main", lambda world, work: theirs)
     world = World(rank=1)
     with pytest.raises(ConfigError, match="another file for process 1: all need the same --outdir"):
         find_resumption(RunFolder(tmp_path), world)

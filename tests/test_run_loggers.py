@@ -20,8 +20,8 @@ import dnnlib.cli
 import train_edm2 as script
 from dnnlib.errors import ConfigError
 from tests.tiny import assert_same_state, global_random_states, tiny_config, write_dataset
-from training import run_loggers
-from training.run_loggers import RunLoggers, check_loggers
+from training.run import loggers
+from training.run.loggers import RunLoggers, check_loggers
 from training.snapshot import load_snapshot
 
 ARGS = [
@@ -197,7 +197,7 @@ def test_the_result_is_bitwise_that_of_a_run_without(data, tmp_path, tensorboard
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
 def test_a_missing_package_is_one_line_before_anything_starts(name, data, tmp_path, monkeypatch, capsys):
     find = importlib.util.find_spec
-    monkeypatch.setattr(run_loggers.importlib.util, "find_spec", lambda n, *a: None if n == name else find(n, *a))
+    monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda n, *a: None if n == name else find(n, *a))
     with pytest.raises(SystemExit, match="2"):
         dnnlib.cli.main(
             script.train_edm2,
@@ -209,7 +209,7 @@ def test_a_missing_package_is_one_line_before_anything_starts(name, data, tmp_pa
 
 
 def test_a_folder_of_that_name_is_no_package(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_loggers.importlib.util, "find_spec", lambda name: SimpleNamespace(origin=None))
+    monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: SimpleNamespace(origin=None))
     with pytest.raises(ConfigError, match="wandb"):
         check_loggers(["wandb"])
 
@@ -225,8 +225,8 @@ def test_a_logger_that_fails_is_left_out_and_training_goes_on(data, tmp_path, mo
             calls.append("scalars")
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setitem(run_loggers._LOGGERS, "tensorboard", Failing)
-    monkeypatch.setattr(run_loggers.importlib.util, "find_spec", lambda name: SimpleNamespace(origin="somewhere"))
+    monkeypatch.setitem(loggers._LOGGERS, "tensorboard", Failing)
+    monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: SimpleNamespace(origin="somewhere"))
     train(data, tmp_path / "run", "--duration=256", "--log=tensorboard")
     assert calls == ["begin", "scalars"]
     text = capsys.readouterr().out

@@ -21,13 +21,14 @@ import train_edm2 as script
 from dnnlib.errors import ConfigError
 from tests.tiny import assert_same_state, global_random_states, tiny_config, train, write_dataset
 from torch_utils.distributed import World
-from training import encoders, run_samples
+from training import encoders
 from training.config import TrainingConfig
-from training.generation import generate_images
 from training.presets import REPOSITORY_DIR
-from training.run_folder import RunFolder
-from training.run_samples import check_samples, grid_rows, preferred_std
-from training.samples_config import SamplesConfig
+from training.run import samples as run_samples
+from training.run.folder import RunFolder
+from training.run.samples import check_samples, grid_rows, preferred_std
+from training.run.samples_config import SamplesConfig
+from training.sampling.generation import generate_images
 from training.snapshot import load_snapshot
 from training.training_loop import Notice, Sampled, TrainingRun
 

@@ -12,9 +12,9 @@ import torch
 
 from dnnlib.errors import ConfigError
 from tests.conftest import Golden
-from training.guidance import bind_labels
 from training.networks_edm2 import Precond
-from training.sampler import HeunOptions, StackedRandomGenerator, choose_solver, edm_sampler
+from training.sampling.guidance import bind_labels
+from training.sampling.sampler import HeunOptions, StackedRandomGenerator, choose_solver, edm_sampler
 
 CASES = ["plain_32", "heun_8", "guid_cond", "guid_uncond", "guid_below_1", "range", "churn", "f64", "two_steps"]
 

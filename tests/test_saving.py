@@ -19,15 +19,15 @@ import torch
 import dnnlib.background
 import dnnlib.cli
 import train_edm2 as script
-import training.saving
 from dnnlib.errors import ConfigError
 from dnnlib.folder_lock import FolderLock
 from tests.tiny import assert_same_state, tiny_config, train, write_dataset
 from torch_utils.checkpoint import load_checkpoint, save_checkpoint
 from torch_utils.checkpoint_digest import read_digest
 from torch_utils.distributed import World
-from training.run_folder import RunFolder
-from training.saving import RunSaver
+from training.run import saving
+from training.run.folder import RunFolder
+from training.run.saving import RunSaver
 from training.snapshot import load_snapshot
 from training.training_loop import Iteration, Notice, Saved, TrainingRun
 
@@ -101,8 +101,8 @@ def test_training_goes_on_while_a_file_is_written_and_waits_before_the_next(data
         assert go.wait(60)
         save_checkpoint(path, content)
 
-    monkeypatch.setattr(training.saving, "save_checkpoint", slowly)
-    monkeypatch.setattr(training.saving, "_HEARTBEAT_SEC", 0.01)
+    monkeypatch.setattr(saving, "save_checkpoint", slowly)
+    monkeypatch.setattr(saving, "_HEARTBEAT_SEC", 0.01)
     one = make_run(tiny_config(data, checkpoint=16, duration=48), tmp_path)
     gain = one.state.net.unet.out_gain
     events, gains = iter(one), []
@@ -125,7 +125,7 @@ def test_a_file_is_of_the_time_when_it_was_taken(data: Path, tmp_path: Path, mon
         assert go.wait(60)
         save_checkpoint(path, content)
 
-    monkeypatch.setattr(training.saving, "save_checkpoint", slowly)
+    monkeypatch.setattr(saving, "save_checkpoint", slowly)
     one = make_run(tiny_config(data, checkpoint=16, duration=24), tmp_path)
     gains = {}
     for event in one:
@@ -316,10 +316,8 @@ def test_a_full_disk_ends_the_run_in_one_line_or_is_waited_for(data, tmp_path, c
         assert first.read_bytes() == before
         assert not any(path.name.startswith((".", "run.lock")) for path in out.iterdir())
 
-        monkeypatch.setattr(training.saving, "_HEARTBEAT_SEC", 0.01)
-        monkeypatch.setattr(
-            training.saving, "BackgroundWriter", partial(dnnlib.background.BackgroundWriter, poll_sec=0.01)
-        )
+        monkeypatch.setattr(saving, "_HEARTBEAT_SEC", 0.01)
+        monkeypatch.setattr(saving, "BackgroundWriter", partial(dnnlib.background.BackgroundWriter, poll_sec=0.01))
         said: list[str] = []
 
         def say(log: script.Log, text: str) -> None:
@@ -368,7 +366,7 @@ def test_a_disk_that_fails_in_the_middle_of_a_file_leaves_the_earlier_ones(
     before = state_path(tmp_path, 1).read_bytes()
     written = []
 
-    def emit(self, chunk, real=training.saving.save_checkpoint.__globals__["DigestWriter"]._emit) -> None:
+    def emit(self, chunk, real=saving.save_checkpoint.__globals__["DigestWriter"]._emit) -> None:
         written.append(len(chunk))
         if sum(written) > len(before) // 2:
             self.failure = OSError(code, os.strerror(code))
@@ -418,7 +416,7 @@ def test_a_failing_save_is_told_at_the_next_iteration(data: Path, tmp_path: Path
     def fail(path: Path, content: dict) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(training.saving, "save_checkpoint", fail)
+    monkeypatch.setattr(saving, "save_checkpoint", fail)
     broken = make_run(tiny_config(data, checkpoint=16, duration=1 << 20), tmp_path)
     seen = []
     with pytest.raises(ConfigError, match="Input/output error"):

@@ -14,9 +14,9 @@ from torch_utils import distributed, stopping
 from torch_utils.agreement import DelayedMaximum
 from torch_utils.distributed import World
 from training.config import TrainingConfig
-from training.consistency import require_same
 from training.dataset import ImageFolderDataset
-from training.run_folder import RunFolder
+from training.run.consistency import require_same
+from training.run.folder import RunFolder
 from training.training_loop import Cause, Ended, Iteration, Saved, Status, TrainingRun
 
 

@@ -13,8 +13,8 @@ from torch_utils.checkpoint import MANIFEST, DamagedCheckpoint, remove_older
 from torch_utils.distributed import World
 from torch_utils.sharded_checkpoint import open_sharded, read_into, save_sharded
 from torch_utils.stored_tensor import StoredTensor, read_whole
-from training.resuming import find_resumption
-from training.run_folder import RunFolder
+from training.run.folder import RunFolder
+from training.run.resuming import find_resumption
 
 DATA: dict[str, Any] = {
     "state": {"cur_nimg": 2048, "seconds": 0.1},

@@ -18,11 +18,11 @@ from torch_utils import distributed
 from torch_utils.distributed import World
 from torch_utils.loss_scale import LossScale
 from training.config import TrainingConfig
-from training.run_folder import RunFolder
-from training.sharding import whole_like
+from training.run.folder import RunFolder
+from training.run.sharding import whole_like
+from training.run.state import TrainingState
 from training.snapshot import load_snapshot
 from training.training_loop import TrainingRun
-from training.training_state import TrainingState
 
 NUM_STEPS = 3
 VARIANTS: dict[str, dict[str, Any]] = {

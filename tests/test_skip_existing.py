@@ -21,9 +21,9 @@ from dnnlib.errors import ConfigError
 from tests.conftest import GOLDEN_DIR
 from tests.test_generation import collect, tiny_network
 from torch_utils.distributed import World
-from training.generation import generate_images
-from training.image_records import KEYWORD, network_digest
 from training.presets import REPOSITORY_DIR
+from training.sampling.generation import generate_images
+from training.sampling.image_records import KEYWORD, network_digest
 from training.snapshot import load_snapshot, save_snapshot
 
 NET = GOLDEN_DIR / "snapshots" / "rgb-cond.pkl"  # 16x16 pixels

@@ -24,8 +24,8 @@ from training.encoders import StabilityVAEEncoder, StandardRGBEncoder
 from training.loss import EDM2Loss
 from training.networks_edm2 import Precond
 from training.snapshot import Snapshot, load_snapshot, nimg_from_kimg, parse_name, read_header, save_snapshot
-from training.snapshot_convert import convert_snapshots
-from training.snapshot_pickle import flatten
+from training.snapshots.convert import convert_snapshots
+from training.snapshots.pickle_file import flatten
 
 GOLDEN = Path(__file__).parent / "golden" / "snapshots"
 NETWORKS = sorted(path.relative_to(GOLDEN).as_posix() for path in GOLDEN.rglob("*.pkl") if path.name != "toy.pkl")

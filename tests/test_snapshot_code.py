@@ -19,7 +19,7 @@ from torch_utils import persistence
 from training.encoders import StandardRGBEncoder
 from training.networks_edm2 import Block, Precond
 from training.snapshot import load_snapshot, read_header
-from training.snapshot_code import EmbeddedCode
+from training.snapshots.code import EmbeddedCode
 
 SOURCE = """
 import numpy as np

@@ -6,8 +6,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from training.sampler import HeunOptions
-from training.solvers import SOLVERS, euler, heun
+from training.sampling.sampler import HeunOptions
+from training.sampling.solvers import SOLVERS, euler, heun
 
 MEANS = torch.tensor([-0.8, 0.1, 0.9], dtype=torch.float64)
 WEIGHTS = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)

@@ -37,11 +37,11 @@ from tests.shards import (
 from tests.tiny import assert_same_state, tiny_config, train, write_dataset
 from torch_utils.distributed import World
 from training.dataset import BatchReader, ImageFolderDataset
-from training.run_folder import RunFolder
+from training.run.folder import RunFolder
+from training.run.streams import BatchPositions
 from training.streaming import dataset as stream_module
 from training.streaming import remote
 from training.streaming.dataset import StreamedDataset, data_order, expand_url
-from training.streams import BatchPositions
 from training.training_loop import Saved, TrainingRun
 
 

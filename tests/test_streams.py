@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from training.streams import BatchPositions, DataOrder, NoiseStream, derive_seed
+from training.run.streams import BatchPositions, DataOrder, NoiseStream, derive_seed
 
 CPU = torch.device("cpu")
 

@@ -27,10 +27,10 @@ from training.metrics import plan
 from training.metrics.reference import load_stats
 from training.metrics.sweep import Point, Sweep, at_the_edge, best_point, read_points
 from training.metrics.sweep_plot import plot_sweep, sweep_figure
-from training.posthoc_inputs import list_input_pickles
+from training.posthoc.inputs import list_input_pickles
 from training.presets import REPOSITORY_DIR
-from training.run_folder import RunFolder
-from training.sampling_request import resolve_sampling
+from training.run.folder import RunFolder
+from training.sampling.request import resolve_sampling
 from training.training_loop import TrainingRun
 
 

@@ -15,7 +15,7 @@ from torch_utils.checkpoint import load_checkpoint
 from torch_utils.distributed import World
 from training.config import TrainingConfig
 from training.encoders import StabilityVAEEncoder
-from training.run_folder import RunFolder
+from training.run.folder import RunFolder
 from training.snapshot import load_snapshot
 from training.training_loop import Iteration, Saved, Status, TrainingRun, open_dataset
 

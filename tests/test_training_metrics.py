@@ -23,15 +23,15 @@ from torch_utils.distributed import World
 from training import encoders, training_loop
 from training.config import MetricsConfig, TrainingConfig
 from training.detectors import DetectorOutput
-from training.generation import generate_images
 from training.metrics import plan
 from training.metrics.evaluate import StatsPass, evaluate_images
 from training.metrics.reference import load_stats, save_stats
 from training.presets import REPOSITORY_DIR
-from training.run_folder import RunFolder
+from training.run.folder import RunFolder
+from training.run.metrics import Measured, TrainingMetrics, check_metrics
+from training.sampling.generation import generate_images
 from training.snapshot import load_snapshot
 from training.training_loop import Saved, Status, TrainingRun
-from training.training_metrics import Measured, TrainingMetrics, check_metrics
 
 NAMES = ("fd_efflite0", "precision3_efflite0")
 

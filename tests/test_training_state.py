@@ -16,8 +16,8 @@ from training.config import TrainingConfig
 from training.dataset import ImageFolderDataset
 from training.encoders import StabilityVAEEncoder, StandardRGBEncoder
 from training.networks_edm2 import Precond
+from training.run.state import TrainingState, check_network, make_network
 from training.snapshot import Snapshot, save_snapshot
-from training.training_state import TrainingState, check_network, make_network
 
 # What TrainingState wants to know about a data set.
 RGB = SimpleNamespace(resolution=8, num_channels=3, label_dim=3, holds_latents=False)

@@ -21,11 +21,11 @@ from tests.killed import killed_at_replace, needs_sigkill
 from torch_utils.distributed import World
 from training.conversion import transcode
 from training.conversion.transcode import Transcoding, own_encoder
+from training.data.png import encode_plain_png
 from training.dataset import ImageFolderDataset
-from training.dataset_png import encode_plain_png
 from training.encoders import StabilityVAEEncoder
-from training.generation import generate_images
 from training.latents import LatentStatistics, encoder_of, read_encoder, vae_encoder, vae_geometry
+from training.sampling.generation import generate_images
 from training.snapshot import load_snapshot
 
 diffusers = pytest.importorskip("diffusers")

@@ -12,7 +12,7 @@ from tests.test_training_state import RGB, batch_of, make_state, wake
 from tests.tiny import assert_same_state, tiny_config
 from torch_utils.loss_scale import LossScale
 from training.networks_edm2 import MPConv
-from training.update import clear_nonfinite, make_optimizer, normalize_weights, with_fused_adam
+from training.run.update import clear_nonfinite, make_optimizer, normalize_weights, with_fused_adam
 
 CPU = torch.device("cpu")
 

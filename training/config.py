@@ -11,7 +11,7 @@ import torch
 from dnnlib.errors import ConfigError
 from torch_utils.precision import PRECISIONS, Precision
 from training.metrics.table import parse_metrics
-from training.samples_config import SamplesConfig
+from training.run.samples_config import SamplesConfig
 from training.streaming.remote import is_remote
 
 SHUFFLE_BUFFER = 10_000  # images of a data set behind a URL
@@ -59,7 +59,7 @@ class NetworkConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MetricsConfig:
-    """What is measured while a run trains; see training/training_metrics.py."""
+    """What is measured while a run trains; see training/run/metrics.py."""
 
     names: tuple[str, ...]  # of training.metrics.table, or ("all",)
     ref: str | None = None  # reference statistics, path or URL

@@ -16,9 +16,9 @@ import numpy as np
 import torch.utils.data
 
 from dnnlib.errors import ConfigError
-from training.dataset_files import Files, FolderFiles, one_line, open_files
-from training.dataset_items import CONVERT_HINT, ItemDecoder, is_item, is_latents
-from training.dataset_labels import LABELS_FILE, labels_array, read_file_labels, require_all_shards, require_inside
+from training.data.files import Files, FolderFiles, one_line, open_files
+from training.data.items import CONVERT_HINT, ItemDecoder, is_item, is_latents
+from training.data.labels import LABELS_FILE, labels_array, read_file_labels, require_all_shards, require_inside
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,10 +15,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dnnlib.errors import ConfigError
-from training.guidance import Guidance
 from training.networks_edm2 import Precond
 from training.presets import MODEL_ROOT, TRAINING, locate
-from training.sampler import HeunOptions, choose_solver
+from training.sampling.guidance import Guidance
+from training.sampling.sampler import HeunOptions, choose_solver
 from training.snapshot import read_header
 from training.training_loop import open_dataset
 

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 
 from dnnlib.errors import ConfigError
+from training.data.index import one_line
+from training.data.items import CONVERT_HINT
 from training.dataset import ImageFolderDataset
-from training.dataset_index import one_line
-from training.dataset_items import CONVERT_HINT
 from training.encoders import Encoder, StabilityVAEEncoder, StandardRGBEncoder
-from training.snapshot_parts import build_encoder, described, plain
+from training.snapshots.parts import build_encoder, described, plain
 
 PUBLISHED_VAE = "stabilityai/sd-vae-ft-mse"  # the VAE of the published networks, whose latents' statistics are known
 ENCODER_KEY = "encoder"  # in dataset.json, beside the labels

@@ -12,13 +12,13 @@ from dnnlib.atomic import atomic_path
 from dnnlib.disk import write_error
 from dnnlib.errors import ConfigError
 from torch_utils.safe_pickle import printable, read_pickle
-from training import model_folder, snapshot_pickle, snapshot_safetensors
 from training.encoders import Encoder
 from training.loss import EDM2Loss
-from training.network_source import SUFFIXES, locate_network
 from training.networks_edm2 import Precond
-from training.snapshot_code import TrustCode
-from training.snapshot_parts import build_encoder, build_loss, build_network, described, network_arguments, plain
+from training.snapshots import model_folder, pickle_file, safetensors_file
+from training.snapshots.code import TrustCode
+from training.snapshots.network_source import SUFFIXES, locate_network
+from training.snapshots.parts import build_encoder, build_loss, build_network, described, network_arguments, plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,8 @@ def load_snapshot(
 ) -> Snapshot:
     """Read the network `source`, without running anything from it.
 
-    That is a file, an http(s) URL, a model folder or a name on the hub: see `training.network_source.locate_network`.
+    That is a file, an http(s) URL, a model folder or a name on the hub: see `locate_network` in
+    `training.snapshots.network_source`.
 
     Files with other classes than ours are refused, unless the caller gives `trust_code`: then the source text that the
     file has for them is run, as if it were a program that was downloaded. `trust_code` is told of it before.
@@ -103,11 +104,11 @@ def _read_fields(
         raise ConfigError(f"cannot read {name}: {error.strerror or error}") from None
     try:
         if format_name == "pickle":
-            fields = snapshot_pickle.parts_of(tree, path.stat().st_size, trust_code)
+            fields = pickle_file.parts_of(tree, path.stat().st_size, trust_code)
         elif format_name == "folder":
             fields = model_folder.read(path, values)
         elif format_name == "safetensors":
-            fields = snapshot_safetensors.read(path, values, device)
+            fields = safetensors_file.read(path, values, device)
         else:
             raise ConfigError("it is neither a pickle nor a safetensors file")
     except ConfigError as error:
@@ -150,9 +151,9 @@ def save_snapshot(
             if path.suffix == ".pkl":
                 told = bool(info) or (nimg, ema_std) not in (parse_name(path), (None, None))
                 extra = {"nimg": nimg, "ema_std": ema_std, "info": info} if told else None
-                snapshot_pickle.write(temp, **parts, provenance=extra)
+                pickle_file.write(temp, **parts, provenance=extra)
             else:
-                snapshot_safetensors.write(temp, **parts, nimg=nimg, ema_std=ema_std, info=info)
+                safetensors_file.write(temp, **parts, nimg=nimg, ema_std=ema_std, info=info)
     except OSError as error:
         raise write_error(path, error) from error
 

@@ -25,21 +25,21 @@ from torch_utils.stored_tensor import read_whole
 from torch_utils.training_stats import RunningMeans
 from torch_utils.transfer import on_device
 from training.config import TrainingConfig
-from training.consistency import require_same
 from training.dataset import BatchReader, ImageFolderDataset
 from training.encoders import Encoder, StabilityVAEEncoder
 from training.latents import PUBLISHED_VAE, encoder_entry, measured_encoder, read_encoder_file
 from training.loss import EDM2Loss
-from training.resuming import find_resumption, tick_of
-from training.run_folder import RunFolder
-from training.run_samples import RunSamples
-from training.saving import Notice, RunSaver, Saved
+from training.run.consistency import require_same
+from training.run.folder import RunFolder
+from training.run.metrics import TrainingMetrics
+from training.run.resuming import find_resumption, tick_of
+from training.run.samples import RunSamples
+from training.run.saving import Notice, RunSaver, Saved
+from training.run.session import Cause, Ended, Session
+from training.run.state import TrainingState, make_encoder
+from training.run.streams import BatchPositions, Order
 from training.schedule import learning_rate_schedule
-from training.session import Cause, Ended, Session
 from training.streaming.dataset import StreamedDataset, data_order, is_remote
-from training.streams import BatchPositions, Order
-from training.training_metrics import TrainingMetrics
-from training.training_state import TrainingState, make_encoder
 
 __all__ = [
     "Cause",

@@ -23,8 +23,8 @@ from training.conversion.source import Source
 from training.conversion.sources import open_source
 from training.conversion.transforms import Size, require_trainable_size, result_size
 from training.conversion.work import Outcome, Work, convert_chunks
-from training.dataset_files import find_shards
-from training.dataset_labels import Label
+from training.data.files import find_shards
+from training.data.labels import Label
 
 # So much of PNGs goes between processes at once: enough to make the way there cheap, little enough for many workers.
 _CHUNK_BYTES = 4 << 20

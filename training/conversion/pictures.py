@@ -12,8 +12,8 @@ import PIL.Image
 import PIL.ImageOps
 from PIL.Image import Image
 
-from training.dataset_files import one_line
-from training.dataset_png import encode_plain_png
+from training.data.files import one_line
+from training.data.png import encode_plain_png
 
 # Formats are known by content, not by name, and no others are tried: some of Pillow's decoders start programs.
 FORMATS = ("BMP", "DIB", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")

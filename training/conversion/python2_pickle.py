@@ -7,7 +7,7 @@ import numpy as np
 from dnnlib.errors import ConfigError
 from torch_utils.pickle_machine import Machine, Refused
 from torch_utils.pickle_values import VOCABULARY, build
-from training.dataset_files import one_line
+from training.data.files import one_line
 
 _WORDS = {name: act for name, act in VOCABULARY.items() if name.startswith(("numpy.", "_codecs.", "__builtin__."))}
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from dnnlib.errors import ConfigError
-from training.dataset_labels import Label
+from training.data.labels import Label
 
 
 class Reader(Protocol):

@@ -6,7 +6,7 @@ from typing import Any
 from dnnlib.errors import ConfigError
 from training.conversion.pictures import Unreadable
 from training.conversion.source import Source
-from training.dataset_files import one_line
+from training.data.files import one_line
 
 _FILE = "data.mdb"
 

@@ -13,8 +13,8 @@ from typing import Any
 from dnnlib.errors import ConfigError
 from training.conversion.pictures import Unreadable
 from training.conversion.source import Source, choose_split
-from training.dataset_files import one_line
-from training.dataset_labels import check_labels, require_inside
+from training.data.files import one_line
+from training.data.labels import check_labels, require_inside
 
 _STATE_FILE, _INFO_FILE = "state.json", "dataset_info.json"  # beside the tables of one split
 _SPLITS_FILE = "dataset_dict.json"  # beside the folders of the splits

@@ -9,8 +9,8 @@ from typing import Any, BinaryIO
 from dnnlib.errors import ConfigError
 from training.conversion.pictures import SUFFIXES, Unreadable
 from training.conversion.source import Source
-from training.dataset_files import one_line
-from training.dataset_labels import Label, check_labels, require_inside
+from training.data.files import one_line
+from training.data.labels import Label, check_labels, require_inside
 
 _LABEL_SUFFIXES = (".cls", ".json")
 _MAX_LABEL_BYTES = 1 << 20

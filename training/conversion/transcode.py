@@ -34,10 +34,10 @@ from training.conversion.archive import (
     writing,
 )
 from training.conversion.finished import MADE_KEY, missing_parts, remove_leftovers, request_digest
+from training.data.files import find_shards
+from training.data.index import one_line
+from training.data.png import encode_plain_png
 from training.dataset import ImageFolderDataset
-from training.dataset_files import find_shards
-from training.dataset_index import one_line
-from training.dataset_png import encode_plain_png
 from training.encoders import StabilityVAEEncoder
 from training.latents import (
     ENCODER_KEY,

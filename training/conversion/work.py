@@ -23,7 +23,7 @@ from dnnlib.errors import ConfigError
 from training.conversion.pictures import Unreadable, decode_rgb, encode_png, rgb_from_array
 from training.conversion.source import Reader
 from training.conversion.transforms import TRANSFORMS, Size, scale
-from training.dataset_files import one_line
+from training.data.files import one_line
 
 
 class Outcome(NamedTuple):

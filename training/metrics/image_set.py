@@ -14,9 +14,9 @@ import torch.utils.data
 
 from dnnlib.errors import ConfigError
 from torch_utils.distributed import World
-from training.dataset_files import open_files
-from training.dataset_items import ItemDecoder, is_item, is_latents
-from training.dealing import split_batches
+from training.data.files import open_files
+from training.data.items import ItemDecoder, is_item, is_latents
+from training.sampling.dealing import split_batches
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

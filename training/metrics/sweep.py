@@ -16,17 +16,17 @@ from typing import Any
 
 from dnnlib.errors import ConfigError
 from torch_utils.distributed import World
-from training.dealing import split_batches
-from training.generation import generate_images, load_network
 from training.metrics import report
 from training.metrics.evaluate import StatsPass
 from training.metrics.plan import Plan
 from training.metrics.reference import Stats
 from training.metrics.scores import Score, shared_scores
 from training.metrics.table import METRICS
-from training.posthoc import reconstruct_networks
-from training.posthoc_inputs import Input
-from training.sampling_request import SamplingRequest
+from training.posthoc.inputs import Input
+from training.posthoc.reconstruction import reconstruct_networks
+from training.sampling.dealing import split_batches
+from training.sampling.generation import generate_images, load_network
+from training.sampling.request import SamplingRequest
 
 FORMAT = "edm2-sweep"
 VERSION = 1
@@ -78,8 +78,8 @@ def point_key(std: float, guidance: float) -> tuple[float, float]:
 class Sweep:
     """The work, as a sequence of SweepStep with a length; every process of `world` must go through it to its end.
 
-    `inputs`: stored averages, see `training.posthoc`; `out_nimg`: None = the newest. `requests`: how to sample, one for
-    each guidance weight; their `net` plays no part. Every set of `num` images has its own seeds, from `seed` on;
+    `inputs`: stored averages, see `training.posthoc.inputs`; `out_nimg`: None = the newest. `requests`: how to sample, one for each
+    guidance weight; their `net` plays no part. Every set of `num` images has its own seeds, from `seed` on;
     `repeat` sets for each point. `done`: keys of points that are left out. `build` networks are made at a time, by one
     pass over the inputs, in every process.
     """

@@ -7,7 +7,7 @@ from typing import Any
 from dnnlib.atomic import atomic_path
 from training.metrics.sweep import MAX_FIT, Point, best_point
 from training.metrics.table import METRICS
-from training.posthoc_plot import check_plot_path
+from training.posthoc.plot import check_plot_path
 
 
 def plot_sweep(path: Path, points: Sequence[Point], metrics: Sequence[str], *, title: str = "") -> None:

@@ -12,9 +12,9 @@ import PIL.Image
 
 from dnnlib.errors import ConfigError
 from training.report.series import Stats, read_stats
-from training.run_samples import FORMAT as GRID_FORMAT
-from training.run_samples import TEXT_KEY
-from training.run_sessions import SESSIONS_FILE
+from training.run.samples import FORMAT as GRID_FORMAT
+from training.run.samples import TEXT_KEY
+from training.run.sessions import SESSIONS_FILE
 
 _MAX_JSON = 64 << 20  # bytes of a file that may be a sweep's record
 
@@ -25,7 +25,7 @@ class Grid:
 
     path: Path
     nimg: int
-    about: dict[str, Any]  # the record in the file, see training/run_samples.py; empty where it cannot be read
+    about: dict[str, Any]  # the record in the file, see training/run/samples.py; empty where it cannot be read
 
 
 @dataclass(frozen=True, kw_only=True)

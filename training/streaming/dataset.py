@@ -15,15 +15,15 @@ import numpy as np
 
 from dnnlib.download import make_cache_dir_path
 from dnnlib.errors import ConfigError
+from training.data.files import ZipFiles
+from training.data.items import CONVERT_HINT, ItemDecoder, is_item
 from training.dataset import ImageFolderDataset, ItemDetails
-from training.dataset_files import ZipFiles
-from training.dataset_items import CONVERT_HINT, ItemDecoder, is_item
+from training.run.streams import DataOrder, Order
 from training.streaming.cache import ReadAhead, ShardCache
 from training.streaming.index import ShardIndex, index_shards, load_table, read_first, require_alike
 from training.streaming.order import StreamOrder, most_in_a_window
 from training.streaming.remote import NotThere, RemoteFile, find_file, find_matches, is_remote, suffix_of
 from training.streaming.tar import TarFiles
-from training.streams import DataOrder, Order
 
 __all__ = ["StreamedDataset", "data_order", "is_remote"]
 

@@ -19,9 +19,9 @@ import numpy as np
 
 from dnnlib.atomic import atomic_path
 from dnnlib.errors import ConfigError
-from training.dataset_index import NameTable, one_line, require_all_entries
-from training.dataset_items import CONVERT_HINT, Shape, is_item, is_latents, read_shape
-from training.dataset_labels import LABELS_FILE, Label, labels_array, read_labels, require_inside
+from training.data.index import NameTable, one_line, require_all_entries
+from training.data.items import CONVERT_HINT, Shape, is_item, is_latents, read_shape
+from training.data.labels import LABELS_FILE, Label, labels_array, read_labels, require_inside
 from training.streaming.cache import ShardCache, cache_name
 from training.streaming.remote import RemoteFile, RemoteReader, find_file, suffix_of
 from training.streaming.tar import TarIndex, index_tar

@@ -1,6 +1,6 @@
 """The order in which a run reads a data set of shards: shards in an order of the epoch, images shuffled over a few.
 
-As with training/streams.py, which image is the p-th of the run depends on p and the seed alone. An epoch has every
+As with training/run/streams.py, which image is the p-th of the run depends on p and the seed alone. An epoch has every
 shard once, in an order drawn from (seed, epoch). Consecutive shards make up a window as soon as they have the images of
 the shuffle buffer; the last window of an epoch takes what is left. The images of a window are in an order drawn from
 (seed, epoch, window). So an image is read within its window, and only the window's shards have to be at hand.

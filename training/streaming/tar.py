@@ -15,9 +15,9 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from dnnlib.errors import ConfigError
-from training.dataset_index import NameTable, one_line
-from training.dataset_items import is_item
-from training.dataset_labels import LABELS_FILE, Label, check_labels, read_labels, require_inside
+from training.data.index import NameTable, one_line
+from training.data.items import is_item
+from training.data.labels import LABELS_FILE, Label, check_labels, read_labels, require_inside
 
 _MAX_LABEL_BYTES = 1 << 20
 
@@ -32,7 +32,7 @@ class TarIndex:
 
 
 class TarFiles:
-    """The items of the tar at `path`, which is mapped into memory; with the face of the kinds in dataset_files.py."""
+    """The items of the tar at `path`, which is mapped into memory; with the face of the kinds in data/files.py."""
 
     def __init__(self, path: Path, index: TarIndex) -> None:
         self.path = path

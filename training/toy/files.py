@@ -19,8 +19,8 @@ from dnnlib.atomic import atomic_path
 from dnnlib.download import open_url
 from dnnlib.errors import ConfigError
 from torch_utils.safe_pickle import StoredObject, printable, read_pickle
-from training.snapshot_parts import arguments_of, plain
-from training.snapshot_pickle import flatten
+from training.snapshots.parts import arguments_of, plain
+from training.snapshots.pickle_file import flatten
 from training.toy.model import ToyModel
 
 FORMAT = "edm2-toy"

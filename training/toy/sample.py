@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from training.sampler import edm_sampler
+from training.sampling.sampler import edm_sampler
 from training.toy.mixture import Mixture
 
 THRESHOLD_SHARE = 0.999  # of the true samples that lie at higher density than the threshold

@@ -1,0 +1,1 @@
+"""What a data set consists of: folders and archives, their index, single items, labels."""

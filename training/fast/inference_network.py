@@ -1,0 +1,203 @@
+"""The network for sampling: weights normalized, scaled, cast and laid out once, at load, and nothing learned any more.
+
+Samplers call it as they call `Precond` (training/networks_edm2.py), or bind it to the labels of a batch first. What a
+block computes is written once, in training/fast/network.py, for training and for this.
+
+Source: Karras et al., arXiv 2312.02696, Figure 21 and Appendix B.
+
+Shape legend: N images, C channels, H x W pixels, E embedding width, L classes, S the sum of all blocks' widths.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from training.fast.network import (
+    BlockForm,
+    BlockWeights,
+    activation_layout,
+    block_weights,
+    run_block,
+    run_unet,
+    scalings,
+)
+from training.fast.ops import SILU_MAGNITUDE, balance, effective_weight, packed
+from training.networks_edm2 import Block, MPConv, Precond
+
+# Denoised images of x [N, C, H, W] at noise levels [N or 1], with the embedding of the class [N or 1, E] or None.
+Evaluate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+
+
+class InferenceBlock(nn.Module):
+    """The weights of one block as they act on activations of one type, for images of height and width `size`.
+
+    With `pack`, in the layout of the CPU's convolutions.
+    """
+
+    def __init__(self, block: nn.Module, dtype: torch.dtype, size: tuple[int, int], *, pack: bool) -> None:
+        super().__init__()
+        assert isinstance(block, Block)
+        self.form = BlockForm.of(block)
+        self.width = block.out_channels
+        height, width = size
+        self.size_after = {
+            "keep": size,
+            "down": (height // 2, width // 2),
+            "up": (height * 2, width * 2),
+        }[self.form.resample_mode]
+        layout = activation_layout(block.emb_gain.device)
+        for name, weight in block_weights(block, dtype, layout)._asdict().items():
+            self.register_buffer(name, packed(weight, *self.size_after) if pack and weight is not None else weight)
+
+    def forward(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """`x` [N, C, H, W] and the scale [N or 1, C'] of its channels to [N, C', H', W']."""
+        weights = BlockWeights(*(getattr(self, name) for name in BlockWeights._fields))
+        return run_block(self.form, weights, x, scale)
+
+
+class InferencePrecond(nn.Module):
+    """What `net` computes in evaluation mode, on weights of its own; `net` is not needed afterwards.
+
+    `dtype` is that of the U-Net's activations and weights; everything around it is float32. There are no gradients.
+    With `pack`, weights are in the layout of the CPU's convolutions, where the network is on the CPU: it can then
+    neither be moved nor compiled. `through` makes the function that is called for an evaluation out of `evaluate`, to
+    compile or record it; with `fixed_batch`, callers should keep to one size of batches.
+    """
+
+    stem: torch.Tensor
+    out: torch.Tensor
+    freqs: torch.Tensor
+    phases: torch.Tensor
+    emb_noise: torch.Tensor
+    emb_label: torch.Tensor | None
+    emb_scale: torch.Tensor
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        net: Precond,
+        *,
+        dtype: torch.dtype = torch.float32,
+        pack: bool = True,
+        through: Callable[[Evaluate], Evaluate] | None = None,
+        fixed_batch: bool = False,
+    ) -> None:
+        super().__init__()
+        unet = net.unet
+        self.img_resolution = net.img_resolution
+        self.img_channels = net.img_channels
+        self.label_dim = net.label_dim
+        self.sigma_data = net.sigma_data
+        self.use_fp16 = dtype == torch.float16
+        self.dtype = dtype
+        self.concat_balance = unet.concat_balance
+        self.takes_skip = ["block" in name for name in unet.dec]
+
+        stem, *enc = unet.enc.values()
+        dec = list(unet.dec.values())
+        assert isinstance(stem, MPConv)
+        layout = activation_layout(stem.weight.device)
+        height, width = (net.img_resolution,) * 2 if isinstance(net.img_resolution, int) else net.img_resolution
+        size = (height, width)
+        stem_weight = effective_weight(stem.weight, 1, dtype, layout)
+        out_weight = effective_weight(unet.out_conv.weight, unet.out_gain, dtype, layout)
+        self.register_buffer("stem", packed(stem_weight, *size) if pack else stem_weight)
+        self.register_buffer("out", packed(out_weight, *size) if pack else out_weight)
+        self.enc, self.dec = nn.ModuleList(), nn.ModuleList()
+        for blocks, prepared in ((enc, self.enc), (dec, self.dec)):
+            for block in blocks:
+                made = InferenceBlock(block, dtype, size, pack=pack)
+                prepared.append(made)
+                size = made.size_after
+
+        # The embedding is F.silu(noise part + class part), the scales 1 + a product with it: its factors are in these.
+        noise_share, label_share = (1.0, 0.0) if unet.emb_label is None else balance(unet.label_balance)
+        self.register_buffer("freqs", unet.emb_fourier.freqs.to(torch.float32, copy=True))
+        self.register_buffer("phases", unet.emb_fourier.phases.to(torch.float32, copy=True))
+        self.register_buffer("emb_noise", _matrix(unet.emb_noise, noise_share * math.sqrt(2)))
+        label_gain = label_share * math.sqrt(max(net.label_dim, 1))
+        self.register_buffer("emb_label", None if unet.emb_label is None else _matrix(unet.emb_label, label_gain))
+        self.register_buffer("emb_scale", torch.cat([_scale_matrix(block) for block in [*enc, *dec]]))  # [S, E]
+        self.fixed_batch = fixed_batch
+        self._evaluate: Evaluate = self.evaluate if through is None else through(self.evaluate)
+
+    def forward(
+        self, x: torch.Tensor, sigma: torch.Tensor | float, class_labels: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """As `Precond.forward`: the denoised images [N, C, H, W] in float32."""
+        return self.bind(class_labels)(x, sigma)
+
+    def bind(self, class_labels: torch.Tensor | None) -> Callable[[torch.Tensor, torch.Tensor | float], torch.Tensor]:
+        """The denoiser D(x, sigma) for fixed labels [N or 1, L]; what depends on them alone is computed here, once."""
+        label_emb = self._label_embedding(class_labels)
+
+        @torch.no_grad()
+        def denoise(x: torch.Tensor, sigma: torch.Tensor | float) -> torch.Tensor:
+            sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1)
+            return self._evaluate(x.to(torch.float32), sigma, label_emb)
+
+        return denoise
+
+    @torch.no_grad()
+    def evaluate(self, x: torch.Tensor, sigma: torch.Tensor, label_emb: torch.Tensor | None) -> torch.Tensor:
+        """The denoised images of `x` [N, C, H, W] at noise levels [N or 1]; `label_emb` [N or 1, E] is `bind`'s."""
+        c_skip, c_out, c_in, c_noise = scalings(sigma, self.sigma_data)
+        emb = each_row_alone(self._noise_embedding, c_noise[:, None])
+        emb = emb if label_emb is None else emb + label_emb
+        scales = each_row_alone(self._scales, emb)  # [N or 1, S]
+        layers = [*self.enc, *self.dec]
+        parts = scales.split([layer.width for layer in layers], dim=1)
+        bound = [_bound(layer, part) for layer, part in zip(layers, parts, strict=True)]
+        raw = run_unet(
+            (c_in * x).to(self.dtype),
+            self.stem,
+            bound[: len(self.enc)],
+            bound[len(self.enc) :],
+            self.out,
+            takes_skip=self.takes_skip,
+            concat_balance=self.concat_balance,
+        )
+        return torch.addcmul(c_skip * x, c_out, raw.to(torch.float32))
+
+    @torch.no_grad()
+    def _label_embedding(self, class_labels: torch.Tensor | None) -> torch.Tensor | None:
+        if self.emb_label is None:
+            return None
+        if class_labels is None:
+            return torch.zeros([1, self.emb_label.shape[0]], device=self.emb_label.device)
+        labels = class_labels.to(self.emb_label.device, torch.float32).reshape(-1, self.label_dim)
+        return each_row_alone(partial(F.linear, weight=self.emb_label), labels)
+
+    def _noise_embedding(self, c_noise: torch.Tensor) -> torch.Tensor:
+        """[N, 1] to [N, E]."""
+        return F.linear(torch.addcmul(self.phases, c_noise, self.freqs).cos(), self.emb_noise)
+
+    def _scales(self, emb: torch.Tensor) -> torch.Tensor:
+        """All blocks' modulations for the sum of the embeddings: [N, E] to [N, S]."""
+        return (F.linear(F.silu(emb), self.emb_scale) + 1).to(self.dtype)
+
+
+def each_row_alone(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """`function` of the rows of `x` [N, I], as [N, O]. On a CPU row by row: in a common product or SiLU, what comes out
+    for a row depends in its last bits on how many there are, and an image would depend on its batch.
+    """
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return function(x)
+    return torch.cat([function(row) for row in x.split(1)])
+
+
+def _bound(layer: nn.Module, scale: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda x: layer(x, scale)
+
+
+def _matrix(layer: MPConv, gain: float | torch.Tensor) -> torch.Tensor:
+    return effective_weight(layer.weight, gain, torch.float32, torch.contiguous_format)
+
+
+def _scale_matrix(block: nn.Module) -> torch.Tensor:
+    assert isinstance(block, Block)
+    return _matrix(block.emb_linear, block.emb_gain.float() / SILU_MAGNITUDE)

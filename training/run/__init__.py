@@ -1,0 +1,1 @@
+"""A training run from inside: state, processes, files, checkpoints, watching."""

@@ -1,0 +1,1 @@
+"""Network files and folders: their forms, their parts, where a name leads."""
