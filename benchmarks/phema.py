@@ -2,8 +2,8 @@
 
 Both read the same snapshots of a network the size of edm2-img512-xxs (31 million parameters) from a folder, and write
 the same networks to another: once as the loop that one would write first (load each file, add it to each output in
-turn, write), once as `reconstruct_phema` of `training.posthoc.reconstruction`. The results are compared. How long a bare
-copy of as many bytes takes is printed beside, as the least that the disk allows.
+turn, write), once as `reconstruct_phema` in training/posthoc/reconstruction.py. The results are compared. How long a
+bare copy of as many bytes takes is printed beside, as the least that the disk allows.
 
     python benchmarks/phema.py
     python benchmarks/phema.py --format=safetensors --dir=/dev/shm --repeats=5

@@ -78,10 +78,10 @@ def point_key(std: float, guidance: float) -> tuple[float, float]:
 class Sweep:
     """The work, as a sequence of SweepStep with a length; every process of `world` must go through it to its end.
 
-    `inputs`: stored averages, see `training.posthoc.inputs`; `out_nimg`: None = the newest. `requests`: how to sample, one for each
-    guidance weight; their `net` plays no part. Every set of `num` images has its own seeds, from `seed` on;
-    `repeat` sets for each point. `done`: keys of points that are left out. `build` networks are made at a time, by one
-    pass over the inputs, in every process.
+    `inputs`: stored averages, see `training.posthoc.inputs`; `out_nimg`: None = the newest. `requests`: how to sample,
+    one for each guidance weight; their `net` plays no part. Every set of `num` images has its own seeds, from `seed`
+    on; `repeat` sets for each point. `done`: keys of points that are left out. `build` networks are made at a time, by
+    one pass over the inputs, in every process.
     """
 
     def __init__(
