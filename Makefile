@@ -19,6 +19,9 @@ BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 RUN := $(BIN)/python
 DEMO := out/demo
 
+# The theme tells of its successor at every build.
+export NO_MKDOCS_2_WARNING := 1
+
 .PHONY: help env check docs test faults demo clean
 .DELETE_ON_ERROR:
 
@@ -40,10 +43,10 @@ check: env
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	$(RUN) -m mkdocs build --quiet
+	$(RUN) -m mkdocs build --strict
 
 docs: env
-	$(RUN) -m mkdocs $(if $(SERVE),serve,build --quiet)
+	$(RUN) -m mkdocs $(if $(SERVE),serve,build --strict)
 	@echo "out/site/index.html"
 
 # One worker per core; tests/conftest.py holds each to one thread.
