@@ -34,8 +34,8 @@ def fashion(path: Path) -> None:
 
 
 def small_pictures(path: Path) -> None:
-    """A data set of colour pictures of 8x8, in three classes."""
-    write_dataset(path, num=40)
+    """A data set of colour pictures of 8x8, in ten classes."""
+    write_dataset(path, num=40, num_classes=10)
 
 
 def pictures(path: Path) -> None:
@@ -75,20 +75,42 @@ def folder_of_images(path: Path) -> None:
         PIL.Image.fromarray(pixels.transpose(1, 2, 0)).save(path / f"{i:06d}.png")
 
 
-def statistics(path: Path) -> None:
-    """Reference statistics and features of 20 images by every detector, which is `StandInDetector`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def reference(path: Path) -> None:
+    """Reference statistics of 40 pictures by the detector that needs no download, with the features of 20."""
+    data = path.with_name("data-of-reference.zip")
+    fashion(data)
+    options = "--metrics=fd_efflite0 --features=20 --workers=0"
+    run_script("calculate_metrics.py", ["ref", f"--data={data}", f"--dest={path}", *options.split()])
+
+
+def scores(path: Path) -> None:
+    """What `calculate_metrics.py --json` writes."""
+    reference(path.with_name("reference-of-scores.safetensors"))
+    options = "--preset=demo --num-images=4 --steps=1 --metrics=fd_efflite0"
+    args = [f"--ref={path.with_name('reference-of-scores.safetensors')}", f"--json={path}", *options.split()]
+    run_script("calculate_metrics.py", ["gen", *args])
+
+
+def published_statistics(path: Path) -> None:
+    """Reference statistics in the published layout, by `StandInDetector`."""
     features = StandInDetector()(images(20)).double().numpy()
     moments = {"mu": features.mean(axis=0), "sigma": np.cov(features, rowvar=False)}
     save_stats({"num_images": 20, "fid": moments, "fd_dinov2": moments}, path)
 
 
 def run_folder(path: Path) -> None:
-    """A finished training run of 3,072 images."""
+    """A finished training run of 2,048 images."""
     data = path.with_name(f"{path.name}-data.zip")
-    write_dataset(data)
-    options = "--channel-mult=1,2 --attn-resolutions=4 --batch=256 --duration=3Ki --snapshot=1Ki --status=1Ki"
+    write_dataset(data, num_classes=10)
+    options = "--channel-mult=1,2 --attn-resolutions=4 --batch=256 --duration=2Ki --snapshot=1Ki --status=1Ki"
     run_script("train_edm2.py", [f"--outdir={path}", f"--data={data}", "--preset=fashion", "--channels=4", *options.split()])
+
+
+def checkpoint(path: Path) -> None:
+    """A checkpoint of a run."""
+    folder = path.with_name("run-of-checkpoint")
+    run_folder(folder)
+    shutil.copy(max(folder.glob("training-state-*.pt")), path)
 
 
 def vae(path: Path) -> None:
@@ -137,12 +159,15 @@ FILES: dict[str, Callable[[Path], None]] = {
     r"imagenet/train|photos": photographs,
     r"cifar-10-python\.tar\.gz": cifar,
     r"out": folder_of_images,
-    r"out/[\w-]*ref\.safetensors|ref\.safetensors": statistics,
+    r"out/[\w-]*ref\.safetensors|ref\.safetensors": reference,
+    r"result\.json": scores,
+    r"training-state-\d+\.pt": checkpoint,
+    r"(converted/)?net\.safetensors": copy_of(ROOT / "models" / "fashion.safetensors"),
     r"out/sweep\.json": copy_of(ROOT / "tests" / "runs" / "fashion" / "sweep.json"),
     r"training-runs/[\w-]+": run_folder,
     r"raw-snapshots/edm2-img512-xs": copy_of(SNAPSHOTS / "run"),
     r"net\.pkl|snapshots/\*\.pkl": copy_of(SNAPSHOTS / "rgb-cond.pkl"),
-    r"guide\.pkl": copy_of(SNAPSHOTS / "rgb-cond-guide.pkl"),
+    r"guide\.pkl": copy_of(SNAPSHOTS / "run" / "network-snapshot-0008388-0.100.pkl"),
     r"my-vae": vae,
     r"out/(main|guide)/iter\d+\.pkl": copy_of(SNAPSHOTS / "toy.pkl"),
 }
@@ -153,7 +178,7 @@ URLS: dict[str, Callable[[Path], None]] = {
         SNAPSHOTS / "rgb-cond-guide.pkl"
     ),
     r"https://nvlabs-fi-cdn\.nvidia\.com/edm2/posthoc-reconstructions/.*\.pkl": copy_of(SNAPSHOTS / "rgb-cond.pkl"),
-    r"https://nvlabs-fi-cdn\.nvidia\.com/edm2/dataset-refs/.*\.pkl": statistics,
+    r"https://nvlabs-fi-cdn\.nvidia\.com/edm2/dataset-refs/.*\.pkl": published_statistics,
     r"https://nvlabs-fi-cdn\.nvidia\.com/edm2/toy-example/.*\.pkl": copy_of(SNAPSHOTS / "toy.pkl"),
 }
 

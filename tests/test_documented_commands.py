@@ -37,6 +37,7 @@ class Sandbox:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._provided: set[str] = set()
 
     def run(self, snippet: Snippet) -> None:
         """Run it, unless it is on the list of what is not run."""
@@ -56,8 +57,10 @@ class Sandbox:
         assert launched or words[:script] == ["python"], snippet.where
         args = _made_small(words[script + 1 :], rules)
         for word in args:
-            if word.partition("=")[0] not in WRITTEN or "train_edm2.py" not in snippet.text:
+            if word.partition("=")[0] not in WRITTEN:
                 self.provide(word)
+            elif word.partition("=")[2] in self._provided:  # made for an earlier command; this one makes it itself
+                (self.path / word.partition("=")[2]).unlink()
         args = [name for word in args for name in (sorted(glob.glob(word)) if "*" in word and "=" not in word else [word])]
         processes = max(rule.processes for rule in rules)
         if launched and processes > 1:
@@ -86,10 +89,10 @@ class Sandbox:
 
     def provide(self, word: str) -> None:
         """Make the file that the word (`FILE`, `--option=FILE`, `--option=FILE,FILE`) names, where there is none."""
-        name = word.partition("=")[2] if word.startswith("-") else word
+        name = (word.partition("=")[2] if word.startswith("-") else word).removeprefix("./")
         path = self.path / name.replace("*", "net")
-        if name and not path.exists():
-            make_for(FILES, name, path)
+        if name and not path.exists() and make_for(FILES, name, path) and path.is_file():
+            self._provided.add(name)
 
 
 def _made_small(words: list[str], rules: list[Rule]) -> list[str]:
