@@ -1,4 +1,4 @@
-"""The files that a reader of the documentation would have: tiny ones, made when a command or an example asks for them."""
+"""The files that a reader of the documentation would have: tiny ones, made when a command or example asks for them."""
 
 import io
 import json
@@ -15,8 +15,8 @@ import PIL.Image
 import torch
 
 from tests.conftest import GOLDEN_DIR
-from tests.stand_in_detector import StandInDetector, images
 from tests.documented_run import run_script
+from tests.stand_in_detector import StandInDetector, images
 from tests.tiny import write_dataset
 from training.metrics.reference import save_stats
 
@@ -103,7 +103,9 @@ def run_folder(path: Path) -> None:
     data = path.with_name(f"{path.name}-data.zip")
     write_dataset(data, num_classes=10)
     options = "--channel-mult=1,2 --attn-resolutions=4 --batch=256 --duration=2Ki --snapshot=1Ki --status=1Ki"
-    run_script("train_edm2.py", [f"--outdir={path}", f"--data={data}", "--preset=fashion", "--channels=4", *options.split()])
+    run_script(
+        "train_edm2.py", [f"--outdir={path}", f"--data={data}", "--preset=fashion", "--channels=4", *options.split()]
+    )
 
 
 def checkpoint(path: Path) -> None:

@@ -41,7 +41,7 @@ def snippets(page: str) -> list[Snippet]:
         language, code = block[1].strip(), block[2]
         if language == "python":
             found.append((block.start(), "python", code))
-        elif language in _COMMANDS and code.startswith("#!") or "#SBATCH" in code:
+        elif (language in _COMMANDS and code.startswith("#!")) or "#SBATCH" in code:
             found.append((block.start(), "script", code))
         elif language in _COMMANDS:
             found += [(block.start(2) + at, "command", line) for at, line in _command_lines(code)]

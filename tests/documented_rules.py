@@ -73,7 +73,7 @@ NOT_RUN = {
     r"^docker ": "needs docker",
     r"^rclone ": "fetches gigabytes",
     r"^tensorboard ": "a server that runs until it is stopped",
-    r"^python -m benchmarks\.|^python benchmarks/|OMP_NUM_THREADS=1 python benchmarks/": "minutes; benchmarks are no tests",
+    r"^(OMP_NUM_THREADS=1 )?python (-m benchmarks\.|benchmarks/)": "minutes; benchmarks are no tests",
     r"^python -m http\.server": "a server that runs until it is stopped",
     r"^python data/make_fashion_mnist\.py": "reads the original files of Fashion-MNIST",
 }

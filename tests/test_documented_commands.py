@@ -5,7 +5,6 @@ tests/documented_rules.py says how each is made small, tests/documented_files.py
 
 import contextlib
 import glob
-import os
 import re
 import shlex
 import shutil
@@ -61,7 +60,7 @@ class Sandbox:
                 self.provide(word)
             elif word.partition("=")[2] in self._provided:  # made for an earlier command; this one makes it itself
                 (self.path / word.partition("=")[2]).unlink()
-        args = [name for word in args for name in (sorted(glob.glob(word)) if "*" in word and "=" not in word else [word])]
+        args = [name for word in args for name in _expanded(word)]
         processes = max(rule.processes for rule in rules)
         if launched and processes > 1:
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
@@ -107,6 +106,11 @@ def _made_small(words: list[str], rules: list[Rule]) -> list[str]:
         if rule.replace is not None:
             words = [re.sub(*rule.replace, word) for word in words]
     return words
+
+
+def _expanded(word: str) -> list[str]:
+    """As a shell does it with `*`."""
+    return sorted(glob.glob(word)) if "*" in word and not word.startswith("-") else [word]
 
 
 def _check_shell(snippet: Snippet) -> None:
