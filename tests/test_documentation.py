@@ -90,11 +90,10 @@ def tree() -> Any:
 
 
 def mapped(tree: Any, text: str, page: str) -> str:
-    from mkdocs.config.defaults import MkDocsConfig
+    from mkdocs.config import load_config
     from mkdocs.structure.files import Files
 
-    config = MkDocsConfig()
-    config.load_dict({"site_name": "x", "site_dir": "out/site", "docs_dir": "docs", "use_directory_urls": False})
+    config = load_config(str(ROOT / "mkdocs.yml"))
     place: Any = SimpleNamespace(file=SimpleNamespace(src_uri=page))
     return str(tree.on_page_markdown(text, place, config, Files([])))
 

@@ -1,8 +1,8 @@
 """For MkDocs: pages and files of the checkout that lie outside of docs/, and links to them.
 
 On a Git host a page refers to others by their path in the tree. The site has some of them as pages (PAGES); any other
-file of the tree that is linked is copied along, under files/. A link that leads to neither is left, and fails the strict
-build.
+file of the tree that is linked is copied along, under files/. A link that leads to neither is left as it is, and fails
+the strict build.
 """
 
 import posixpath
