@@ -106,7 +106,6 @@ def mapped(tree: Any, text: str, page: str) -> str:
         ("metrics.md", "[a](../benchmarks/README.md)", "[a](benchmarks.md)"),
         ("options/sweep.md", "[`a`](../metrics.md)", "[`a`](../metrics.md)"),
         ("options/sweep.md", "[a](../../README.md#data)", "[a](../index.md#data)"),
-        ("posthoc-ema.md", "[a](../training/phema.py)", "[a](files/training/phema.py)"),
         ("benchmarks.md", "[a](../docs/numerics.md)", "[a](numerics.md)"),
         ("index.md", "[a](https://arxiv.org) [b](#data)", "[a](https://arxiv.org) [b](#data)"),
         ("index.md", "[a](docs/../training/none.py)", "[a](docs/../training/none.py)"),
