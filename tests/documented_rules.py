@@ -56,8 +56,6 @@ RULES = [
     Rule(of=r"train_edm2\.py.*--duration=32Ki --snapshot=1Ki", put="--duration=3Ki"),
     Rule(of=r"torchrun .*--outdir=training-runs/two", processes=2, put="--duration=1Ki"),
     Rule(of=r"/shared/", replace=(r"^(--\w+=)/shared/", r"\1shared/")),
-    # A network that was trained for 2Ki images instead of 16Ki.
-    Rule(of=r"phema-0000016", replace=("phema-0000016", "phema-0000002")),
     Rule(of=r"convert_snapshot\.py|report\.py"),
     # Counting takes its time for every layer, whatever its width; tests/test_count_flops.py counts the published ones.
     Rule(of=r"count_flops\.py", replace=(r"^edm2-img512-[a-z]+$", "fashion")),

@@ -60,7 +60,7 @@ class Sandbox:
                 self.provide(word)
             elif word.partition("=")[2] in self._provided:  # made for an earlier command; this one makes it itself
                 (self.path / word.partition("=")[2]).unlink()
-        args = [name for word in args for name in _expanded(word)]
+        args = [name for word in map(_of_this_run, args) for name in _expanded(word)]
         processes = max(rule.processes for rule in rules)
         if launched and processes > 1:
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
@@ -106,6 +106,14 @@ def _made_small(words: list[str], rules: list[Rule]) -> list[str]:
         if rule.replace is not None:
             words = [re.sub(*rule.replace, word) for word in words]
     return words
+
+
+def _of_this_run(word: str) -> str:
+    """A run that was made small ends earlier: where {prefix}-{kimg}-{std} is missing, the newest other kimg is meant."""
+    match = re.fullmatch(r"(?P<before>(--\w+=)?)(?P<prefix>.*-)(?P<kimg>\d{7})(?P<after>-\d\.\d{3}\.\w+)", word)
+    if match is None or Path(word.removeprefix(match["before"])).exists() or "://" in word:
+        return word
+    return match["before"] + max(glob.glob(f"{match['prefix']}*{match['after']}"), default=word)
 
 
 def _expanded(word: str) -> list[str]:
