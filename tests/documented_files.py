@@ -39,8 +39,8 @@ def small_pictures(path: Path) -> None:
 
 
 def pictures(path: Path) -> None:
-    """A data set of colour pictures of 16x16."""
-    write_dataset(path, num=12, size=16)
+    """A data set of colour pictures of 32x32."""
+    write_dataset(path, num=12, size=32)
 
 
 def latents(path: Path) -> None:
@@ -53,7 +53,7 @@ def photographs(path: Path) -> None:
     for name in ("cats", "dogs"):
         (path / name).mkdir(parents=True)
         for i in range(3):
-            pixels = np.random.default_rng(i).integers(0, 256, [20, 24, 3], dtype=np.uint8)
+            pixels = np.random.default_rng(i).integers(0, 256, [40, 48, 3], dtype=np.uint8)
             PIL.Image.fromarray(pixels).save(path / name / f"{i}.jpg")
 
 
@@ -157,7 +157,7 @@ FILES: dict[str, Callable[[Path], None]] = {
     r"small/pictures\.zip": small_pictures,
     r"((datasets|shared)/)?[\w-]+-(sd|z)\.zip": latents,
     r"(datasets/)?[\w-]+\.zip": pictures,
-    r"imagenet/train|photos": photographs,
+    r"imagenet/train|photos|my-pictures": photographs,
     r"cifar-10-python\.tar\.gz": cifar,
     r"out": folder_of_images,
     r"out/[\w-]*ref\.safetensors|ref\.safetensors": reference,
