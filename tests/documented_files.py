@@ -152,7 +152,7 @@ def copy_of(source: Path) -> Callable[[Path], None]:
 
 # Regular expression of a whole path, and what makes the file or folder there.
 FILES: dict[str, Callable[[Path], None]] = {
-    r"data/fashion-mnist-32\.zip": fashion,
+    r"data/fashion-mnist-32(-heldout)?\.zip": fashion,
     r"models/fashion(-guide)?\.safetensors": shipped_network,
     r"small/pictures\.zip": small_pictures,
     r"((datasets|shared)/)?[\w-]+-(sd|z)\.zip": latents,

@@ -44,7 +44,7 @@ RULES = [
     Rule(of=r"train_edm2\.py(?!.*--init)", put=_TINY_RUN, instead="--batch-gpu=128"),
     Rule(of=r"train_edm2\.py.*--preset=fashion(?!.*(--init|--data))", put="--data=small/pictures.zip"),
     Rule(of=r"train_edm2\.py.*--encode-on-the-fly", put="--batch=4 --duration=8 --snapshot=0 --attn-resolutions=8"),
-    Rule(of=r"train_edm2\.py.*--init", put="--batch=4 --duration=8 --snapshot=0"),
+    Rule(of=r"train_edm2\.py.*--init", put="--batch=4 --duration=8"),
     Rule(
         of=r"train_edm2\.py",
         instead="--metrics-num=12 --metrics-every=1Ki --metrics-steps=2 --samples-steps=2 --samples=2",
