@@ -84,6 +84,7 @@ class Sandbox:
             text = re.sub(pattern, replacement, text)
         for name in re.findall(r'"([^"\n]+)"', text):
             self.provide(name)
+            text = text.replace(f'"{name}"', f'"{_of_this_run(name)}"')
         exec(compile(text, snippet.where, "exec"), {"__name__": "documented"})
 
     def provide(self, word: str) -> None:
