@@ -110,7 +110,7 @@ def _made_small(words: list[str], rules: list[Rule]) -> list[str]:
 
 
 def _of_this_run(word: str) -> str:
-    """A run that was made small ends earlier: where {prefix}-{kimg}-{std} is missing, the newest other kimg is meant."""
+    """A run that was made small ends earlier: where {prefix}-{kimg}-{std} is missing, the newest kimg is meant."""
     match = re.fullmatch(r"(?P<before>(--\w+=)?)(?P<prefix>.*-)(?P<kimg>\d{7})(?P<after>-\d\.\d{3}\.\w+)", word)
     if match is None or Path(word.removeprefix(match["before"])).exists() or "://" in word:
         return word
