@@ -25,7 +25,9 @@ from training.metrics.table import METRICS
 from training.posthoc.inputs import Input
 from training.posthoc.reconstruction import reconstruct_networks
 from training.sampling.dealing import split_batches
+from training.sampling.checks import require_label_dropout
 from training.sampling.generation import generate_images, load_network
+from training.sampling.guidance import SELF, WithoutLabels
 from training.sampling.request import SamplingRequest
 
 FORMAT = "edm2-sweep"
@@ -116,7 +118,7 @@ class Sweep:
         if not self._todo:
             return
         device = self._world.device
-        paths = dict.fromkeys(path for left in self._todo.values() for r in left for path in r.gnets)
+        paths = dict.fromkeys(path for left in self._todo.values() for r in left for path in r.gnets if path != SELF)
         prepare = next(iter(self._todo.values()))[0].prepare()  # every request has the same precision
         guides = {path: prepare(load_network(path, device)[0], device) for path in paths}
         encoder = None
@@ -124,7 +126,7 @@ class Sweep:
             encoder = encoder or snapshot.encoder  # a VAE is loaded once
             net = prepare(snapshot.net.to(device), device)
             for request in self._todo[std]:
-                guide = [guides[path] for path in request.gnets]
+                guide = [WithoutLabels(net) if path == SELF else guides[path] for path in request.gnets]
                 yield from self._measure(std, request, net, guide, encoder, snapshot.info["posthoc_fit"])
             snapshot.net.to("cpu")  # it may be some while until the others of its pass are done
 
@@ -191,7 +193,7 @@ def settings_of(
     settings = {
         **({} if precision is None else {"precision": precision}),
         **inputs,
-        "gnets": [report.described_file(path)["sha256"] for path in gnets],
+        "gnets": [SELF if path == SELF else report.described_file(path)["sha256"] for path in gnets],
         "sampler": sampler,
         "reference": None if ref is None else report.described_file(ref)["sha256"],
         "metrics": list(plan.metrics),

@@ -1,7 +1,7 @@
 """What can be asked of generation: checks of a request before anything is computed, and the classes it asks for."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -47,6 +47,22 @@ def require_matching_guide(net: Any, gnet: Any) -> None:
         )
 
 
+def require_label_dropout(net: Any, info: Mapping[str, Any] | None, name: Any, use: str) -> None:
+    """Raise ConfigError unless the network called `name` can do without labels, as `use` needs it.
+
+    `info`: what its file says; None where the caller made or loaded it, and knows how it was trained.
+    """
+    if net.label_dim == 0:
+        raise ConfigError(f"{use} leaves out labels, and the network has none to leave out; give a conditional network")
+    said = None if info is None else info.get("label_dropout")
+    trained = isinstance(said, int | float) and said > 0
+    if info is not None and not trained:
+        raise ConfigError(
+            f"{use} needs a network that knows images without labels, and {name} does not say that it was trained with"
+            " --label-dropout; train with --label-dropout=0.1, or use an unconditional network beside it"
+        )
+
+
 def require_writable_images(net: Any, encoder: Encoder | None) -> None:
     """Raise ConfigError if the images of `net` cannot be written as PNG. Decoders of latents give RGB."""
     if encoder is None or isinstance(encoder, StandardRGBEncoder):
@@ -77,8 +93,8 @@ def check_request(
 
 
 def classes_per_seed(net: Any, seeds: list[int], class_idx: int | Sequence[int] | str | None) -> list[int] | None:
-    """The class of each seed, from generate_images' `class_idx`; None where the seeds draw it. Raises ConfigError."""
-    if class_idx is None:
+    """The class of each seed, from generate_images' `class_idx`; None where the seeds draw it, or none is wanted. Raises ConfigError."""
+    if class_idx in (None, "none"):
         return None
     if net.label_dim == 0:
         raise ConfigError("the network is unconditional and takes no class; leave the class out")

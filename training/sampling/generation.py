@@ -22,13 +22,14 @@ from training.sampling.checks import (
     check_request,
     classes_per_seed,
     image_size,
+    require_label_dropout,
     require_matching_guide,
     require_one_image_per_file,
     require_writable_images,
 )
 from training.sampling.dealing import all_batches, deal_on_demand, remaining_batches
 from training.sampling.files import BatchFiles, FilePlan, plan_files
-from training.sampling.guidance import listed
+from training.sampling.guidance import SELF, WithoutLabels, listed
 from training.sampling.image_decoder import DecoderOptions
 from training.sampling.pipeline import streams_of, two_stages
 from training.sampling.png_files import FAST, require_compression
@@ -77,6 +78,7 @@ class GeneratedImages:
     subdirs: bool
     seeds: list[int]
     classes: list[int] | None  # per seed; None = drawn from the seed
+    unlabelled: bool  # whether a conditional network is given zeros for labels
     one_row_per_class: bool  # whether the seeds were dealt over all classes, the images of one class in succession
     batches: list[np.ndarray]  # positions in `seeds`, of this process; where dealt on demand, of all processes
     encoder_batch_size: int
@@ -150,6 +152,8 @@ class GeneratedImages:
             return None
         # Drawn also where it is then overridden, so that the churn noise after it stays the same.
         chosen = random.randint(label_dim, size=[len(indices)])
+        if self.unlabelled:
+            return torch.zeros([len(indices), label_dim], device=self.device)
         if self.classes is not None:
             chosen = torch.tensor([self.classes[i] for i in indices])
             if self.device.type == "cuda":  # from pinned memory the copy does not wait for the work in flight
@@ -185,7 +189,7 @@ def generate_images(
     outdir: str | os.PathLike[str] | None = None,
     subdirs: bool = False,
     seeds: Sequence[int] = range(16, 24),
-    class_idx: int | Sequence[int] | Literal["all"] | None = None,
+    class_idx: int | Sequence[int] | Literal["all", "none"] | None = None,
     max_batch_size: int = 32,
     encoder_batch_size: int = 4,
     verbose: bool = True,
@@ -203,9 +207,10 @@ def generate_images(
 ) -> GeneratedImages:
     """Check the request, load the networks, and return an iterable over this process's batches (`ImageBatch`).
 
-    `net` and `gnet`: networks, or paths or URLs of snapshots; several guides as a list. A snapshot of `net` brings its
+    `net` and `gnet`: networks, or paths or URLs of snapshots; several guides as a list. The guide 'self' is `net` without
+    labels (`WithoutLabels`); a file must then say that it was trained with label dropout. A snapshot of `net` brings its
     encoder, unless one is given; without either, images are grey or RGB. `class_idx`: one class for all, one per seed,
-    or 'all' (see `deal_classes`), instead of those that the seeds draw. `outdir` gets {seed:06d}.png, with `subdirs` in
+    'all' (see `deal_classes`), or 'none' (as for the guide 'self'), instead of those that the seeds draw. `outdir` gets {seed:06d}.png, with `subdirs` in
     folders of a thousand. `max_batch_size`: images at once per process; `encoder_batch_size`: decoded at once.
     `device`: default the world's, else the best of this machine. `world`: which share of the batches is this process's;
     default torch.distributed's, if it is initialized. `trust_code`: see `load_snapshot`.
@@ -234,8 +239,12 @@ def generate_images(
         raise ConfigError("--skip-existing looks for files in --outdir, and there is none; give both or neither")
     world = world if world is not None else _current_world(device)
     device = world.device if device is None else torch.device(device)
-    net, own_encoder = load_network(net, device, trust_code)
-    guides = [load_network(guide, device, trust_code)[0] for guide in guides]
+    source, unlabelled = net, class_idx == "none"
+    net, own_encoder, info = _load(net, device, trust_code)
+    for use, wanted in (("--gnet=self", any(_is_self(guide) for guide in guides)), ("--class=none", unlabelled)):
+        if wanted:
+            require_label_dropout(net, info, source, use)
+    guides = [WithoutLabels(net) if _is_self(guide) else load_network(guide, device, trust_code)[0] for guide in guides]
     encoder = encoder or own_encoder or StandardRGBEncoder()
     for guide in guides:
         require_matching_guide(net, guide)
@@ -250,11 +259,12 @@ def generate_images(
         files = plan_files(
             Path(outdir), subdirs, seeds, classes, skip_existing, png_compression, world,
             net=net, guides=guides, encoder=encoder, device=device, sampler_fn=sampler_fn,
-            sampler_kwargs=sampler_kwargs, more={**decoder_record, **getattr(prepare, "settings", {})},
+            sampler_kwargs=sampler_kwargs,
+            more={**decoder_record, **getattr(prepare, "settings", {}), "class": "none" if unlabelled else None},
         )  # fmt: skip
         make_folder(Path(outdir))
     if prepare is not None:
-        net, *guides = (prepare(network, device) for network in (net, *guides))
+        net, *guides = _all_prepared(prepare, (net, *guides), device)
     batches = all_batches(len(seeds), max_batch_size, world.size)
     if files is not None and files.there:
         batches = remaining_batches(batches, sorted(files.there), max_batch_size, world.size)
@@ -266,6 +276,7 @@ def generate_images(
         subdirs=subdirs,
         seeds=seeds,
         classes=classes,
+        unlabelled=unlabelled,
         one_row_per_class=class_idx == "all",
         batches=batches if on_demand else batches[world.rank :: world.size],
         encoder_batch_size=encoder_batch_size,
@@ -281,10 +292,35 @@ def generate_images(
 
 def load_network(source: Any, device: torch.device, trust_code: TrustCode | None = None) -> tuple[Any, Encoder | None]:
     """A network on `device`, ready to sample from, and its encoder: from a snapshot's path or URL, or as given."""
+    return _load(source, device, trust_code)[:2]
+
+
+def _load(
+    source: Any, device: torch.device, trust_code: TrustCode | None
+) -> tuple[Any, Encoder | None, dict[str, Any] | None]:
+    """The same, and what a snapshot says of its training."""
     if isinstance(source, str | os.PathLike):
         snapshot = load_snapshot(os.fspath(source), trust_code, device=device)
-        return snapshot.net, snapshot.encoder
-    return (source.to(device) if isinstance(source, torch.nn.Module) else source), None
+        return snapshot.net, snapshot.encoder, snapshot.info
+    return (source.to(device) if isinstance(source, torch.nn.Module) else source), None, None
+
+
+def _is_self(guide: Any) -> bool:
+    return isinstance(guide, str) and guide == SELF
+
+
+def _all_prepared(prepare: Prepare, networks: Sequence[Any], device: torch.device) -> list[Any]:
+    """Every network prepared; one that is there twice, or without labels beside itself, is prepared once."""
+    ready: dict[int, Any] = {}
+
+    def one(network: Any) -> Any:
+        if isinstance(network, WithoutLabels):
+            return WithoutLabels(one(network.net))
+        if id(network) not in ready:
+            ready[id(network)] = prepare(network, device)
+        return ready[id(network)]
+
+    return [one(network) for network in networks]
 
 
 def _current_world(device: torch.device | str | None) -> World:
