@@ -53,7 +53,7 @@ def cmdline(source: str | None, decoder: bool | None, json_file: Path | None, **
     nets = [network_of(request.net)]
     nets += [nets[0] if name == SELF else network_of(name) for name in request.gnets]
     if SELF in names:
-        require_label_dropout(nets[0], None, request.net, "--gnet=self")
+        require_label_dropout(nets[0].label_dim, None, request.net, "--gnet=self")
     counts = [count_flops(net) for net in nets]
     guidance = Guidance(
         weight=request.guidance, num_guides=len(request.gnets), shares=request.shares, interval=request.interval

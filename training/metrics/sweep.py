@@ -24,11 +24,13 @@ from training.metrics.scores import Score, shared_scores
 from training.metrics.table import METRICS
 from training.posthoc.inputs import Input
 from training.posthoc.reconstruction import reconstruct_networks
-from training.sampling.dealing import split_batches
 from training.sampling.checks import require_label_dropout
-from training.sampling.generation import generate_images, load_network
+from training.sampling.dealing import split_batches
+from training.sampling.generation import generate_images
 from training.sampling.guidance import SELF, WithoutLabels
+from training.sampling.loading import load_network
 from training.sampling.request import SamplingRequest
+from training.snapshot import read_header
 
 FORMAT = "edm2-sweep"
 VERSION = 1
@@ -173,6 +175,13 @@ def at_the_edge(points: Sequence[Point], best: Point) -> list[str]:
 def described_inputs(inputs: Sequence[Input], out_nimg: int | None) -> dict[str, Any]:
     """What the networks are made of, for the record. The digests are of the files' ends; the files may be large."""
     return {"snapshots": {os.path.basename(file.path): _ends_sha256(file.path) for file in inputs}, "nimg": out_nimg}
+
+
+def check_guides(inputs: Sequence[Input], requests: Sequence[SamplingRequest]) -> None:
+    """Raise ConfigError where the networks of these inputs would guide themselves and were not trained for it."""
+    if any(SELF in request.gnets for request in requests):
+        header = read_header(inputs[0].path)
+        require_label_dropout(header.config["arguments"]["label_dim"], header.info, inputs[0].path, "--gnet=self")
 
 
 def settings_of(

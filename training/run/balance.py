@@ -61,6 +61,8 @@ class BalancedOrder:
     def _span(self, index: int, first: int) -> np.ndarray:
         """The items of a class from round `first` on, as far as they were shuffled together."""
         items = self._items[index]
+        if len(items) == 1:
+            return np.repeat(items, self._num_rounds)
         num_epochs = -(-self._num_rounds // len(items))  # several at once of a small class
         group, offset = divmod(first, num_epochs * len(items))
         if self._shuffled[index][0] != group:

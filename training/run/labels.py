@@ -65,10 +65,10 @@ def describe_labels(config: "TrainingConfig", dataset: "ImageFolderDataset") -> 
     if config.balance:
         counts = np.bincount(dataset.item_labels())
         filled = counts[counts > 0]
-        text += f", seen equally often (of {filled.min()} to {filled.max()} images)"
-        text += f", but for {len(counts) - len(filled)} without images" if len(filled) < len(counts) else ""
+        empty = f", {len(counts) - len(filled)} without any" if len(filled) < len(counts) else ""
+        text += f", seen equally often ({filled.min()} to {filled.max()} images each{empty})"
     if config.label_dropout:
-        text += f", left out with probability {config.label_dropout:g}"
+        text += f"; labels are left out with probability {config.label_dropout:g}"
     return text
 
 

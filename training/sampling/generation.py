@@ -22,24 +22,19 @@ from training.sampling.checks import (
     check_request,
     classes_per_seed,
     image_size,
-    require_label_dropout,
-    require_matching_guide,
+    is_none,
     require_one_image_per_file,
     require_writable_images,
 )
 from training.sampling.dealing import all_batches, deal_on_demand, remaining_batches
 from training.sampling.files import BatchFiles, FilePlan, plan_files
-from training.sampling.guidance import SELF, WithoutLabels, listed
+from training.sampling.guidance import listed
 from training.sampling.image_decoder import DecoderOptions
+from training.sampling.loading import Prepare, load_networks, prepare_networks
 from training.sampling.pipeline import streams_of, two_stages
 from training.sampling.png_files import FAST, require_compression
 from training.sampling.sampler import StackedRandomGenerator, edm_sampler
-from training.snapshot import load_snapshot
 from training.snapshots.code import TrustCode
-
-# Makes a network that is ready to sample from out of one that was loaded, on the device given. It keeps img_channels,
-# img_resolution and label_dim. With `fixed_batch` true, it is always given batches of one size.
-Prepare = Callable[[Any, torch.device], Any]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -207,11 +202,12 @@ def generate_images(
 ) -> GeneratedImages:
     """Check the request, load the networks, and return an iterable over this process's batches (`ImageBatch`).
 
-    `net` and `gnet`: networks, or paths or URLs of snapshots; several guides as a list. The guide 'self' is `net` without
-    labels (`WithoutLabels`); a file must then say that it was trained with label dropout. A snapshot of `net` brings its
-    encoder, unless one is given; without either, images are grey or RGB. `class_idx`: one class for all, one per seed,
-    'all' (see `deal_classes`), or 'none' (as for the guide 'self'), instead of those that the seeds draw. `outdir` gets {seed:06d}.png, with `subdirs` in
-    folders of a thousand. `max_batch_size`: images at once per process; `encoder_batch_size`: decoded at once.
+    `net` and `gnet`: networks, or paths or URLs of snapshots; several guides as a list. A snapshot of `net` brings its
+    encoder, unless one is given; without either, images are grey or RGB. The guide 'self' is `net` without labels
+    (`WithoutLabels`); a snapshot must say that it was trained so, of a network the caller has to know. `class_idx`: one
+    class for all, one per seed, 'all' (see `deal_classes`), or 'none' (likewise without labels), instead of those that
+    the seeds draw. `outdir` gets {seed:06d}.png, with `subdirs` in folders of a thousand. `max_batch_size`: images at
+    once per process; `encoder_batch_size`: decoded at once.
     `device`: default the world's, else the best of this machine. `world`: which share of the batches is this process's;
     default torch.distributed's, if it is initialized. `trust_code`: see `load_snapshot`.
     `verbose` is accepted and prints nothing: progress is the caller's. Other keywords go to `sampler_fn`, which is
@@ -239,15 +235,9 @@ def generate_images(
         raise ConfigError("--skip-existing looks for files in --outdir, and there is none; give both or neither")
     world = world if world is not None else _current_world(device)
     device = world.device if device is None else torch.device(device)
-    source, unlabelled = net, class_idx == "none"
-    net, own_encoder, info = _load(net, device, trust_code)
-    for use, wanted in (("--gnet=self", any(_is_self(guide) for guide in guides)), ("--class=none", unlabelled)):
-        if wanted:
-            require_label_dropout(net, info, source, use)
-    guides = [WithoutLabels(net) if _is_self(guide) else load_network(guide, device, trust_code)[0] for guide in guides]
+    unlabelled = is_none(class_idx)
+    net, guides, own_encoder = load_networks(net, guides, device, trust_code, unlabelled=unlabelled)
     encoder = encoder or own_encoder or StandardRGBEncoder()
-    for guide in guides:
-        require_matching_guide(net, guide)
     if outdir is not None:
         require_writable_images(net, encoder)
     classes = classes_per_seed(net, seeds, class_idx)
@@ -264,7 +254,7 @@ def generate_images(
         )  # fmt: skip
         make_folder(Path(outdir))
     if prepare is not None:
-        net, *guides = _all_prepared(prepare, (net, *guides), device)
+        net, *guides = prepare_networks(prepare, (net, *guides), device)
     batches = all_batches(len(seeds), max_batch_size, world.size)
     if files is not None and files.there:
         batches = remaining_batches(batches, sorted(files.there), max_batch_size, world.size)
@@ -288,39 +278,6 @@ def generate_images(
         files=files,
         full_batch=max(map(len, batches), default=0),
     )
-
-
-def load_network(source: Any, device: torch.device, trust_code: TrustCode | None = None) -> tuple[Any, Encoder | None]:
-    """A network on `device`, ready to sample from, and its encoder: from a snapshot's path or URL, or as given."""
-    return _load(source, device, trust_code)[:2]
-
-
-def _load(
-    source: Any, device: torch.device, trust_code: TrustCode | None
-) -> tuple[Any, Encoder | None, dict[str, Any] | None]:
-    """The same, and what a snapshot says of its training."""
-    if isinstance(source, str | os.PathLike):
-        snapshot = load_snapshot(os.fspath(source), trust_code, device=device)
-        return snapshot.net, snapshot.encoder, snapshot.info
-    return (source.to(device) if isinstance(source, torch.nn.Module) else source), None, None
-
-
-def _is_self(guide: Any) -> bool:
-    return isinstance(guide, str) and guide == SELF
-
-
-def _all_prepared(prepare: Prepare, networks: Sequence[Any], device: torch.device) -> list[Any]:
-    """Every network prepared; one that is there twice, or without labels beside itself, is prepared once."""
-    ready: dict[int, Any] = {}
-
-    def one(network: Any) -> Any:
-        if isinstance(network, WithoutLabels):
-            return WithoutLabels(one(network.net))
-        if id(network) not in ready:
-            ready[id(network)] = prepare(network, device)
-        return ready[id(network)]
-
-    return [one(network) for network in networks]
 
 
 def _current_world(device: torch.device | str | None) -> World:

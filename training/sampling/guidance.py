@@ -9,7 +9,6 @@ Shape legend: N images, C channels, H x W pixels, L labels.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -52,10 +51,26 @@ class WithoutLabels:
 
     def __init__(self, net: Any) -> None:
         self.net = net
-        self.img_resolution = net.img_resolution
-        self.img_channels = net.img_channels
-        self.label_dim = net.label_dim
-        self.fixed_batch = getattr(net, "fixed_batch", False)
+
+    @property
+    def img_resolution(self) -> Any:
+        """As of `net`."""
+        return self.net.img_resolution
+
+    @property
+    def img_channels(self) -> int:
+        """As of `net`."""
+        return int(self.net.img_channels)
+
+    @property
+    def label_dim(self) -> int:
+        """As of `net`."""
+        return int(self.net.label_dim)
+
+    @property
+    def fixed_batch(self) -> bool:
+        """As of `net`; see `Prepare` in training/sampling/loading.py."""
+        return getattr(self.net, "fixed_batch", False)
 
     def __call__(
         self, x: torch.Tensor, sigma: torch.Tensor | float, class_labels: torch.Tensor | None = None
@@ -68,7 +83,8 @@ class WithoutLabels:
         if hasattr(self.net, "bind"):
             bound: Callable[..., torch.Tensor] = self.net.bind(None)  # one row of zeros for all images
             return bound
-        return partial(self.net, class_labels=None if class_labels is None else torch.zeros_like(class_labels))
+        zeros = None if class_labels is None else torch.zeros_like(class_labels)
+        return lambda x, sigma: self.net(x, sigma, zeros)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +122,7 @@ class Guidance:
             )
 
     def _shares(self) -> Sequence[float]:
-        return self.shares or [1 / self.num_guides] * self.num_guides
+        return self.shares or [1 / max(self.num_guides, 1)] * self.num_guides
 
     def applies(self, step_sigma: float) -> bool:
         """Whether a step that sets out at this noise level of the schedule is guided."""
@@ -116,13 +132,13 @@ class Guidance:
     def denoiser(self, net: Network, guides: Sequence[Network], labels: torch.Tensor | None) -> Denoiser:
         """The guided denoiser of `net` for fixed `labels` [N, L], which go to the guides, too.
 
-        Where the one guide is `net` without labels, both are evaluated as one batch of 2N, but for the CPU: there two
-        evaluations are as fast, and the bits of an image stay those of a guide in a file of its own.
+        Where the one guide is `net` without labels, both are evaluated as one batch of 2N. A CPU does so for a single
+        image only: it is busy with more (benchmarks/self_guidance.py).
         """
         both = None
         active = [guide for guide, share in zip(guides, self._shares(), strict=True) if share > 0]
-        if len(active) == 1 and isinstance(active[0], WithoutLabels) and active[0].net is net:
-            both = None if labels is None or labels.device.type == "cpu" else one_batch(net, labels)
+        if len(active) == 1 and isinstance(active[0], WithoutLabels) and active[0].net is net and labels is not None:
+            both = one_batch(net, labels) if labels.device.type != "cpu" or len(labels) == 1 else None
         return self.wrap(bind_labels(net, labels), [bind_labels(guide, labels) for guide in guides], both)
 
     def wrap(self, main: Denoiser, guides: Sequence[Denoiser], both: Both | None = None) -> Denoiser:
@@ -139,7 +155,8 @@ class Guidance:
         def denoise(x: torch.Tensor, sigma: float, step_sigma: float) -> torch.Tensor:
             if not self.applies(step_sigma):
                 return main(x, sigma, step_sigma)
-            return torch.lerp(*both(x, sigma, step_sigma), self.weight)
+            guided_by, denoised = both(x, sigma, step_sigma)
+            return torch.lerp(guided_by, denoised, self.weight)
 
         return denoise
 
