@@ -93,7 +93,7 @@ def test_a_run_with_both_options_goes_on_bitwise(tmp_path: Path):
 
 @pytest.mark.parametrize("probability", [-0.1, 1.0, float("nan")])
 def test_what_is_no_probability_is_refused(probability: float):
-    with pytest.raises(ConfigError, match="--label-dropout=.* is no probability below 1"):
+    with pytest.raises(ConfigError, match=r"--label-dropout=.* is no probability below 1"):
         tiny_config(Path("data"), label_dropout=probability)
 
 

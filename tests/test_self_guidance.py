@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import calculate_metrics
-import count_flops
 import dnnlib.cli
 import generate_images as script
 import sweep
@@ -29,6 +28,7 @@ from training.metrics import plan
 from training.run.folder import RunFolder
 from training.sampling.generation import generate_images
 from training.sampling.guidance import Guidance, WithoutLabels, one_batch
+from training.sampling.png_files import read_png_head
 from training.sampling.sampler import edm_sampler
 from training.snapshot import load_snapshot
 from training.snapshots.model_folder_write import save_folder
@@ -69,11 +69,24 @@ def net(folder: Path) -> Path:
     return max((folder / "run").glob("network-snapshot-*.safetensors"))
 
 
+def pixels(*networks: Any, **options: Any) -> torch.Tensor:
+    """The images of all batches, uint8 [N, C, H, W]."""
+    images = [batch.images for batch in generate_images(*networks, **options)]
+    return torch.cat([part for part in images if part is not None])
+
+
 def levels(net: Any, num: int = 96, **options: Any) -> torch.Tensor:
     """The mean grey level of each image of the seeds 0, 1, ..."""
     options = {"num_steps": 6, "prepare": PrepareNetwork(), **options}
-    batches = list(generate_images(net, seeds=range(num), max_batch_size=num, device="cpu", **options))
-    return torch.cat([batch.images.float().mean(dim=(1, 2, 3)) for batch in batches])
+    images = pixels(net, seeds=range(num), max_batch_size=num, device="cpu", **options)
+    return images.float().mean(dim=(1, 2, 3))
+
+
+def note_of(path: Path) -> dict[str, Any]:
+    """What an image's file says that it was made from."""
+    head = read_png_head(path)
+    assert head is not None
+    return dict(json.loads(head.texts["generate_images"]))
 
 
 def test_the_labels_decide_zeros_give_the_mixture_and_guidance_sharpens(net: Path):
@@ -116,13 +129,10 @@ def test_it_is_bitwise_the_same_file_as_a_guide_that_is_given_zeros(net: Path, o
     if options["prepare"] is not None:
         prepared = options["prepare"](zeroed.net, CPU)
         zeroed.net = prepared
-    expected = torch.cat([batch.images for batch in generate_images(str(net), zeroed, **options)])
+    expected = pixels(str(net), zeroed, **options)
     for guide in ("self", ["self"]):
-        actual = torch.cat([batch.images for batch in generate_images(str(net), guide, **options)])
-        assert torch.equal(actual, expected)
-    assert not torch.equal(
-        torch.cat([b.images for b in generate_images(str(net), **options | {"guidance": 1})]), actual
-    )
+        assert torch.equal(pixels(str(net), guide, **options), expected)
+    assert not torch.equal(pixels(str(net), **{**options, "guidance": 1}), expected)
 
 
 def test_latents_are_bitwise_the_same_too_and_with_other_guides_beside_it():
@@ -200,7 +210,7 @@ def test_the_command_guides_by_the_network_itself_and_notes_it(net: Path, tmp_pa
     )
     with PIL.Image.open(tmp_path / "a" / "000002.png") as image:
         assert np.array_equal(np.asarray(image), batch.images[2, 0].numpy())
-        note = json.loads(image.text["generate_images"])
+    note = note_of(tmp_path / "a" / "000002.png")
     assert note["gnet"] == [f"{note['net']} without labels"]
     args = [*quick, f"--outdir={tmp_path / 'a'}", "--skip-existing"]
     assert run(script.cmdline, *args, "--gnet=self", "--guidance=2") == 0
@@ -214,8 +224,7 @@ def test_images_of_no_class_are_made_and_noted(net: Path, tmp_path: Path):
     assert run(script.cmdline, *args, "--class=none") == 0
     (batch,) = generate_images(str(net), seeds=range(3), class_idx="none", device="cpu", num_steps=3)
     assert batch.labels.tolist() == [[0, 0]] * 3
-    with PIL.Image.open(tmp_path / "000001.png") as image:
-        assert json.loads(image.text["generate_images"])["class"] == "none"
+    assert note_of(tmp_path / "000001.png")["class"] == "none"
 
 
 @pytest.mark.parametrize("options", [["--gnet=self", "--guidance=2"], ["--class=none"]])
@@ -237,20 +246,28 @@ def test_a_network_without_labels_is_refused_and_one_in_memory_is_the_callers(ne
     assert len(list(generate_images(loaded, "self", seeds=[0], device="cpu", num_steps=1, guidance=2))) == 1
 
 
-def test_metrics_measure_the_network_guided_by_itself(net: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.fixture
+def measure(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Options of metrics against the data set, by a small stand-in for the detector."""
     monkeypatch.setattr(plan, "make_detector", lambda name, device, weights=None: StandInDetector(name))
+    ref = tmp_path / "ref.pkl"
+    args = ["ref", f"--data={folder / 'data.zip'}", f"--dest={ref}", "--metrics=fid", "--workers=0", "--device=cpu"]
+    assert run(calculate_metrics.cmdline, *args) == 0
+    return ["--steps=2", "--num=16", "--metrics=fid", f"--ref={ref}", "--device=cpu"]
+
+
+def test_metrics_measure_the_network_guided_by_itself(net: Path, measure: list[str], tmp_path: Path):
     results = {}
     for name, options in {"self": ["--gnet=self", "--guidance=2"], "plain": []}.items():
-        args = ["gen", f"--net={net}", "--steps=2", "--num=4", "--repeat=2", "--metrics=is", "--device=cpu"]
+        args = ["gen", f"--net={net}", *measure, "--repeat=2"]
         assert run(calculate_metrics.cmdline, *args, f"--json={tmp_path / name}.json", *options) == 0
         results[name] = json.loads((tmp_path / f"{name}.json").read_text())
     assert results["self"]["gnets"] == [{"path": "self", "sha256": None}]
-    assert results["self"]["results"] != results["plain"]["results"]
+    assert results["self"]["results"]["fid"]["values"] != results["plain"]["results"]["fid"]["values"]
 
 
-def test_a_sweep_guides_every_reconstructed_network_by_itself(folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(plan, "make_detector", lambda name, device, weights=None: StandInDetector(name))
-    args = ["--outstd=0.1", "--guidance=1,2", "--gnet=self", "--steps=2", "--num=4", "--metrics=is", "--device=cpu"]
+def test_a_sweep_guides_every_reconstructed_network_by_itself(folder, measure, tmp_path, capsys):
+    args = ["--outstd=0.1", "--guidance=1,2", "--gnet=self", *measure]
     dest = tmp_path / "sweep.json"
     assert run(sweep.cmdline, f"--indir={folder / 'run'}", *args, f"--json={dest}") == 0
     record = json.loads(dest.read_text())
@@ -262,17 +279,8 @@ def test_a_sweep_guides_every_reconstructed_network_by_itself(folder, tmp_path, 
         shutil.copy(path, plain)
     capsys.readouterr()
     assert run(sweep.cmdline, f"--indir={plain}", *args, f"--json={tmp_path / 'no.json'}") == 2
-    assert "does not say that it was trained with --label-dropout" in capsys.readouterr().err
+    assert "--gnet=self leaves out labels, and the network has none" in capsys.readouterr().err
     assert not (tmp_path / "no.json").exists()
-
-
-def test_its_cost_is_that_of_two_evaluations(capsys: pytest.CaptureFixture[str], tmp_path: Path):
-    dest = tmp_path / "cost.json"
-    args = ["edm2-img64-xs", "--gnet=self", "--guidance=2", f"--json={dest}"]
-    assert run(count_flops.cmdline, *args) == 0
-    image = json.loads(dest.read_text())["image"]
-    assert (image["main_calls"], image["guide_calls"]) == (63, [63])
-    assert image["guide_flops"] == image["main_flops"] > 0
 
 
 def test_the_diffusers_pipeline_guides_by_its_own_network(net: Path, tmp_path: Path):

@@ -165,7 +165,7 @@ def label_dropout(info: Mapping[str, Any]) -> float:
     Such a network also works unconditionally, given zeros for labels.
     """
     said = info.get("label_dropout")
-    return float(said) if type(said) in (int, float) and 0 < said < 1 else 0.0
+    return said if isinstance(said, float) and 0 < said < 1 else 0.0
 
 
 def parse_name(name: str | os.PathLike[str]) -> tuple[int, float] | None:
