@@ -52,39 +52,24 @@ class WithoutLabels:
     def __init__(self, net: Any) -> None:
         self.net = net
 
-    @property
-    def img_resolution(self) -> Any:
-        """As of `net`."""
-        return self.net.img_resolution
-
-    @property
-    def img_channels(self) -> int:
-        """As of `net`."""
-        return int(self.net.img_channels)
-
-    @property
-    def label_dim(self) -> int:
-        """As of `net`."""
-        return int(self.net.label_dim)
-
-    @property
-    def fixed_batch(self) -> bool:
-        """As of `net`; see `Prepare` in training/sampling/loading.py."""
-        return getattr(self.net, "fixed_batch", False)
+    def __getattr__(self, name: str) -> Any:
+        if name == "net":  # not there yet, as while it is copied
+            raise AttributeError(name)
+        return getattr(self.net, name)  # image size, channels and whatever else callers ask a network for
 
     def __call__(
-        self, x: torch.Tensor, sigma: torch.Tensor | float, class_labels: torch.Tensor | None = None
+        self, x: torch.Tensor, sigma: torch.Tensor | float, class_labels: torch.Tensor | None = None, **more: Any
     ) -> torch.Tensor:
-        """The denoised images [N, C, H, W]."""
-        return self.bind(class_labels)(x, sigma)
+        """The denoised images [N, C, H, W]. `more` goes to `net`."""
+        return self.bind(class_labels, **more)(x, sigma)
 
-    def bind(self, class_labels: torch.Tensor | None) -> Callable[..., torch.Tensor]:
+    def bind(self, class_labels: torch.Tensor | None, **more: Any) -> Callable[..., torch.Tensor]:
         """The denoiser D(x, sigma); `class_labels` [N, L] give the shape of the zeros."""
         if hasattr(self.net, "bind"):
-            bound: Callable[..., torch.Tensor] = self.net.bind(None)  # one row of zeros for all images
+            bound: Callable[..., torch.Tensor] = self.net.bind(None, **more)  # one row of zeros for all images
             return bound
         zeros = None if class_labels is None else torch.zeros_like(class_labels)
-        return lambda x, sigma: self.net(x, sigma, zeros)
+        return lambda x, sigma: self.net(x, sigma, zeros, **more)
 
 
 @dataclass(frozen=True, kw_only=True)
