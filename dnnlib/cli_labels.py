@@ -9,7 +9,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 # In the order of the help page. What is left out is None.
 _OPTIONS = (
-    click.option("--balance", is_flag=True, default=None, help="See every class equally often, however large it is"),
+    click.option("--balance/--no-balance", default=None, help="See every class equally often, however large it is"),
     click.option(
         "--label-dropout",
         metavar="FLOAT",

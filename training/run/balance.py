@@ -8,8 +8,8 @@ most, and the images of one class among each other, too.
 
 import numpy as np
 
-# Rounds are drawn together until they have this many images: enough to make the drawing cheap.
-_BLOCK = 4096
+# Rounds are drawn together until they have so many images, and at least so many rounds: enough to make that cheap.
+_BLOCK_IMAGES, _BLOCK_ROUNDS = 4096, 16
 
 # Of the random streams: of the classes in a round, and of the images in a class.
 _ROUNDS, _IMAGES = 1, 2
@@ -20,7 +20,8 @@ class BalancedOrder:
 
     labels:  the class of every item, int [N]. Numbers that no item has are no classes.
 
-    In memory are all items twice, once sorted by class and once as they are shuffled for now: 8 MB for a million.
+    In memory are all items twice, once sorted by class and once as they are shuffled for now: 8 MB for a million,
+    and what comes with a class.
     """
 
     def __init__(self, labels: np.ndarray, seed: int) -> None:
@@ -30,7 +31,7 @@ class BalancedOrder:
         self._items = np.split(by_class, starts[1:])  # of each class
         self._seed = seed
         self._num_classes = len(self._items)
-        self._num_rounds = -(-_BLOCK // self._num_classes)  # in a block
+        self._num_rounds = max(-(-_BLOCK_IMAGES // self._num_classes), _BLOCK_ROUNDS)  # in a block
         self._shuffled: list[tuple[int, np.ndarray]] = [(-1, items) for items in self._items]
         self._block = -1
         self._drawn = np.empty(0, dtype=by_class.dtype)  # the items of the block, in order
