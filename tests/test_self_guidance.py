@@ -13,6 +13,7 @@ import torch
 import calculate_metrics
 import dnnlib.cli
 import generate_images as script
+import reconstruct_phema
 import sweep
 from dnnlib.errors import ConfigError
 from edm2_diffusers import EDM2Pipeline
@@ -295,3 +296,11 @@ def test_the_diffusers_pipeline_guides_by_its_own_network(net: Path, tmp_path: P
     published.set_progress_bar_config(disable=True)
     with pytest.raises(ConfigError, match="does not say that it was trained with --label-dropout"):
         published(class_labels=0, **options)
+
+
+def test_reconstructed_networks_keep_what_they_know(folder: Path, tmp_path: Path):
+    args = [f"--indir={folder / 'run'}", "--outstd=0.15", f"--outdir={tmp_path}"]
+    assert run(reconstruct_phema.cmdline, *args) == 0
+    (path,) = tmp_path.iterdir()
+    assert load_snapshot(path).info["label_dropout"] == 0.25
+    assert len(generate_images(str(path), "self", seeds=[0], device="cpu", guidance=2)) == 1
