@@ -263,7 +263,7 @@ def _check_files(files: Sequence[tuple[Path, ...]], inputs: Sequence[Input], out
 def _write(snapshot: Snapshot, paths: Sequence[Path]) -> None:
     """Write `snapshot`; as `save_snapshot` does, which would first make all parts anew: these are new.
 
-    Pickles tell what the inputs told, such as --label-dropout; where those told nothing, no more than published ones do.
+    Pickles tell what the inputs told, such as --label-dropout; where that is nothing, no more than published ones do.
     """
     parts: dict[str, Any] = {
         "net": snapshot.net,
