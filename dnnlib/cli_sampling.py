@@ -5,6 +5,8 @@ from typing import Any, TypeVar
 
 import click
 
+from dnnlib.cli_condition import SOURCE_OPTIONS
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -80,6 +82,7 @@ _OPTIONS: dict[str, Callable[[Any], Any]] = {
         is_flag=True,
         help="Compile the networks: takes minutes the first time, worth it for thousands of images",
     ),
+    **SOURCE_OPTIONS,
 }
 
 
@@ -87,7 +90,7 @@ def sampling_options(command: F) -> F:
     """Add the options to a command function; what they give is for `training.sampling.request.resolve_sampling`.
 
     Their names there: preset, net, gnet (a tuple), gnet_shares, guidance, interval, solver, num_steps, sigma_min,
-    sigma_max, rho, S_churn, S_min, S_max, S_noise, precision, compile (a bool).
+    sigma_max, rho, S_churn, S_min, S_max, S_noise, precision, compile (a bool), source, masks.
     """
     return sampling_options_without()(command)
 

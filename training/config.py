@@ -10,6 +10,7 @@ import torch
 
 from dnnlib.errors import ConfigError
 from torch_utils.precision import PRECISIONS, Precision
+from training.condition.spec import parse_condition
 from training.metrics.table import parse_metrics
 from training.run.samples_config import SamplesConfig
 from training.streaming.remote import is_remote
@@ -88,6 +89,7 @@ class TrainingConfig:
     shuffle_buffer: int | None = None  # images to shuffle over, for a URL; None = SHUFFLE_BUFFER
     cond: bool = True
     xflip: bool = False
+    condition: str | None = None  # image that the network sees beside the noisy one, see training/condition/spec.py
     vae: str | None = None  # encode pixels with this VAE while training: hub name or local folder
     network: NetworkConfig = NetworkConfig()
     P_mean: float = -0.4  # mean and standard deviation of ln(sigma)
@@ -152,6 +154,8 @@ class TrainingConfig:
             raise ConfigError(
                 f"--shuffle-buffer={self.shuffle_buffer} is for data behind a URL; --data={self.data} is shuffled whole"
             )
+        if self.condition is not None:
+            parse_condition(self.condition)
         if not math.isfinite(self.P_mean):
             raise ConfigError(f"--P_mean={self.P_mean} must be a number")
         if self.seed >= 1 << 63:

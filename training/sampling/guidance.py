@@ -17,22 +17,24 @@ from dnnlib.errors import ConfigError
 from torch_utils.side_by_side import SideBySide
 from training.sampling.solvers import Denoiser
 
-# A network called as D = net(x, sigma, labels), with sigma a scalar tensor.
+# A network called as D = net(x, sigma, labels), with sigma a scalar tensor; one with cond_channels above 0 also gets the
+# keyword cond_images.
 Network = Callable[..., torch.Tensor]
 
 
-def bind_labels(net: Network, labels: torch.Tensor | None) -> Denoiser:
+def bind_labels(net: Network, labels: torch.Tensor | None, cond_images: torch.Tensor | None = None) -> Denoiser:
     """The denoiser of `net` for fixed `labels` [N, L]; its result has the type of the state x.
 
-    A network with a method `bind` (fast/inference_network.py) is given the labels once, here, and not with each
-    evaluation.
+    `cond_images` [N, K, H, W] go to networks that are conditioned on images. A network with a method `bind`
+    (fast/inference_network.py) is given both once, here, and not with each evaluation.
     """
-    bound = net.bind(labels) if hasattr(net, "bind") else None
+    seen = {"cond_images": cond_images} if getattr(net, "cond_channels", 0) else {}
+    bound = net.bind(labels, **seen) if hasattr(net, "bind") else None
 
     def denoise(x: torch.Tensor, sigma: float, step_sigma: float) -> torch.Tensor:
         # Filled on the device: no copy from the host, which would wait for all work in flight.
         level = torch.full((), sigma, dtype=x.dtype, device=x.device)
-        return (net(x, level, labels) if bound is None else bound(x, level)).to(x.dtype)
+        return (net(x, level, labels, **seen) if bound is None else bound(x, level)).to(x.dtype)
 
     return denoise
 
