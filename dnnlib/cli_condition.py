@@ -27,6 +27,9 @@ SOURCE_OPTIONS: dict[str, Callable[[Any], Any]] = {
         help="Pictures for a network of --condition: file, folder or ZIP; one per seed, in turn",
     ),
     "masks": click.option(
-        "--masks", metavar="PATH", type=click.Path(path_type=Path), help="What to fill of these: white; one for all, or each"
+        "--masks",
+        metavar="PATH",
+        type=click.Path(path_type=Path),
+        help="What to fill of these: white; one for all, or each",
     ),
 }

@@ -110,7 +110,9 @@ def conditioning_of(
     if not channels:
         for option, value in (("--source", source), ("--masks", masks)):
             if value is not None:
-                raise ConfigError(f"the network is not conditioned on pictures (train_edm2.py --condition); no {option}")
+                raise ConfigError(
+                    f"the network is not conditioned on pictures (train_edm2.py --condition); no {option}"
+                )
         return None
     if condition is None:
         raise ConfigError(

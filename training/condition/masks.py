@@ -57,7 +57,9 @@ def _from_rectangles(points: torch.Tensor, uniform: torch.Tensor, count: torch.T
     centre_x, centre_y, form, scale = uniform.reshape(-1, _RECTANGLES, 4, 1).unbind(2)  # [N, R, 1] each
     aspect = torch.exp((form * 2 - 1) * math.log(2))  # width from 1/2 to 2, height the inverse
     x, y = points
-    reach = torch.maximum((x - centre_x).abs() / aspect, (y - centre_y).abs() * aspect) / (0.5 + scale / 2)  # [N, R, HW]
+    reach = torch.maximum((x - centre_x).abs() / aspect, (y - centre_y).abs() * aspect) / (
+        0.5 + scale / 2
+    )  # [N, R, HW]
     index = torch.arange(_RECTANGLES, device=points.device)[:, None]
     unused = index > (count * _RECTANGLES).floor()[:, None, None]
     return reach.masked_fill(unused, math.inf).amin(dim=1)
@@ -73,7 +75,9 @@ def _from_stroke(points: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
         # Any direction first; then a turn of at most 120 degrees to either side.
         swing = math.pi if segment == 0 else 2 * math.pi / 3
         angle = angle + (turns[:, segment] * 2 - 1) * swing
-        step = torch.stack([angle.cos(), angle.sin()], dim=1)[:, :, None] * (0.2 + 0.4 * lengths[:, segment, None, None])
+        step = torch.stack([angle.cos(), angle.sin()], dim=1)[:, :, None] * (
+            0.2 + 0.4 * lengths[:, segment, None, None]
+        )
         offset = points - start  # [N, 2, HW]
         along = ((offset * step).sum(1, keepdim=True) / step.square().sum(1, keepdim=True)).clamp(0, 1)
         nearest = torch.minimum(nearest, (offset - along * step).square().sum(1))

@@ -149,7 +149,7 @@ def _decoded(data: bytes, name: str, channels: int) -> np.ndarray:
     except Unreadable as error:
         raise ConfigError(f"{name} cannot be read as a picture: {error}") from None
     pixels = np.atleast_3d(np.asarray(rgb.convert("L") if channels == 1 else rgb))
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    return np.array(pixels.transpose(2, 0, 1), order="C")  # a copy: Pillow's own memory is read-only
 
 
 def _transparent(data: bytes, name: str) -> np.ndarray | None:

@@ -255,7 +255,8 @@ def make_network(config: TrainingConfig, dataset: ImageFolderDataset) -> Precond
     resolution, channels = network_shape(config, dataset)
     label_dim = dataset.label_dim if config.cond else 0
     condition = condition_of(config, dataset)
-    more = {} if condition is None else {"cond_channels": condition.channels(channels)}
+    cond_channels = 0 if condition is None else condition.channels(channels)
+    more: dict[str, Any] = {"cond_channels": cond_channels} if cond_channels else {}  # not noted where there are none
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         try:

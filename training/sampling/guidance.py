@@ -17,8 +17,8 @@ from dnnlib.errors import ConfigError
 from torch_utils.side_by_side import SideBySide
 from training.sampling.solvers import Denoiser
 
-# A network called as D = net(x, sigma, labels), with sigma a scalar tensor; one with cond_channels above 0 also gets the
-# keyword cond_images.
+# A network called as D = net(x, sigma, labels), with sigma a scalar tensor; one with cond_channels above 0 gets the
+# keyword cond_images, too.
 Network = Callable[..., torch.Tensor]
 
 

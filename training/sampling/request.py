@@ -42,9 +42,13 @@ class SamplingRequest:
         Guidance(weight=self.guidance, num_guides=len(self.gnets), shares=self.shares, interval=self.interval)
         for option, path in (("source", self.source), ("masks", self.masks)):
             if path is not None and not path.exists():
-                raise ConfigError(f"--{option}={path} does not exist; give a picture, or a folder or ZIP file of pictures")
+                raise ConfigError(
+                    f"--{option}={path} does not exist; give a picture, or a folder or ZIP file of pictures"
+                )
         if self.masks is not None and self.source is None:
-            raise ConfigError(f"--masks={self.masks} says what to fill of pictures, and there are none; add --source=PATH")
+            raise ConfigError(
+                f"--masks={self.masks} says what to fill of pictures, and there are none; add --source=PATH"
+            )
 
     def pictures(self) -> dict[str, Any]:
         """The keywords for `generate_images` of a network that is conditioned on pictures."""

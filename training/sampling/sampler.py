@@ -94,7 +94,8 @@ def edm_sampler(
     add up to 1 and are equal by default. `solver`: heun (2 * num_steps - 1 evaluations), euler or dpmpp2m (num_steps
     each). `num_steps` = 1 gives D(sigma_max * noise, sigma_max), the mean of all images, since one Euler step to zero
     is what remains. `randn_like` draws the churn. `cond_images` [N, K, H, W] go to those networks that are conditioned
-    on images (their attribute cond_channels is K), in the keyword cond_images. Raises ConfigError for values that cannot work.
+    on images (their attribute cond_channels is K), in a keyword of that name. Raises ConfigError for values that cannot
+    work.
     """
     options = HeunOptions(
         num_steps=num_steps,
