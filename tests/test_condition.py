@@ -116,7 +116,7 @@ def test_the_extremes_of_random_numbers_make_masks_too():
 
 
 def test_what_is_seen_belongs_to_the_position_in_the_run():
-    """However many processes share a batch, and in whatever rounds, an image has the same mask; the next has another."""
+    """However many processes share a batch, an image has the same mask; the next one has another."""
     clean = torch.randn(24, 1, 8, 8)
     for condition in (Inpaint(), LowRes(factor=2)):
         whole = batch_condition(condition, clean, NoiseStream(3, CPU), 48, 0.5)

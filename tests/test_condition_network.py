@@ -78,7 +78,7 @@ def test_the_network_for_sampling_is_the_oracle_and_binds_what_it_sees(options):
 
 
 def test_the_input_of_the_first_convolution_has_unit_magnitude_whatever_is_seen():
-    """Data of standard deviation sigma_data: the noisy image, the constant, the second image, and a mask of +-sigma_data."""
+    """The noisy image, the constant, the second image, and a mask: each of magnitude sigma_data before the scaling."""
     net = small_network(cond_channels=4, sigma_data=0.5)
     generator = torch.Generator().manual_seed(0)
     clean, noise = (torch.randn(64, 3, 16, 16, generator=generator) for _ in range(2))

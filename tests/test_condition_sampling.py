@@ -22,6 +22,7 @@ from training.condition.pictures import PictureFiles
 from training.fast.prepare import PrepareNetwork
 from training.sampling.generation import generate_images
 from training.snapshot import Snapshot, load_snapshot, save_snapshot
+from training.snapshots.model_folder_write import save_folder
 
 RNG = np.random.default_rng(0)
 PICTURES = RNG.integers(0, 256, [4, 16, 16, 3], dtype=np.uint8)
@@ -310,3 +311,33 @@ def test_a_network_that_is_no_file_is_told_its_condition(nets, tmp_path):
     assert torch.allclose(batch.images.permute(0, 2, 3, 1).float(), torch.from_numpy(expected).float(), atol=1)
     with pytest.raises(ConfigError, match="does not say"):
         generate_images(net, **options)
+
+
+def test_the_diffusers_pipeline_gives_the_same_images(nets, tmp_path):
+    diffusers = pytest.importorskip("edm2_diffusers")
+    folder = write(tmp_path / "folder", PICTURES[:2])
+    pictures = [PIL.Image.fromarray(picture) for picture in PICTURES[:2]]
+    mask = PIL.Image.fromarray((HOLE * 255).astype(np.uint8))
+    mask.save(tmp_path / "mask.png")
+    save_folder(load_snapshot(nets["inpaint"]), tmp_path / "shared")
+    expected = {
+        "lowres": made(nets["lowres"], [3, 5, 8], source=folder, class_idx=1, prepare=None),
+        "inpaint": made(nets["inpaint"], [3, 5, 8], source=folder, masks=tmp_path / "mask.png", prepare=None),
+    }
+    for name, source in (("lowres", nets["lowres"]), ("inpaint", nets["inpaint"]), ("inpaint", tmp_path / "shared")):
+        pipeline = diffusers.EDM2Pipeline.from_network(source)
+        pipeline.set_progress_bar_config(disable=True)
+        more: dict[str, Any] = {"class_labels": 1} if name == "lowres" else {"mask_image": mask}
+        call: dict[str, Any] = {"num_inference_steps": 2, "output_type": "np", "return_dict": False, **more}
+        call["generator"] = [torch.Generator().manual_seed(seed) for seed in (3, 5, 8)]
+        images, _ = pipeline(image=pictures, **call)
+        assert np.abs(images * 255 - expected[name]).max() < 1.01, name
+        paths = {"image": folder} | ({"mask_image": tmp_path / "mask.png"} if name == "inpaint" else {})
+        call["generator"] = [torch.Generator().manual_seed(seed) for seed in (3, 5, 8)]
+        assert np.array_equal(pipeline(**{**call, **paths})[0], images)
+        with pytest.raises(ConfigError, match="give it pictures by image=PATH"):
+            pipeline(num_inference_steps=2)
+    assert len(pipeline(image=pictures, mask_image=mask, num_inference_steps=2).images) == 2
+    for wrong in ({"image": [3]}, {"image": pictures, "mask_image": [mask] * 3}, {"mask_image": mask}, {"image": []}):
+        with pytest.raises(ConfigError):
+            pipeline(num_inference_steps=2, **wrong)

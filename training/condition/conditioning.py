@@ -74,8 +74,9 @@ class Conditioning:
             small = (self.size[0] // self.condition.factor, self.size[1] // self.condition.factor)
             if found not in (self.size, small):
                 raise ConfigError(
-                    f"{picture.name} is {_text(found)} pixels; for a network of {_text(self.size)} with {self.condition}"
-                    f" give small pictures of {_text(small)}, or full ones of {_text(self.size)} to be reduced"
+                    f"{picture.name} is {_text(found)} pixels; for a network of {_text(self.size)} with"
+                    f" {self.condition} give small pictures of {_text(small)}, or full ones of {_text(self.size)} to be"
+                    " reduced"
                 )
         elif found != self.size:
             raise ConfigError(
@@ -100,15 +101,22 @@ class Conditioning:
 
 
 def conditioning_of(
-    net: Any, condition: str | None, source: Source | None, masks: str | os.PathLike[str] | None, *, num_images: int
+    net: Any,
+    condition: str | None,
+    source: Source | None,
+    masks: str | os.PathLike[str] | None,
+    *,
+    num_images: int,
+    names: tuple[str, str] = ("--source", "--masks"),
 ) -> Conditioning | None:
     """What `net`, whose file names this `condition`, is to be given: None where it takes no pictures.
 
-    Raises ConfigError where the pictures are missing, do not go with the network, or cannot be read.
+    Raises ConfigError where the pictures are missing, do not go with the network, or cannot be read. `names`: how the
+    user gives `source` and `masks`.
     """
     channels = getattr(net, "cond_channels", 0)
     if not channels:
-        for option, value in (("--source", source), ("--masks", masks)):
+        for option, value in zip(names, (source, masks), strict=True):
             if value is not None:
                 raise ConfigError(
                     f"the network is not conditioned on pictures (train_edm2.py --condition); no {option}"
@@ -125,7 +133,8 @@ def conditioning_of(
     wanted.check_size(*image_size(net))
     if source is None:
         raise ConfigError(
-            f"the network was trained with --condition={wanted}; give it pictures by --source=PATH: a file, folder or ZIP"
+            f"the network was trained with --condition={wanted}; give it pictures by {names[0]}=PATH: a file, folder or"
+            " ZIP file"
         )
     if masks is not None and not isinstance(wanted, Inpaint):
         raise ConfigError(f"--masks={masks} is for networks that inpaint; this one was trained with {wanted}")

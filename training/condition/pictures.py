@@ -23,7 +23,7 @@ from training.dataset import ImageFolderDataset
 
 _DIGITS = 16  # of digests
 _WITH_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
-_THRESHOLD = 128  # a mask is white, and an alpha channel opaque, from here on
+THRESHOLD = 128  # a mask is white, and an alpha channel opaque, from here on
 
 
 class PictureFiles:
@@ -55,10 +55,10 @@ class PictureFiles:
         name = self._files.describe(index)
         data = self._files.read(index)
         pixels = _decoded(data, name, self._channels)
-        hidden = _transparent(data, name)
+        hidden = _transparent_in(data, name)
         if self._masks is not None:
             place = index % len(self._masks)
-            mask = _decoded(self._masks.read(place), self._masks.describe(place), 1)[0] >= _THRESHOLD
+            mask = _decoded(self._masks.read(place), self._masks.describe(place), 1)[0] >= THRESHOLD
             if mask.shape != pixels.shape[1:]:
                 raise ConfigError(
                     f"{self._masks.describe(place)} is {_size_of(mask)} pixels, and the picture that it is for, {name},"
@@ -152,17 +152,27 @@ def _decoded(data: bytes, name: str, channels: int) -> np.ndarray:
     return np.array(pixels.transpose(2, 0, 1), order="C")  # a copy: Pillow's own memory is read-only
 
 
-def _transparent(data: bytes, name: str) -> np.ndarray | None:
-    """Where the picture, which was read before, lets through what is behind it: bool [H, W]; None for opaque ones."""
+def _transparent_in(data: bytes, name: str) -> np.ndarray | None:
+    """The same for the bytes of a picture that was read before."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             with PIL.Image.open(io.BytesIO(data)) as picture:
-                if picture.mode not in _WITH_ALPHA and "transparency" not in picture.info:
-                    return None
-                return np.asarray(picture.convert("RGBA").getchannel("A")) < _THRESHOLD
+                return transparent(picture)
         except Exception as error:
             raise ConfigError(f"{name} cannot be read as a picture: {error}") from None
+
+
+def transparent(picture: PIL.Image.Image) -> np.ndarray | None:
+    """Where a picture lets through what is behind it, so that it is to be filled: bool [H, W]; None for opaque ones."""
+    if picture.mode not in _WITH_ALPHA and "transparency" not in picture.info:
+        return None
+    return np.asarray(picture.convert("RGBA").getchannel("A")) < THRESHOLD
+
+
+def white(mask: PIL.Image.Image) -> np.ndarray:
+    """Where a mask says that something is to be filled: bool [H, W]."""
+    return np.asarray(mask.convert("RGB").convert("L")) >= THRESHOLD
 
 
 def _size_of(pixels: np.ndarray) -> str:

@@ -51,8 +51,8 @@ def shown_pictures(
 ) -> DatasetPictures:
     """`num` images of the data set to sample from while training, always the same, evenly spread over it.
 
-    With `classes`, one each: the i-th is the first of that class, as far as there is one. Masks are as in training, from
-    a fixed seed.
+    With `classes`, one each: the i-th is the first of that class, as far as there is one. Masks are as in training,
+    from a fixed seed.
     """
     indices = np.linspace(0, len(dataset) - 1, num).astype(int).tolist()
     if classes is not None and dataset.has_labels:

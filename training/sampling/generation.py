@@ -237,9 +237,9 @@ def generate_images(
     `decoder`: how latents are decoded; default: see DecoderOptions. `png_compression`: see `encode_png`.
 
     `source`: the pictures for a network that is conditioned on such (docs/condition.md): a file, folder or ZIP file, or
-    an object with the methods of `training.condition.source.Pictures`; `masks`: what to fill, for one that inpaints. The
-    i-th seed gets the i-th picture, and after the last the first again; of pictures with classes, images have theirs
-    where `class_idx` is None. `condition`: what the network was trained with, where it is no file that says so.
+    an object with the methods of `training.condition.source.Pictures`; `masks`: what to fill, for one that inpaints.
+    The i-th seed gets the i-th picture, and after the last the first again; where `class_idx` is None, images have the
+    classes of pictures with such. `condition`: what the network was trained with, where it is no file that says so.
 
     Image i depends on seed i alone: a generator on the compute device, seeded with the seed modulo 2**32, draws the
     noise [C, H, W], then the class (whether used or not), then churn. Raises ConfigError before anything runs or is

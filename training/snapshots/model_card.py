@@ -87,6 +87,10 @@ def _summary(snapshot: Snapshot) -> str:
 def _usage(snapshot: Snapshot, name: str) -> str:
     labels = "class_labels=[0], " if snapshot.net.label_dim else ""
     chosen = " --class=0" if snapshot.net.label_dim else ""
+    if snapshot.net.cond_channels:
+        masked = str(snapshot.info.get("condition")).startswith("inpaint")
+        labels += 'image="pictures", ' + ('mask_image="masks", ' if masked else "")
+        chosen += " --source=pictures" + (" --masks=masks" if masked else "")
     return (
         "## Use\n\n"
         "```python\n"
