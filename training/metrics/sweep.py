@@ -143,7 +143,7 @@ class Sweep:
         for seeds in self._seeds:
             images = generate_images(
                 net, guides, encoder, seeds=seeds, max_batch_size=self._batch, world=self._world,
-                **seen, **request.sampler_kwargs(),
+                decoder=request.decoder, **seen, **request.sampler_kwargs(),
             )  # fmt: skip
             work = StatsPass(images, metrics=self._plan.metrics, detectors=self._plan.detectors, world=self._world)
             for step in work:
@@ -198,8 +198,9 @@ def settings_of(
     precision = requests[0].precision
     settings = {
         **({} if precision is None else {"precision": precision}),
+        **requests[0].decoder.settings,
         **inputs,
-        **{name: str(path) for name, path in requests[0].pictures().items() if path is not None},
+        **{n: report.described_file(path)["sha256"] for n, path in requests[0].pictures().items() if path is not None},
         "gnets": [report.described_file(path)["sha256"] for path in gnets],
         "sampler": sampler,
         "reference": None if ref is None else report.described_file(ref)["sha256"],

@@ -13,6 +13,7 @@ from torch_utils.precision import Precision, precision_note
 from training.fast.prepare import PrepareNetwork
 from training.presets import generation_preset, locate
 from training.sampling.guidance import Guidance
+from training.sampling.image_decoder import DecoderOptions
 from training.sampling.sampler import HeunOptions, choose_solver
 
 
@@ -35,6 +36,7 @@ class SamplingRequest:
     compile: bool = False
     source: Path | None = None  # pictures for a network that is conditioned on such
     masks: Path | None = None  # what is to be filled of these
+    decoder: DecoderOptions = field(default_factory=DecoderOptions)  # of latents
     notes: tuple[str, ...] = ()  # what a user who gave these options should be told
 
     def __post_init__(self) -> None:
@@ -87,6 +89,8 @@ def resolve_sampling(
     compile: bool = False,
     source: Path | None = None,
     masks: Path | None = None,
+    decoder_precision: str | None = None,
+    decoder_tile: int | None = None,
     **heun: float | None,
 ) -> SamplingRequest:
     """Fill what was left open (None) from the preset. `heun`: the fields of HeunOptions.
@@ -117,6 +121,7 @@ def resolve_sampling(
         compile=compile,
         source=source,
         masks=masks,
+        decoder=DecoderOptions(precision=decoder_precision or "auto", tile=decoder_tile),
         heun=HeunOptions(**{name: value for name, value in heun.items() if value is not None}),  # type: ignore[arg-type]
     )
     return _without_idle_guides(request, tell=bool(gnet))
