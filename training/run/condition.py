@@ -51,8 +51,7 @@ def shown_pictures(
 ) -> DatasetPictures:
     """`num` images of the data set to sample from while training, always the same, evenly spread over it.
 
-    With `classes`, one each: the i-th is the first of that class, as far as there is one. Masks are as in training,
-    from a fixed seed.
+    With `classes`, one each: the i-th is the first of that class, as far as there is one.
     """
     indices = np.linspace(0, len(dataset) - 1, num).astype(int).tolist()
     if classes is not None and dataset.has_labels:
@@ -66,9 +65,14 @@ def shown_pictures(
             index if chosen is None else first.get(chosen, index)
             for index, chosen in zip(indices, classes, strict=True)
         ]
+    return pictures_of(condition, dataset, indices)
+
+
+def pictures_of(condition: Condition, dataset: ImageFolderDataset, indices: list[int]) -> DatasetPictures:
+    """These images of the data set; for inpainting, with masks as in training, from a fixed seed."""
     hidden = None
     if isinstance(condition, Inpaint):
-        normal = NoiseStream(_SEED_OF_SHOWN, torch.device("cpu")).normal(0, num, (NUM_DRAWS,), MASKS)
+        normal = NoiseStream(_SEED_OF_SHOWN, torch.device("cpu")).normal(0, len(indices), (NUM_DRAWS,), MASKS)
         size = (dataset.resolution, dataset.resolution)
         hidden = condition.draw_masks(uniform_of(normal), size)[:, 0].numpy()
     return DatasetPictures(dataset, indices, hidden=hidden)
