@@ -14,15 +14,24 @@ import torch
 import calculate_metrics
 import dnnlib.cli
 import generate_images as generate_script
+import reconstruct_phema
+import sweep
 import train_edm2
 from dnnlib.errors import ConfigError
+from tests.stand_in_detector import StandInDetector
 from tests.test_fast_network import small_network
-from tests.tiny import write_dataset
+from tests.tiny import tiny_config, train, write_dataset
+from torch_utils.distributed import World
 from training.condition.pictures import PictureFiles
 from training.fast.prepare import PrepareNetwork
+from training.metrics import plan
+from training.report.commands import commands_for
+from training.report.record import read_run
+from training.run.folder import RunFolder
 from training.sampling.generation import generate_images
 from training.snapshot import Snapshot, load_snapshot, save_snapshot
 from training.snapshots.model_folder_write import save_folder
+from training.training_loop import TrainingRun
 
 RNG = np.random.default_rng(0)
 PICTURES = RNG.integers(0, 256, [4, 16, 16, 3], dtype=np.uint8)
@@ -282,23 +291,51 @@ def test_conditions_that_cannot_be_are_refused_before_anything_is_written(option
     assert not (tmp_path / "run").exists()
 
 
-def test_metrics_of_a_network_are_of_images_made_from_the_source(nets, tmp_path, monkeypatch, capsys):
-    from tests.stand_in_detector import StandInDetector
-    from training.metrics import plan
-
+def test_metrics_sweeps_and_reports_of_a_conditioned_run(tmp_path, monkeypatch, capsys):
+    """A reconstructed network knows its condition; a sweep scores it as `calculate_metrics.py gen` scores its file."""
     monkeypatch.setattr(plan, "make_detector", lambda name, device, weights=None: StandInDetector(name))
-    data = write_dataset(tmp_path / "data.zip", size=16)
-    assert command(
-        calculate_metrics.cmdline, "ref", f"--data={data}", f"--dest={tmp_path / 'ref.safetensors'}",
-        "--metrics=fd_efflite0", "--workers=0", "--device=cpu",
-    ) == 0  # fmt: skip
-    args = ["gen", f"--ref={tmp_path / 'ref.safetensors'}", "--metrics=fd_efflite0", "--num=8", "--steps=2"]
-    args += ["--device=cpu", "--repeat=2", f"--net={nets['lowres']}", f"--json={tmp_path / 'result.json'}"]
-    assert command(calculate_metrics.cmdline, *args) == 2
+    data, indir = write_dataset(tmp_path / "data.zip", num=16), tmp_path / "run"
+    config = tiny_config(
+        data, condition="lowres:2", batch=256, duration=2048, snapshot=1024, snapshot_format="safetensors"
+    )
+    RunFolder(indir).start(config, nimg=0)
+    train(TrainingRun(config, RunFolder(indir), world=World()))
+    measuring = [
+        f"--ref={tmp_path / 'ref.safetensors'}",
+        "--metrics=fd_efflite0",
+        "--num=8",
+        "--steps=2",
+        "--device=cpu",
+    ]
+    reference = ["ref", f"--data={data}", f"--dest={tmp_path / 'ref.safetensors'}", "--metrics=fd_efflite0"]
+    assert command(calculate_metrics.cmdline, *reference, "--workers=0", "--device=cpu") == 0
+
+    sweeping = [f"--indir={indir}", "--outstd=0.08", f"--json={tmp_path / 'sweep.json'}", *measuring]
+    assert command(sweep.cmdline, *sweeping) == 2
     assert "give it pictures by --source" in capsys.readouterr().err
-    assert command(calculate_metrics.cmdline, *args, f"--source={data}") == 0
-    result = json.loads((tmp_path / "result.json").read_text())
+    assert command(sweep.cmdline, *sweeping, f"--source={data}") == 0
+    assert f"--source={data}" in capsys.readouterr().out  # the command that makes such images
+    (point,) = json.loads((tmp_path / "sweep.json").read_text())["points"]
+
+    reconstructing = [f"--indir={indir}", f"--outdir={tmp_path / 'phema'}", "--outstd=0.08"]
+    assert command(reconstruct_phema.cmdline, *reconstructing) == 0
+    net = tmp_path / "phema" / "phema-0000002-0.080.pkl"
+    assert load_snapshot(net).info["condition"] == "lowres:2"
+    gen = ["gen", f"--net={net}", f"--json={tmp_path / 'gen.json'}", "--repeat=2", *measuring]
+    assert command(calculate_metrics.cmdline, *gen) == 2
+    assert "give it pictures by --source" in capsys.readouterr().err
+    assert command(calculate_metrics.cmdline, *gen, f"--source={data}") == 0
+    result = json.loads((tmp_path / "gen.json").read_text())
     assert result["source"]["path"] == str(data) and len(result["source"]["sha256"]) == 64
+    first = result["results"]["fd_efflite0"]["values"][0]
+    assert point["values"]["fd_efflite0"][0] == pytest.approx(first, rel=1e-3)
+
+    told = [
+        line.text
+        for line in commands_for(read_run(indir))
+        if "generate_images.py" in line.text or " sweep.py" in line.text
+    ]
+    assert len(told) == 3 and all("--source=PICTURES" in text and "--masks" not in text for text in told)
 
 
 def test_a_network_that_is_no_file_is_told_its_condition(nets, tmp_path):
@@ -320,6 +357,8 @@ def test_the_diffusers_pipeline_gives_the_same_images(nets, tmp_path):
     mask = PIL.Image.fromarray((HOLE * 255).astype(np.uint8))
     mask.save(tmp_path / "mask.png")
     save_folder(load_snapshot(nets["inpaint"]), tmp_path / "shared")
+    card = (tmp_path / "shared" / "README.md").read_text(encoding="utf-8")
+    assert 'image="pictures", mask_image="masks"' in card and "--source=pictures --masks=masks" in card
     expected = {
         "lowres": made(nets["lowres"], [3, 5, 8], source=folder, class_idx=1, prepare=None),
         "inpaint": made(nets["inpaint"], [3, 5, 8], source=folder, masks=tmp_path / "mask.png", prepare=None),

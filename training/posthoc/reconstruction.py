@@ -274,7 +274,8 @@ def _write(snapshot: Snapshot, paths: Sequence[Path]) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_path(path) as temp:
                 if path.suffix == ".pkl":
-                    pickle_file.write(temp, **parts)
+                    # The published layout has no place for it, but what a conditioned network sees must be known.
+                    pickle_file.write(temp, **parts, provenance=more if "condition" in snapshot.info else None)
                 else:
                     safetensors_file.write(temp, **parts, **more)
         except OSError as error:
