@@ -19,6 +19,7 @@ from dnnlib.parse import parse_int_list
 from torch_utils import distributed
 from torch_utils.distributed import World
 from torch_utils.precision import numerics
+from training.condition.conditioning import beside_pictures
 from training.presets import describe_generation_presets
 from training.sampling.checks import require_writable_images
 from training.sampling.generation import GeneratedImages, generate_images
@@ -108,6 +109,10 @@ def cmdline(list_presets: bool, device: str | None, **options: Any) -> None:
     torchrun --standalone --nproc_per_node=8 generate_images.py \\
         --preset=edm2-img512-s-guid-fid --outdir=out --subdirs --seeds=0-49999
 
+    \b
+    # Small pictures made large, by a network of train_edm2.py --condition=lowres:4
+    python generate_images.py --net=net.pkl --source=small --seeds=0-7 --outdir=out
+
     The same command with --skip-existing goes on where it was interrupted.
     """
     if list_presets:
@@ -170,6 +175,7 @@ def run(request: Request, world: World) -> None:
         decoder=request.sampling.decoder,
         png_compression=request.png_compression,
         prepare=request.sampling.prepare(click.echo if world.is_main else None),
+        **request.sampling.pictures(),
         **request.sampling.sampler_kwargs(),
     )
     if request.grid is not None:
@@ -212,7 +218,10 @@ def write_grid(path: Path, images: GeneratedImages, tiles: dict[int, np.ndarray]
         merged |= {position: read_png(images.path_of(position)) for position in images.there}
         num_images = len(images.seeds)
         num_columns = num_images // images.net.label_dim if images.one_row_per_class else math.isqrt(num_images - 1) + 1
-        write_sheet(path, np.stack([merged[i] for i in range(num_images)]), num_columns=num_columns)
+        tiles_in_order = [merged[i] for i in range(num_images)]
+        if images.conditioning is not None:
+            tiles_in_order, num_columns = beside_pictures(tiles_in_order, images.conditioning)
+        write_sheet(path, np.stack(tiles_in_order), num_columns=num_columns)
 
 
 if __name__ == "__main__":

@@ -304,3 +304,15 @@ def test_reconstructed_networks_keep_what_they_know(folder: Path, tmp_path: Path
     (path,) = tmp_path.iterdir()
     assert load_snapshot(path).info["label_dropout"] == 0.25
     assert len(generate_images(str(path), "self", seeds=[0], device="cpu", guidance=2)) == 1
+
+
+def test_a_conditioned_network_guides_itself_by_the_same_images():
+    net = InferencePrecond(small_network(cond_channels=2).eval())
+    x, labels, seen = torch.randn(3, 3, 16, 16), torch.eye(5)[:3], torch.randn(3, 2, 16, 16)
+    zeros = torch.zeros(3, 5)
+    guide, main = one_batch(net, labels, seen)(x, 1.5, 1.5)
+    assert torch.equal(main, net(x, 1.5, labels, cond_images=seen))
+    assert torch.equal(guide, net(x, 1.5, zeros, cond_images=seen))
+    assert not torch.equal(guide, net(x, 1.5, zeros, cond_images=seen.flip(0)))
+    denoise = Guidance(weight=1.5, num_guides=1).denoiser(net, [WithoutLabels(net)], labels, seen)
+    torch.testing.assert_close(denoise(x, 1.5, 1.5), guide + 1.5 * (main - guide))

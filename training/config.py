@@ -10,6 +10,7 @@ import torch
 
 from dnnlib.errors import ConfigError
 from torch_utils.precision import PRECISIONS, Precision
+from training.condition.spec import parse_condition
 from training.metrics.table import parse_metrics
 from training.run.labels import check_options
 from training.run.samples_config import SamplesConfig
@@ -91,6 +92,7 @@ class TrainingConfig:
     xflip: bool = False
     balance: bool = False  # every class equally often, see training/run/balance.py
     label_dropout: float = 0.0  # probability that an image is learned without its label
+    condition: str | None = None  # image that the network sees beside the noisy one, see training/condition/spec.py
     vae: str | None = None  # encode pixels with this VAE while training: hub name or local folder
     network: NetworkConfig = NetworkConfig()
     P_mean: float = -0.4  # mean and standard deviation of ln(sigma)
@@ -156,6 +158,8 @@ class TrainingConfig:
                 f"--shuffle-buffer={self.shuffle_buffer} is for data behind a URL; --data={self.data} is shuffled whole"
             )
         check_options(self, is_remote=is_remote(self.data))
+        if self.condition is not None:
+            parse_condition(self.condition)
         if not math.isfinite(self.P_mean):
             raise ConfigError(f"--P_mean={self.P_mean} must be a number")
         if self.seed >= 1 << 63:

@@ -29,6 +29,7 @@ from training.dataset import BatchReader, ImageFolderDataset
 from training.encoders import Encoder, StabilityVAEEncoder
 from training.latents import PUBLISHED_VAE, encoder_entry, measured_encoder, read_encoder_file
 from training.loss import EDM2Loss
+from training.run.condition import condition_of
 from training.run.consistency import require_same
 from training.run.folder import RunFolder
 from training.run.labels import check_labels, uses_labels
@@ -102,6 +103,7 @@ def open_dataset(config: TrainingConfig) -> ImageFolderDataset:
         dataset = ImageFolderDataset(config.data, use_labels=uses_labels(config), xflip=config.xflip)
     check_labels(config, dataset)
     make_encoder(config, dataset)
+    condition_of(config, dataset)
     item_bytes = dataset.num_channels * dataset.resolution**2 * (4 if dataset.holds_latents else 1)
     if config.workers == 0 and len(dataset) * item_bytes <= _CACHE_BYTES:
         dataset.keep_items()
@@ -159,8 +161,10 @@ class TrainingRun:
         self._tick = tick_of(resumption.data, nimg=self.state.nimg, elapsed_sec=self.state.elapsed_sec)
         if self.metrics is not None:
             self.metrics.prepare(self.state.encoder, self.state.nimg)
+            self.metrics.condition_on(self.state.condition, self.dataset)
         if self.samples is not None:
             self.samples.prepare(self.state.encoder)
+            self.samples.condition_on(self.state.condition, self.dataset)
 
     def close(self) -> None:
         """Wait for files on their way, and let go of the other processes. To be called before the World's `close`."""

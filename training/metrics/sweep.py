@@ -129,17 +129,25 @@ class Sweep:
             net = prepare(snapshot.net.to(device), device)
             for request in self._todo[std]:
                 guide = [WithoutLabels(net) if path == SELF else guides[path] for path in request.gnets]
-                yield from self._measure(std, request, net, guide, encoder, snapshot.info["posthoc_fit"])
+                seen = {**request.pictures(), "condition": snapshot.info.get("condition")}
+                yield from self._measure(std, request, net, guide, encoder, snapshot.info["posthoc_fit"], seen)
             snapshot.net.to("cpu")  # it may be some while until the others of its pass are done
 
     def _measure(
-        self, std: float, request: SamplingRequest, net: Any, guides: list[Any], encoder: Any, fit: float
+        self,
+        std: float,
+        request: SamplingRequest,
+        net: Any,
+        guides: list[Any],
+        encoder: Any,
+        fit: float,
+        seen: Mapping[str, Any],
     ) -> Iterator[SweepStep]:
         runs: list[dict[str, Score]] = []
         for seeds in self._seeds:
             images = generate_images(
                 net, guides, encoder, seeds=seeds, max_batch_size=self._batch, world=self._world,
-                decoder=request.decoder, **request.sampler_kwargs(),
+                decoder=request.decoder, **seen, **request.sampler_kwargs(),
             )  # fmt: skip
             work = StatsPass(images, metrics=self._plan.metrics, detectors=self._plan.detectors, world=self._world)
             for step in work:
@@ -203,6 +211,7 @@ def settings_of(
         **({} if precision is None else {"precision": precision}),
         **requests[0].decoder.settings,
         **inputs,
+        **{n: report.described_file(path)["sha256"] for n, path in requests[0].pictures().items() if path is not None},
         "gnets": [SELF if path == SELF else report.described_file(path)["sha256"] for path in gnets],
         "sampler": sampler,
         "reference": None if ref is None else report.described_file(ref)["sha256"],
@@ -288,6 +297,7 @@ def commands_for(
     defaults = SamplingRequest(net="").sampler_kwargs()
     names = {"num_steps": "steps", "shares": "gnet-shares"}
     second = [f"--net={net}", *(f"--gnet={path}" for path in request.gnets)]
+    second += [f"--{name}={path}" for name, path in request.pictures().items() if path is not None]
     for name, value in request.sampler_kwargs().items():
         if value != defaults[name]:
             text = ",".join(f"{v:g}" for v in value) if isinstance(value, tuple) else f"{value}"

@@ -46,6 +46,12 @@ def require_matching_guide(net: Any, gnet: Any) -> None:
             f"the guide knows {gnet.label_dim} classes and the main network {net.label_dim}; "
             "a guide is unconditional or has the same classes"
         )
+    seen, guide_seen = (getattr(n, "cond_channels", 0) for n in (net, gnet))
+    if guide_seen not in (0, seen):
+        raise ConfigError(
+            f"the guide sees conditioning pictures of {guide_seen} channels and the main network of {seen}; "
+            "a guide sees the same ones or none"
+        )
 
 
 def require_label_dropout(label_dim: int, info: Mapping[str, Any] | None, name: Any, use: str) -> None:

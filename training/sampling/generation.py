@@ -17,6 +17,12 @@ import torch.distributed
 from dnnlib.errors import ConfigError
 from dnnlib.folders import make_folder, require_folder
 from torch_utils.distributed import World, resolve_device
+from training.condition.conditioning import (
+    Conditioning,
+    Source,
+    conditioning_of,
+    require_one_picture_per_seed,
+)
 from training.encoders import Encoder, StandardRGBEncoder
 from training.sampling.checks import (
     check_request,
@@ -84,6 +90,7 @@ class GeneratedImages:
     on_demand: bool  # whether a process takes the next batch when it is free
     files: FilePlan | None  # None: nothing is written
     full_batch: int  # images in the largest batch of any process
+    conditioning: Conditioning | None = None  # the pictures that the network sees, where it sees any
 
     @property
     def there(self) -> frozenset[int]:
@@ -121,12 +128,16 @@ class GeneratedImages:
             random = StackedRandomGenerator(self.device, [self.seeds[i] for i in rows])
             noise = random.randn([len(rows), self.net.img_channels, *image_size(self.net)])
             labels = self._labels(random, rows)
+            seen = {}
+            if self.conditioning is not None:
+                seen["cond_images"] = self.conditioning.images(rows, self.device)
             latents = self.sampler_fn(
                 net=self.net,
                 noise=noise,
                 labels=labels,
                 gnet=self.gnet,
                 randn_like=random.randn_like,
+                **seen,
                 **self.sampler_kwargs,
             )
             noise, labels, latents = (None if x is None else x[: len(seeds)] for x in (noise, labels, latents))
@@ -162,6 +173,8 @@ class GeneratedImages:
         images = None
         if latents is not None:
             images = torch.cat([self.encoder.decode(part) for part in latents.split(self.encoder_batch_size)])
+            if self.conditioning is not None:
+                images = self.conditioning.finish(images, sampled.indices)
         return ImageBatch(
             images=images,
             labels=sampled.labels,
@@ -198,6 +211,9 @@ def generate_images(
     on_demand: bool = False,
     decoder: DecoderOptions | None = None,
     png_compression: int = FAST,
+    source: Source | None = None,
+    masks: str | os.PathLike[str] | None = None,
+    condition: str | None = None,
     **sampler_kwargs: Any,
 ) -> GeneratedImages:
     """Check the request, load the networks, and return an iterable over this process's batches (`ImageBatch`).
@@ -220,6 +236,11 @@ def generate_images(
     and the length count those of all processes, and a process sees some of them; every process must iterate.
     `decoder`: how latents are decoded; default: see DecoderOptions. `png_compression`: see `encode_png`.
 
+    `source`: the pictures for a network that is conditioned on such (docs/condition.md): a file, folder or ZIP file, or
+    an object with the methods of `training.condition.source.Pictures`; `masks`: what to fill, for one that inpaints.
+    The i-th seed gets the i-th picture, and after the last the first again; where `class_idx` is None, images have the
+    classes of pictures with such. `condition`: what the network was trained with, where it is no file that says so.
+
     Image i depends on seed i alone: a generator on the compute device, seeded with the seed modulo 2**32, draws the
     noise [C, H, W], then the class (whether used or not), then churn. Raises ConfigError before anything runs or is
     written. Nothing is computed before the iteration starts. On CUDA the next batch is being computed when a batch is
@@ -236,8 +257,16 @@ def generate_images(
     world = world if world is not None else _current_world(device)
     device = world.device if device is None else torch.device(device)
     unlabelled = is_none(class_idx)
-    net, guides, own_encoder = load_networks(net, guides, device, trust_code, unlabelled=unlabelled)
+    net, guides, own_encoder, condition = load_networks(
+        net, guides, device, trust_code, unlabelled=unlabelled, condition=condition
+    )
     encoder = encoder or own_encoder or StandardRGBEncoder()
+    conditioning = conditioning_of(net, condition, source, masks, num_images=len(seeds))
+    if conditioning is not None and not isinstance(encoder, StandardRGBEncoder):
+        raise ConfigError("the network makes latents, and conditioning on pictures is for networks of pixels")
+    if conditioning is not None and class_idx is None and net.label_dim and conditioning.pictures.classes is not None:
+        known = conditioning.pictures.classes
+        class_idx = [known[conditioning.index_of(position)] for position in range(len(seeds))]
     if outdir is not None:
         require_writable_images(net, encoder)
     classes = classes_per_seed(net, seeds, class_idx)
@@ -246,9 +275,11 @@ def generate_images(
     files = None
     if outdir is not None:
         require_one_image_per_file(seeds, classes)
+        require_one_picture_per_seed(seeds, conditioning)
+        notes = None if conditioning is None else conditioning.notes(len(seeds))
         files = plan_files(
             Path(outdir), subdirs, seeds, classes, skip_existing, png_compression, world,
-            net=net, guides=guides, encoder=encoder, device=device, sampler_fn=sampler_fn,
+            net=net, guides=guides, encoder=encoder, notes=notes, device=device, sampler_fn=sampler_fn,
             sampler_kwargs=sampler_kwargs,
             more={**decoder_record, **getattr(prepare, "settings", {}), "class": "none" if unlabelled else None},
         )  # fmt: skip
@@ -277,6 +308,7 @@ def generate_images(
         on_demand=on_demand,
         files=files,
         full_batch=max(map(len, batches), default=0),
+        conditioning=conditioning,
     )
 
 

@@ -17,7 +17,8 @@ from dnnlib.errors import ConfigError
 from torch_utils.side_by_side import SideBySide
 from training.sampling.solvers import Denoiser
 
-# A network called as D = net(x, sigma, labels), with sigma a scalar tensor.
+# A network called as D = net(x, sigma, labels), with sigma a scalar tensor; one with cond_channels above 0 gets the
+# keyword cond_images, too.
 Network = Callable[..., torch.Tensor]
 
 # Called as a denoiser; gives the guide's denoised images and the main network's.
@@ -26,18 +27,19 @@ Both = Callable[[torch.Tensor, float, float], Sequence[torch.Tensor]]
 SELF = "self"  # in place of a guide's file: the main network itself, without labels
 
 
-def bind_labels(net: Network, labels: torch.Tensor | None) -> Denoiser:
+def bind_labels(net: Network, labels: torch.Tensor | None, cond_images: torch.Tensor | None = None) -> Denoiser:
     """The denoiser of `net` for fixed `labels` [N, L]; its result has the type of the state x.
 
-    A network with a method `bind` (fast/inference_network.py) is given the labels once, here, and not with each
-    evaluation.
+    `cond_images` [N, K, H, W] go to networks that are conditioned on images. A network with a method `bind`
+    (fast/inference_network.py) is given both once, here, and not with each evaluation.
     """
-    bound = net.bind(labels) if hasattr(net, "bind") else None
+    seen = {"cond_images": cond_images} if getattr(net, "cond_channels", 0) else {}
+    bound = net.bind(labels, **seen) if hasattr(net, "bind") else None
 
     def denoise(x: torch.Tensor, sigma: float, step_sigma: float) -> torch.Tensor:
         # Filled on the device: no copy from the host, which would wait for all work in flight.
         level = torch.full((), sigma, dtype=x.dtype, device=x.device)
-        return (net(x, level, labels) if bound is None else bound(x, level)).to(x.dtype)
+        return (net(x, level, labels, **seen) if bound is None else bound(x, level)).to(x.dtype)
 
     return denoise
 
@@ -114,8 +116,14 @@ class Guidance:
         low, high = self.interval or (0, math.inf)
         return self.weight != 1 and low < step_sigma <= high
 
-    def denoiser(self, net: Network, guides: Sequence[Network], labels: torch.Tensor | None) -> Denoiser:
-        """The guided denoiser of `net` for fixed `labels` [N, L], which go to the guides, too.
+    def denoiser(
+        self,
+        net: Network,
+        guides: Sequence[Network],
+        labels: torch.Tensor | None,
+        cond_images: torch.Tensor | None = None,
+    ) -> Denoiser:
+        """The guided denoiser of `net` for fixed `labels` [N, L] and `cond_images`, which go to the guides, too.
 
         Where the one guide is `net` without labels, both are evaluated as one batch of 2N. A CPU does so for a single
         image only: it is busy with more (benchmarks/self_guidance.py).
@@ -123,8 +131,9 @@ class Guidance:
         both = None
         active = [guide for guide, share in zip(guides, self._shares(), strict=True) if share > 0]
         if len(active) == 1 and isinstance(active[0], WithoutLabels) and active[0].net is net and labels is not None:
-            both = one_batch(net, labels) if labels.device.type != "cpu" or len(labels) == 1 else None
-        return self.wrap(bind_labels(net, labels), [bind_labels(guide, labels) for guide in guides], both)
+            both = one_batch(net, labels, cond_images) if labels.device.type != "cpu" or len(labels) == 1 else None
+        bound = [bind_labels(network, labels, cond_images) for network in (net, *guides)]
+        return self.wrap(bound[0], bound[1:], both)
 
     def wrap(self, main: Denoiser, guides: Sequence[Denoiser], both: Both | None = None) -> Denoiser:
         """The guided denoiser. A guide is called in guided steps only, and never if its share is 0; on a CUDA device
@@ -146,9 +155,10 @@ class Guidance:
         return denoise
 
 
-def one_batch(net: Network, labels: torch.Tensor) -> Both:
+def one_batch(net: Network, labels: torch.Tensor, cond_images: torch.Tensor | None = None) -> Both:
     """`net` without labels and with `labels` [N, L], evaluated together on 2N images."""
-    denoise = bind_labels(net, torch.cat([torch.zeros_like(labels), labels]))
+    seen = None if cond_images is None else torch.cat([cond_images, cond_images])
+    denoise = bind_labels(net, torch.cat([torch.zeros_like(labels), labels]), seen)
     return lambda x, sigma, step_sigma: denoise(torch.cat([x, x]), sigma, step_sigma).chunk(2)
 
 

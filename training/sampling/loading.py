@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from training.condition.conditioning import require_same_condition
 from training.encoders import Encoder
 from training.sampling.checks import require_label_dropout, require_matching_guide
 from training.sampling.guidance import SELF, WithoutLabels
@@ -23,21 +24,37 @@ def load_network(source: Any, device: torch.device, trust_code: TrustCode | None
 
 
 def load_networks(
-    source: Any, guides: Sequence[Any], device: torch.device, trust_code: TrustCode | None, *, unlabelled: bool
-) -> tuple[Any, list[Any], Encoder | None]:
-    """The main network, its guides and its encoder, likewise. A guide may be 'self': the network without labels.
+    source: Any,
+    guides: Sequence[Any],
+    device: torch.device,
+    trust_code: TrustCode | None,
+    *,
+    unlabelled: bool,
+    condition: str | None,
+) -> tuple[Any, list[Any], Encoder | None, str | None]:
+    """The main network, its guides and its encoder, likewise, and what it is conditioned on. A guide may be 'self': the
+    network without labels.
 
-    `unlabelled`: the images are to be made without labels. Raises ConfigError where networks don't go together, and
-    where the main one's file does not say that it can do without labels.
+    `unlabelled`: the images are to be made without labels. `condition` takes the place of what the file says. Raises
+    ConfigError where networks don't go together, and where the main one's file does not say that it can do without
+    labels.
     """
     net, encoder, info = _load(source, device, trust_code)
     for use, wanted in (("--gnet=self", any(map(_is_self, guides))), ("--class=none", unlabelled)):
         if wanted:
             require_label_dropout(net.label_dim, info, source, use)
-    loaded = [WithoutLabels(net) if _is_self(guide) else load_network(guide, device, trust_code)[0] for guide in guides]
-    for guide in loaded:
-        require_matching_guide(net, guide)
-    return net, loaded, encoder
+    condition = _condition(info) if condition is None else condition
+    loaded = []
+    for guide in guides:
+        guide_info = None
+        if _is_self(guide):
+            guide = WithoutLabels(net)
+        else:
+            guide, _, guide_info = _load(guide, device, trust_code)
+            require_same_condition(net, condition, guide, _condition(guide_info))
+            require_matching_guide(net, guide)
+        loaded.append(guide)
+    return net, loaded, encoder, condition
 
 
 def prepare_networks(prepare: Prepare, networks: Sequence[Any], device: torch.device) -> list[Any]:
@@ -62,6 +79,11 @@ def _load(
         snapshot = load_snapshot(os.fspath(source), trust_code, device=device)
         return snapshot.net, snapshot.encoder, snapshot.info
     return (source.to(device) if isinstance(source, torch.nn.Module) else source), None, None
+
+
+def _condition(info: dict[str, Any] | None) -> str | None:
+    said = None if info is None else info.get("condition")
+    return said if isinstance(said, str) else None
 
 
 def _is_self(guide: Any) -> bool:

@@ -84,6 +84,7 @@ def edm_sampler(
     interval: tuple[float, float] | None = None,
     shares: Sequence[float] | None = None,
     solver: str = "heun",
+    cond_images: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Turn `noise` [N, C, H, W] of unit variance into images [N, C, H, W] of type `dtype` (Algorithm 2).
 
@@ -93,7 +94,9 @@ def edm_sampler(
     noise levels of the schedule; in the others no guide is called. `shares` split guidance among several guides; they
     add up to 1 and are equal by default. `solver`: heun (2 * num_steps - 1 evaluations), euler or dpmpp2m (num_steps
     each). `num_steps` = 1 gives D(sigma_max * noise, sigma_max), the mean of all images, since one Euler step to zero
-    is what remains. `randn_like` draws the churn. Raises ConfigError for values that cannot work.
+    is what remains. `randn_like` draws the churn. `cond_images` [N, K, H, W] go to those networks that are conditioned
+    on images (their attribute cond_channels is K), in a keyword of that name. Raises ConfigError for values that cannot
+    work.
     """
     options = HeunOptions(
         num_steps=num_steps,
@@ -113,7 +116,7 @@ def edm_sampler(
         shares=None if shares is None else tuple(shares),
         interval=interval,
     )
-    return solve(guided.denoiser(net, guides, labels), options.sigmas(), noise.to(dtype))
+    return solve(guided.denoiser(net, guides, labels, cond_images), options.sigmas(), noise.to(dtype))
 
 
 def choose_solver(name: str, options: HeunOptions, randn_like: Noise = torch.randn_like) -> Solver:

@@ -94,6 +94,10 @@ def _usage(snapshot: Snapshot, name: str) -> str:
             " images of no chosen class (`--class=none`), and guides itself (`--gnet=self --guidance=1.5`; in the"
             ' pipeline `guide="self"`, `guidance_scale=1.5`).'
         )
+    if snapshot.net.cond_channels:
+        masked = str(snapshot.info.get("condition")).startswith("inpaint")
+        labels += 'image="pictures", ' + ('mask_image="masks", ' if masked else "")
+        chosen += " --source=pictures" + (" --masks=masks" if masked else "")
     return (
         "## Use\n\n"
         "```python\n"
