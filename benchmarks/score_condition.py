@@ -56,7 +56,7 @@ def score(nets: tuple[str, ...], num: int, steps: int, sheet: Path | None, colum
             made, originals, other = (reduced(images, size) for images in (made, originals, other))
             compared = np.ones_like(made, dtype=bool)
         else:
-            compared = np.stack([pictures.read(index).hidden for index in range(len(pictures))])
+            compared = np.stack([hidden_of(pictures, index) for index in range(len(pictures))])
         distance, independent = (np.abs(images - originals)[compared].mean() for images in (made, other))
         click.echo(
             f"{condition!s:<18} pictures {len(pictures):>4}   distance {distance:6.2f}   of another of its class"
@@ -93,6 +93,13 @@ def rows(net: str, pictures: DatasetPictures, columns: int, steps: int) -> np.nd
     originals = np.stack([pictures.read(index).pixels[0] for index in range(len(pictures))])
     made = made.reshape(len(pictures), columns, *made.shape[1:])
     return np.concatenate([seen[:, None], made, originals[:, None]], axis=1)
+
+
+def hidden_of(pictures: DatasetPictures, index: int) -> np.ndarray:
+    """What is hidden of a picture: bool [H, W]."""
+    hidden = pictures.read(index).hidden
+    assert hidden is not None
+    return hidden
 
 
 def originals_of(dataset: ImageFolderDataset, indices: np.ndarray) -> np.ndarray:

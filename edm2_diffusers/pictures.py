@@ -19,8 +19,6 @@ from training.condition.source import Pictures, SourcePicture
 class GivenPictures:
     """Pictures of PIL as `channels` (1 or 3) with their masks, one for all or one for each; see PictureFiles."""
 
-    classes = None
-
     def __init__(self, images: Sequence[PIL.Image.Image], masks: Sequence[PIL.Image.Image], channels: int) -> None:
         if not images:
             raise ConfigError("image is an empty list; give at least one picture")
@@ -28,6 +26,7 @@ class GivenPictures:
             raise ConfigError(
                 f"{len(masks)} masks do not go with {len(images)} pictures; give one for each, or for all"
             )
+        self.classes: list[int] | None = None
         self._images, self._masks, self._mode = images, masks, "L" if channels == 1 else "RGB"
 
     def __len__(self) -> int:
@@ -62,10 +61,10 @@ def given_pictures(image: Any, mask_image: Any, channels: int) -> Pictures | Non
         if not isinstance(mask_image, str | os.PathLike | None):
             raise ConfigError("image is a path, so mask_image must be one, too")
         return PictureFiles(image, channels, masks=mask_image)
-    lists = []
+    lists: list[list[PIL.Image.Image]] = []
     for name, value in (("image", image), ("mask_image", [] if mask_image is None else mask_image)):
         found = list(value) if isinstance(value, list | tuple) else [value]
         if not all(isinstance(picture, PIL.Image.Image) for picture in found):
             raise ConfigError(f"{name} must be a PIL picture, a list of them, or a path")
         lists.append(found)
-    return GivenPictures(*lists, channels)
+    return GivenPictures(lists[0], lists[1], channels)
