@@ -68,6 +68,11 @@ def cifar(path: Path) -> None:
             tar.addfile(info, io.BytesIO(data))
 
 
+def grey_picture(path: Path) -> None:
+    """One grey picture of 32x32, black on the left and white on the right."""
+    PIL.Image.fromarray(np.repeat(np.uint8([[0, 255]]), 16, axis=1).repeat(32, axis=0)).save(path)
+
+
 def folder_of_images(path: Path) -> None:
     """Sixteen PNG files."""
     path.mkdir()
@@ -98,14 +103,22 @@ def published_statistics(path: Path) -> None:
     save_stats({"num_images": 20, "fid": moments, "fd_dinov2": moments}, path)
 
 
-def run_folder(path: Path) -> None:
-    """A finished training run of 2,048 images."""
+def run_folder(path: Path, *more: str) -> None:
+    """A finished training run of 2,048 images, with more options if any."""
     data = path.with_name(f"{path.name}-data.zip")
     write_dataset(data, num_classes=10)
     options = "--channel-mult=1,2 --attn-resolutions=4 --batch=256 --duration=2Ki --snapshot=1Ki --status=1Ki"
     run_script(
-        "train_edm2.py", [f"--outdir={path}", f"--data={data}", "--preset=fashion", "--channels=4", *options.split()]
+        "train_edm2.py",
+        [f"--outdir={path}", f"--data={data}", "--preset=fashion", "--channels=4", *options.split(), *more],
     )
+
+
+def conditioned_network(path: Path) -> None:
+    """A network that makes small pictures large."""
+    folder = path.with_name("run-of-conditioned")
+    run_folder(folder, "--condition=lowres:4")
+    shutil.copy(max(folder.glob("network-snapshot-*.pkl")), path)
 
 
 def checkpoint(path: Path) -> None:
@@ -154,12 +167,12 @@ def copy_of(source: Path) -> Callable[[Path], None]:
 FILES: dict[str, Callable[[Path], None]] = {
     r"data/fashion-mnist-32(-heldout)?\.zip": fashion,
     r"models/fashion(-guide)?\.safetensors": shipped_network,
-    r"small/pictures\.zip": small_pictures,
+    r"tiny/pictures\.zip": small_pictures,
     r"((datasets|shared)/)?[\w-]+-(sd|z)\.zip": latents,
     r"(datasets/)?[\w-]+\.zip": pictures,
     r"imagenet/train|photos|my-pictures": photographs,
     r"cifar-10-python\.tar\.gz": cifar,
-    r"out": folder_of_images,
+    r"out|small": folder_of_images,
     r"out/[\w-]*ref\.safetensors|ref\.safetensors": reference,
     r"result\.json": scores,
     r"training-state-\d+\.pt": checkpoint,
@@ -168,7 +181,9 @@ FILES: dict[str, Callable[[Path], None]] = {
     r"training-runs/[\w-]+": run_folder,
     r"raw-snapshots/edm2-img512-xs": copy_of(SNAPSHOTS / "run"),
     r"net\.pkl|snapshots/\*\.pkl": copy_of(SNAPSHOTS / "rgb-cond.pkl"),
+    r"conditioned\.pkl": conditioned_network,
     r"guide\.pkl": copy_of(SNAPSHOTS / "run" / "network-snapshot-0008388-0.100.pkl"),
+    r"(picture|mask)\.png": grey_picture,
     r"my-vae": vae,
     r"out/(main|guide)/iter\d+\.pkl": copy_of(SNAPSHOTS / "toy.pkl"),
 }

@@ -42,7 +42,7 @@ RULES = [
     Rule(of=r"dataset_tool\.py decode", put="--model-url=./my-vae"),
     Rule(of=r"dataset_tool\.py inspect"),
     Rule(of=r"train_edm2\.py(?!.*--init)", put=_TINY_RUN, instead="--batch-gpu=128"),
-    Rule(of=r"train_edm2\.py.*--preset=fashion(?!.*(--init|--data))", put="--data=small/pictures.zip"),
+    Rule(of=r"train_edm2\.py.*--preset=fashion(?!.*(--init|--data))", put="--data=tiny/pictures.zip"),
     Rule(of=r"train_edm2\.py.*--encode-on-the-fly", put="--batch=4 --duration=8 --snapshot=0 --attn-resolutions=8"),
     Rule(of=r"train_edm2\.py.*--init", put="--batch=4 --duration=8"),
     Rule(
@@ -56,6 +56,8 @@ RULES = [
     Rule(of=r"torchrun .*--outdir=training-runs/two", processes=2, put="--duration=1Ki"),
     Rule(of=r"/shared/", replace=(r"^(--\w+=)/shared/", r"\1shared/")),
     Rule(of=r"convert_snapshot\.py|report\.py"),
+    # A network that is conditioned on pictures, which no other of that name is.
+    Rule(of=r"--net=net\.pkl --source=small", replace=(r"^--net=net\.pkl$", "--net=conditioned.pkl")),
     # Counting takes its time for every layer, whatever its width; tests/test_count_flops.py counts the published ones.
     Rule(of=r"count_flops\.py", replace=(r"^edm2-img512-[a-z]+$", "fashion")),
     Rule(of=r"count_flops\.py.*-guid-", replace=(r"^edm2-img512-.*-guid-.*$", "demo")),
