@@ -29,6 +29,8 @@ from training.sampling.request import SamplingRequest, resolve_sampling
 from training.sampling.sampler import StackedRandomGenerator, edm_sampler
 from training.snapshots.code import EmbeddedCode
 
+_Classes = Literal["all", "none"]
+
 # Names that people's scripts import from here.
 __all__ = ["StackedRandomGenerator", "edm_sampler", "generate_images", "parse_int_list"]
 
@@ -39,7 +41,7 @@ class Request:
 
     sampling: SamplingRequest
     seeds: list[int]
-    class_idx: int | Literal["all"] | None
+    class_idx: int | _Classes | None
     outdir: Path | None
     subdirs: bool
     grid: Path | None
@@ -61,15 +63,15 @@ class Request:
 
 
 class _ClassType(click.ParamType):
-    name = "int|all"
+    name = "int|all|none"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | Literal["all"]:
-        if isinstance(value, int) or value == "all":
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | _Classes:
+        if isinstance(value, int) or value in ("all", "none"):
             return value
         try:
             return int(value)
         except ValueError:
-            self.fail(f"'{value}' is no class; give its number, or all", param, ctx)
+            self.fail(f"'{value}' is no class; give its number, all, or none", param, ctx)
 
 
 @click.command()
@@ -80,7 +82,12 @@ class _ClassType(click.ParamType):
     "--grid", metavar="FILE.png", type=click.Path(path_type=Path), help="Write one contact sheet of all images"
 )
 @click.option("--seeds", type=dnnlib.cli.INT_LIST, default="16-19", show_default=True, help="One per image: 1,2,5-10")
-@click.option("--class", "class_idx", type=_ClassType(), help="Class; all = deal them over the seeds [default: random]")
+@click.option(
+    "--class",
+    "class_idx",
+    type=_ClassType(),
+    help="Class; all = deal them over the seeds, none = leave it out (--label-dropout) [default: random]",
+)
 @click.option("--batch", type=click.IntRange(min=1), default=32, show_default=True, help="Images at once per process")
 @file_options
 @click.option("--device", metavar="NAME", help="cpu, cuda, cuda:N or mps [default: the best one here]")
@@ -123,7 +130,7 @@ def cmdline(list_presets: bool, device: str | None, **options: Any) -> None:
 def resolve(
     *,
     seeds: list[int],
-    class_idx: int | Literal["all"] | None,
+    class_idx: int | _Classes | None,
     outdir: Path | None,
     subdirs: bool,
     grid: Path | None,

@@ -17,6 +17,7 @@ import tqdm
 from dnnlib.appending import LineFile
 from dnnlib.cli import INT_LIST, LOSS_SCALE, NIMG, STD_LIST, main
 from dnnlib.cli_condition import condition_option
+from dnnlib.cli_labels import label_options
 from dnnlib.cli_metrics import given_metrics, training_metrics_options
 from dnnlib.cli_saving import saving_options
 from dnnlib.cli_session import session_options
@@ -35,6 +36,7 @@ from training.config import MetricsConfig, TrainingConfig
 from training.latents import PUBLISHED_VAE
 from training.presets import locate, training_preset
 from training.run.folder import RunFolder
+from training.run.labels import describe_labels
 from training.run.loggers import RunLoggers, check_loggers
 from training.run.metrics import check_metrics
 from training.run.samples import check_samples, preferred_std
@@ -120,6 +122,7 @@ class Log:
 @click.option("--rampup", metavar="MIMG", type=float, help="Learning rate ramp-up, millions of images; 0 = none")
 @click.option("--ema-stds", metavar="LIST", type=STD_LIST, help="EMA lengths to track, relative to training time")
 @click.option("--xflip", metavar="BOOL", type=bool, help="Also train on mirrored images  [default: False]")
+@label_options
 @condition_option
 @click.option("--encode-on-the-fly", is_flag=True, help="Train on latents of pixels, encoded as they are needed")
 @click.option(
@@ -344,7 +347,7 @@ def _describe(config: TrainingConfig, folder: RunFolder, dataset: Any) -> str:
             f"Images:                {len(dataset)} of {res}x{res}, {dataset.num_channels} channels",
             f"Network sees:          {seen}x{seen}, {channels} channels" + (f" by {config.vae}" if config.vae else ""),
             *([f"And beside it:         {config.condition}"] if config.condition else []),
-            f"Classes:               {dataset.label_dim if config.cond else 'not used'}",
+            f"Classes:               {describe_labels(config, dataset)}",
             f"Duration:              {format_nimg(config.duration)} images",
             f"Batch:                 {config.batch} images, {share} a process in {rounds} round(s)",
             "",

@@ -45,7 +45,7 @@ _OPTIONS: dict[str, Callable[[Any], Any]] = {
         "--gnet",
         metavar="PATH|URL|NAME",
         multiple=True,
-        help="Guiding network, used where guidance is not 1; several share the guidance",
+        help="Guiding network, used where guidance is not 1; self = --net without labels; several share the guidance",
     ),
     "gnet-shares": click.option(
         "--gnet-shares",

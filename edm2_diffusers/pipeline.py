@@ -23,8 +23,8 @@ from edm2_diffusers.scheduler import EDM2HeunScheduler
 from edm2_diffusers.unet import EDM2UNet
 from training.condition.conditioning import Conditioning, conditioning_of, require_same_condition
 from training.encoders import Encoder, StabilityVAEEncoder
-from training.sampling.generation import require_matching_guide
-from training.sampling.guidance import Guidance, bind_labels
+from training.sampling.checks import require_label_dropout, require_matching_guide
+from training.sampling.guidance import SELF, Guidance, WithoutLabels
 from training.snapshot import load_snapshot
 from training.snapshots.network_source import locate_network
 
@@ -101,6 +101,7 @@ class EDM2Pipeline(DiffusionPipeline):
             generators, after the noise.
         guidance_scale, guide: D = D_guide + scale (D_main - D_guide), with 1 for none. The guide is another pipeline,
             EDM2UNet, network, file, folder, URL or hub name, or a list of them, with `guide_shares` that add up to 1.
+            "self" is this pipeline's network without labels, where its file says it was trained with label dropout.
         generator: one for each image makes image i the one that generate_images.py makes from seed i, when it was
             seeded with that seed on the same kind of device. A single one draws all images in turn.
         num_inference_steps: of Heun's method, two evaluations each but for the last.
@@ -149,10 +150,9 @@ class EDM2Pipeline(DiffusionPipeline):
         chosen = self._labels(class_labels, drawn, num_images, device)
         labels = self._weights(chosen)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
-        denoise = guidance.wrap(
-            bind_labels(_called(self.unet), labels, seen),
-            [bind_labels(_called(network), labels, seen) for network in networks],
-        )
+        called = _called(self.unet)
+        guiding = [WithoutLabels(called) if network is SELF else _called(network) for network in networks]
+        denoise = guidance.denoiser(called, guiding, labels, seen)
         x = noise * self.scheduler.init_noise_sigma
         for index, (sigma, timestep) in enumerate(
             self.progress_bar(list(zip(self.scheduler.evaluated, self.scheduler.timesteps, strict=True)))
@@ -184,6 +184,10 @@ class EDM2Pipeline(DiffusionPipeline):
 
     def _guide(self, source: Any, device: torch.device) -> Any:
         """The network that guides, on `device` unless hooks move it there."""
+        if isinstance(source, str) and source == SELF:
+            info = (self.unet.config.snapshot or {}).get("info")
+            require_label_dropout(self.unet.label_dim, info or {}, "this pipeline's network", "guide='self'")
+            return SELF
         network = source.unet if isinstance(source, DiffusionPipeline) else source
         condition = network.condition if isinstance(network, EDM2UNet) else None
         if isinstance(source, str | os.PathLike):

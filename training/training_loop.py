@@ -32,6 +32,7 @@ from training.loss import EDM2Loss
 from training.run.condition import condition_of
 from training.run.consistency import require_same
 from training.run.folder import RunFolder
+from training.run.labels import check_labels, uses_labels
 from training.run.metrics import TrainingMetrics
 from training.run.resuming import find_resumption, tick_of
 from training.run.samples import RunSamples
@@ -92,18 +93,15 @@ def open_dataset(config: TrainingConfig) -> ImageFolderDataset:
     if is_remote(config.data):
         dataset: ImageFolderDataset = StreamedDataset(
             config.data,
-            use_labels=config.cond,
+            use_labels=uses_labels(config),
             xflip=config.xflip,
             buffer=config.shuffle_images,
             cache_dir=config.data_cache,
             cache_bytes=config.data_cache_size,
         )
     else:
-        dataset = ImageFolderDataset(config.data, use_labels=config.cond, xflip=config.xflip)
-    if config.cond and not dataset.has_labels:
-        raise ConfigError(
-            f"{config.data} has no labels, which a conditional network needs; add them, or use --cond=False"
-        )
+        dataset = ImageFolderDataset(config.data, use_labels=uses_labels(config), xflip=config.xflip)
+    check_labels(config, dataset)
     make_encoder(config, dataset)
     condition_of(config, dataset)
     item_bytes = dataset.num_channels * dataset.resolution**2 * (4 if dataset.holds_latents else 1)
@@ -291,7 +289,7 @@ class TrainingRun:
 
     def _batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """This process's share of each batch, on the device, from the run's position on."""
-        with data_order(self.dataset, self.config.seed) as order:
+        with data_order(self.dataset, self.config.seed, balance=self.config.balance) as order:
             yield from self._batches_in(order)
 
     def _batches_in(self, order: Order) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

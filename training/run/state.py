@@ -20,6 +20,7 @@ from training.loss import EDM2Loss
 from training.networks_edm2 import Precond
 from training.phema import PowerFunctionEMA
 from training.run.condition import batch_condition, condition_of
+from training.run.labels import dropped
 from training.run.monitor import Monitor
 from training.run.replica import make_replica
 from training.run.sharding import gathered, hand_over_gradients, own_part, sharded_state, take_rows
@@ -127,6 +128,8 @@ class TrainingState:
         latents = self.encoder.encode_latents(images, eps=eps)
         rnd_normal = self._noise.normal(start, share, (1, 1, 1), _SIGMA)
         unit_noise = self._noise.normal(start, share, tuple(latents.shape[1:]), _NOISE)
+        if self.config.label_dropout:
+            labels = dropped(labels, self._noise, start, self.config.label_dropout)
         if self.config.network.dropout:
             torch.manual_seed(derive_seed(self.config.seed, _DROPOUT, self.nimg, self.world.rank))
         seen: list[dict[str, torch.Tensor]] = [{}] * num_rounds

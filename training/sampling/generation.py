@@ -22,14 +22,13 @@ from training.condition.conditioning import (
     Source,
     conditioning_of,
     require_one_picture_per_seed,
-    require_same_condition,
 )
 from training.encoders import Encoder, StandardRGBEncoder
 from training.sampling.checks import (
     check_request,
     classes_per_seed,
     image_size,
-    require_matching_guide,
+    is_none,
     require_one_image_per_file,
     require_writable_images,
 )
@@ -37,15 +36,11 @@ from training.sampling.dealing import all_batches, deal_on_demand, remaining_bat
 from training.sampling.files import BatchFiles, FilePlan, plan_files
 from training.sampling.guidance import listed
 from training.sampling.image_decoder import DecoderOptions
+from training.sampling.loading import Prepare, load_networks, prepare_networks
 from training.sampling.pipeline import streams_of, two_stages
 from training.sampling.png_files import FAST, require_compression
 from training.sampling.sampler import StackedRandomGenerator, edm_sampler
-from training.snapshot import load_snapshot
 from training.snapshots.code import TrustCode
-
-# Makes a network that is ready to sample from out of one that was loaded, on the device given. It keeps img_channels,
-# img_resolution and label_dim. With `fixed_batch` true, it is always given batches of one size.
-Prepare = Callable[[Any, torch.device], Any]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -84,6 +79,7 @@ class GeneratedImages:
     subdirs: bool
     seeds: list[int]
     classes: list[int] | None  # per seed; None = drawn from the seed
+    unlabelled: bool  # whether a conditional network is given zeros for labels
     one_row_per_class: bool  # whether the seeds were dealt over all classes, the images of one class in succession
     batches: list[np.ndarray]  # positions in `seeds`, of this process; where dealt on demand, of all processes
     encoder_batch_size: int
@@ -162,6 +158,8 @@ class GeneratedImages:
             return None
         # Drawn also where it is then overridden, so that the churn noise after it stays the same.
         chosen = random.randint(label_dim, size=[len(indices)])
+        if self.unlabelled:
+            return torch.zeros([len(indices), label_dim], device=self.device)
         if self.classes is not None:
             chosen = torch.tensor([self.classes[i] for i in indices])
             if self.device.type == "cuda":  # from pinned memory the copy does not wait for the work in flight
@@ -199,7 +197,7 @@ def generate_images(
     outdir: str | os.PathLike[str] | None = None,
     subdirs: bool = False,
     seeds: Sequence[int] = range(16, 24),
-    class_idx: int | Sequence[int] | Literal["all"] | None = None,
+    class_idx: int | Sequence[int] | Literal["all", "none"] | None = None,
     max_batch_size: int = 32,
     encoder_batch_size: int = 4,
     verbose: bool = True,
@@ -221,9 +219,11 @@ def generate_images(
     """Check the request, load the networks, and return an iterable over this process's batches (`ImageBatch`).
 
     `net` and `gnet`: networks, or paths or URLs of snapshots; several guides as a list. A snapshot of `net` brings its
-    encoder, unless one is given; without either, images are grey or RGB. `class_idx`: one class for all, one per seed,
-    or 'all' (see `deal_classes`), instead of those that the seeds draw. `outdir` gets {seed:06d}.png, with `subdirs` in
-    folders of a thousand. `max_batch_size`: images at once per process; `encoder_batch_size`: decoded at once.
+    encoder, unless one is given; without either, images are grey or RGB. The guide 'self' is `net` without labels
+    (`WithoutLabels`); a snapshot must say that it was trained so, of a network the caller has to know. `class_idx`: one
+    class for all, one per seed, 'all' (see `deal_classes`), or 'none' (likewise without labels), instead of those that
+    the seeds draw. `outdir` gets {seed:06d}.png, with `subdirs` in folders of a thousand. `max_batch_size`: images at
+    once per process; `encoder_batch_size`: decoded at once.
     `device`: default the world's, else the best of this machine. `world`: which share of the batches is this process's;
     default torch.distributed's, if it is initialized. `trust_code`: see `load_snapshot`.
     `verbose` is accepted and prints nothing: progress is the caller's. Other keywords go to `sampler_fn`, which is
@@ -256,14 +256,11 @@ def generate_images(
         raise ConfigError("--skip-existing looks for files in --outdir, and there is none; give both or neither")
     world = world if world is not None else _current_world(device)
     device = world.device if device is None else torch.device(device)
-    net, own_encoder, own_condition = _load(net, device, trust_code)
-    condition = condition if condition is not None else own_condition
-    loaded = [_load(guide, device, trust_code) for guide in guides]
-    guides = [guide for guide, _, _ in loaded]
+    unlabelled = is_none(class_idx)
+    net, guides, own_encoder, condition = load_networks(
+        net, guides, device, trust_code, unlabelled=unlabelled, condition=condition
+    )
     encoder = encoder or own_encoder or StandardRGBEncoder()
-    for guide, _, guide_condition in loaded:
-        require_same_condition(net, condition, guide, guide_condition)
-        require_matching_guide(net, guide)
     conditioning = conditioning_of(net, condition, source, masks, num_images=len(seeds))
     if conditioning is not None and not isinstance(encoder, StandardRGBEncoder):
         raise ConfigError("the network makes latents, and conditioning on pictures is for networks of pixels")
@@ -283,11 +280,12 @@ def generate_images(
         files = plan_files(
             Path(outdir), subdirs, seeds, classes, skip_existing, png_compression, world,
             net=net, guides=guides, encoder=encoder, notes=notes, device=device, sampler_fn=sampler_fn,
-            sampler_kwargs=sampler_kwargs, more={**decoder_record, **getattr(prepare, "settings", {})},
+            sampler_kwargs=sampler_kwargs,
+            more={**decoder_record, **getattr(prepare, "settings", {}), "class": "none" if unlabelled else None},
         )  # fmt: skip
         make_folder(Path(outdir))
     if prepare is not None:
-        net, *guides = (prepare(network, device) for network in (net, *guides))
+        net, *guides = prepare_networks(prepare, (net, *guides), device)
     batches = all_batches(len(seeds), max_batch_size, world.size)
     if files is not None and files.there:
         batches = remaining_batches(batches, sorted(files.there), max_batch_size, world.size)
@@ -299,6 +297,7 @@ def generate_images(
         subdirs=subdirs,
         seeds=seeds,
         classes=classes,
+        unlabelled=unlabelled,
         one_row_per_class=class_idx == "all",
         batches=batches if on_demand else batches[world.rank :: world.size],
         encoder_batch_size=encoder_batch_size,
@@ -311,20 +310,6 @@ def generate_images(
         full_batch=max(map(len, batches), default=0),
         conditioning=conditioning,
     )
-
-
-def load_network(source: Any, device: torch.device, trust_code: TrustCode | None = None) -> tuple[Any, Encoder | None]:
-    """A network on `device`, ready to sample from, and its encoder: from a snapshot's path or URL, or as given."""
-    return _load(source, device, trust_code)[:2]
-
-
-def _load(source: Any, device: torch.device, trust_code: TrustCode | None) -> tuple[Any, Encoder | None, str | None]:
-    """The same, and what the network is conditioned on, where the file says so."""
-    if isinstance(source, str | os.PathLike):
-        snapshot = load_snapshot(os.fspath(source), trust_code, device=device)
-        condition = snapshot.info.get("condition")
-        return snapshot.net, snapshot.encoder, condition if isinstance(condition, str) else None
-    return (source.to(device) if isinstance(source, torch.nn.Module) else source), None, None
 
 
 def _current_world(device: torch.device | str | None) -> World:
