@@ -51,8 +51,8 @@ class NetworkFacts:
     def __str__(self) -> str:
         channels, height, width = self.size
         classes = f"{self.label_dim} classes" if self.label_dim else "no classes"
-        seen = "" if self.nimg is None else f", trained on {self.nimg / 1e6:.4g} million images"
-        return f"{self.num_params / 1e6:.3g} million parameters, {channels}×{height}×{width}, {classes}{seen}"
+        seen = "" if self.nimg is None else f", trained on {_counted(self.nimg)} images"
+        return f"{_counted(self.num_params)} parameters, {channels}×{height}×{width}, {classes}{seen}"
 
 
 class Networks:
@@ -67,6 +67,11 @@ class Networks:
         self.precision = precision
         self.kept: Bounded[Any, LoadedNetwork] = Bounded(max_bytes)
         self._encoders: dict[str, Encoder] = {}  # one of each kind, since a VAE is large
+
+    def enter_thread(self) -> None:
+        """To be called in a thread that is going to compute: recordings on a GPU are made on the thread's own device."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
 
     def facts(self, source: str) -> NetworkFacts:
         """What the file, or the first snapshot in the run's folder, says of its network. Raises ConfigError."""
@@ -98,7 +103,7 @@ class Networks:
         return (yield from self._reconstruct(run, ema))
 
     def _load_file(self, source: str) -> Generator[Loading, None, LoadedNetwork]:
-        key = ("file", source, _stamp(source))
+        key = ("file", source, stamp(source))
         found = self.kept.get(key)
         if found is None:
             yield Loading(name=source, done=0, total=1)
@@ -106,7 +111,7 @@ class Networks:
         return found
 
     def _reconstruct(self, run: RunSnapshots, ema: float) -> Generator[Loading, None, LoadedNetwork]:
-        key = ("ema", ema, tuple((file.path, _stamp(file.path)) for file in run.inputs))
+        key = ("ema", ema, tuple((file.path, stamp(file.path)) for file in run.inputs))
         found = self.kept.get(key)
         if found is not None:
             return found
@@ -147,8 +152,12 @@ def _num_bytes(net: torch.nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in (*net.parameters(), *net.buffers()))
 
 
-def _stamp(source: str) -> object:
-    """Changes when the file, or a file of the model folder, does; None for what is no path."""
+def _counted(number: int) -> str:
+    return f"{number / 1e6:.3g} million" if number >= 1e6 else f"{number / 1e3:.3g} thousand"
+
+
+def stamp(source: str) -> object:
+    """Changes when the file, or one in the folder, does; None for what is no path."""
     path = Path(source)
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     try:

@@ -4,7 +4,7 @@ Both are generators: they can be left between any two evaluations of the network
 asked. Shape legend: N images, C channels, H x W pixels.
 """
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,8 +14,8 @@ import torch
 from dnnlib.errors import ConfigError
 from training.encoders import StandardRGBEncoder
 from training.explore.networks import Loading, Networks
-from training.explore.setting import Setting
-from training.sampling.checks import require_writable_images
+from training.explore.setting import MAX_IMAGES, Setting
+from training.sampling.checks import deal_classes, require_writable_images
 from training.sampling.generation import GeneratedImages, generate_images
 from training.sampling.image_files import contact_sheet
 from training.sampling.sampler import edm_evaluations
@@ -54,12 +54,6 @@ class Grid:
         """What generate_images.py --grid writes: uint8 [C, height, width]."""
         return contact_sheet(self.images, num_columns=self.num_columns)
 
-    def setting_of(self, position: int) -> Setting:
-        """The setting with the image at this position alone."""
-        if not 0 <= position < len(self.images):
-            raise ConfigError(f"there is no image {position + 1} among {len(self.images)}; choose one that is there")
-        return image_of(self.setting, position, self.classes)
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Frame:
@@ -90,12 +84,14 @@ class Film:
         return contact_sheet(np.stack(rows), num_columns=len(self.frames))
 
 
-def image_of(setting: Setting, position: int, classes: Sequence[int] | None = None) -> Setting:
-    """`setting` with the image at `position` alone; `classes`: of all its images, needed where they are dealt."""
+def image_of(setting: Setting, position: int, label_dim: int) -> Setting:
+    """`setting` with the image at `position` alone, of a network with `label_dim` classes. Raises ConfigError."""
+    if not 0 <= position < setting.num_images:
+        raise ConfigError(f"there is no image {position + 1} among {setting.num_images}; choose one that is there")
     class_idx = setting.class_idx
-    if class_idx == "all":
-        assert classes is not None
-        class_idx = classes[position]
+    if class_idx == "all" and label_dim:
+        _require_dealt(setting, label_dim)
+        class_idx = deal_classes(setting.num_images, label_dim)[position]
     return replace(setting, first_seed=setting.first_seed + position, num_images=1, class_idx=class_idx)
 
 
@@ -161,7 +157,7 @@ def _prepared(
     guides = []
     for name in request.gnets:
         guides.append((yield from networks.load(name)))
-    _require_dealt(setting, loaded.net)
+    _require_dealt(setting, loaded.net.label_dim)
     images = generate_images(
         net=loaded.net,
         gnet=[guide.net for guide in guides],
@@ -176,13 +172,13 @@ def _prepared(
     return images, (*request.notes, *(note for each in (loaded, *guides) for note in each.notes))
 
 
-def _require_dealt(setting: Setting, net: Any) -> None:
+def _require_dealt(setting: Setting, label_dim: int) -> None:
     """Raise ConfigError, in an explorer's words, where the images cannot be dealt over all classes."""
-    if setting.class_idx == "all" and net.label_dim and setting.num_images % net.label_dim:
-        fit = [count for count in (net.label_dim * k for k in range(1, 5)) if count <= 64] or [net.label_dim]
+    if setting.class_idx == "all" and label_dim and setting.num_images % label_dim:
+        fit = [label_dim * k for k in range(1, 5) if label_dim * k <= MAX_IMAGES]
+        instead = f"choose {' or '.join(map(str, fit))} images, or another class" if fit else "choose another class"
         raise ConfigError(
-            f"{setting.num_images} images cannot show each of {net.label_dim} classes equally often;"
-            f" choose {', '.join(map(str, fit))} images, or another class"
+            f"{setting.num_images} images cannot show each of {label_dim} classes equally often; {instead}"
         )
 
 
