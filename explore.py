@@ -53,20 +53,21 @@ def cmdline(
     """
     if importlib.util.find_spec("gradio") is None:
         raise ConfigError("the page needs Gradio, which is not installed; pip install -e '.[explore]' brings it")
+    from edm2_explorer.choices import offered
     from edm2_explorer.serve import address, listen, quiet_gradio, serve
+    from training.explore.networks import Networks
 
-    quiet_gradio()
     resolved = resolve_device(device)
+    networks = Networks(resolved, precision=precision, max_bytes=cache_size)
     with listen(host, port) as listening:
-        from edm2_explorer.choices import offered
+        loopback = listening.getsockname()[0] in ("127.0.0.1", "::1")
+        choices = offered(nets, runs, gnets, networks, typed=loopback)
+
+        quiet_gradio()
         from edm2_explorer.jobs import Jobs
         from edm2_explorer.page import Page
         from training.explore.explorer import Explorer
-        from training.explore.networks import Networks
 
-        networks = Networks(resolved, precision=precision, max_bytes=cache_size)
-        loopback = listening.getsockname()[0] in ("127.0.0.1", "::1")
-        choices = offered(nets, runs, gnets, networks, typed=loopback)
         jobs = Jobs(begin=networks.enter_thread)
         page = Page(Explorer(networks), choices, jobs, given_device=device)
         url = address(listening)

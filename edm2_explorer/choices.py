@@ -37,9 +37,9 @@ def offered(nets: Sequence[str], runs: Sequence[str], gnets: Sequence[str], netw
     entries = [(name, name) for name in (*nets, *runs)]
     guides = [("none", NO_GUIDE), *((name, name) for name in gnets)]
     if Path(net).is_file() and net not in (*nets, *runs):
-        entries.append((f"{net} (Fashion-MNIST)", net))
+        entries.append((f"shipped: {Path(net).stem}", net))
     if Path(guide).is_file() and guide not in gnets:
-        guides.append((f"{guide} (for {Path(net).name})", guide))
+        guides.append((f"shipped: {Path(guide).stem}", guide))
     first = gnets[0] if gnets else guide if not nets and not runs and Path(guide).is_file() else NO_GUIDE
     return Choices(networks=entries, guides=guides, guide=first, guidance=shipped.guidance, typed=typed)
 

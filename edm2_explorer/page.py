@@ -47,23 +47,27 @@ class Page:
                     self._cancel = gr.Button("Cancel", elem_id="cancel", min_width=90)
                 self._live = gr.Checkbox(True, label="Follow every change at once", elem_id="live", container=False)
                 with gr.Row():
-                    self._seed = gr.Slider(0, 9999, 0, step=1, label="First seed", buttons=[], elem_id="first_seed", min_width=120)
+                    self._seed = gr.Slider(0, 9999, 0, step=1, label="Seed", buttons=[], elem_id="first_seed", min_width=120)
                     self._count = gr.Slider(1, 64, 16, step=1, label="Images", buttons=[], elem_id="num_images", min_width=120)
                 unchecked(self._seed, self._count)
-                self._a = build_panel(choices, networks, side="a")
+                with gr.Tabs(selected="a", elem_id="settings") as self._settings:
+                    with gr.Tab("Setting A", id="a"):
+                        self._a = build_panel(choices, networks, side="a")
+                    with gr.Tab("Setting B", id="b"):
+                        self._b = build_panel(choices, networks, side="b", guidance=1.0)
+                        self._copy = gr.Button("Make B like A", size="sm", elem_id="copy")
             with gr.Column(scale=3, min_width=320, elem_id="main"):
                 self._status = gr.HTML(show.status(_WELCOME), elem_id="status", apply_default_css=False)
                 with gr.Tabs(selected="grid", elem_id="tabs") as self._picker:
                     with gr.Tab("Grid", id="grid") as grid_tab:
                         self._grid = gr.HTML(elem_id="grid", apply_default_css=False, js_on_load=show.CLICKS)
                     with gr.Tab("Compare", id="compare") as compare_tab:
-                        with gr.Accordion("B: the other setting", open=True, elem_id="other"):
-                            self._b = build_panel(choices, networks, side="b", guidance=1.0)
-                            self._copy = gr.Button("Make B like A", size="sm", elem_id="copy")
                         with gr.Row(elem_id="pair"):
                             with gr.Column(min_width=280):
+                                gr.HTML("<h2>A</h2>", apply_default_css=False)
                                 self._view_a = gr.HTML(elem_id="view-a", apply_default_css=False)
                             with gr.Column(min_width=280):
+                                gr.HTML("<h2>B</h2>", apply_default_css=False)
                                 self._view_b = gr.HTML(elem_id="view-b", apply_default_css=False)
                     with gr.Tab("Film strip", id="film") as film_tab:
                         with gr.Row():
@@ -95,7 +99,7 @@ class Page:
         for panel in panels:
             follow(panel.net.input(self._look, panel.net, [panel.facts, panel.ema, panel.class_idx], **AT_ONCE))
         for name, tab in self._tabs.items():
-            follow(tab.select(_constantly(name), None, self._active, **AT_ONCE))
+            follow(tab.select(_opened(name), None, [self._active, self._settings], **AT_ONCE))
         follow(self._grid.click(_film_of_clicked, None, [self._image, self._picker, self._active], **AT_ONCE))
         follow(self._copy.click(lambda *values: values, self._a.values, self._b.values, **AT_ONCE))
         self._go.click(self._touched, None, None, **AT_ONCE).then(self._refresh, inputs, **work)
@@ -235,5 +239,6 @@ def _film_of_clicked(event: gr.EventData) -> tuple[Any, ...]:
     return int(event.position) + 1, gr.Tabs(selected="film"), "film"
 
 
-def _constantly(value: str) -> Callable[[], str]:
-    return lambda: value
+def _opened(name: str) -> Callable[[], tuple[Any, ...]]:
+    """The tab that is open, and whose setting is at hand beside it."""
+    return lambda: (name, gr.Tabs(selected="b" if name == "compare" else "a"))

@@ -46,7 +46,12 @@ footer { display: none !important; }
   border: 1px solid var(--border-color-primary); border-radius: 5px; padding: .15rem .7rem; font-size: .85rem;
   background: var(--background-fill-primary); color: var(--body-text-color); text-decoration: none; cursor: pointer;
 }
+[id$="-facts"] { background: var(--block-background-fill) !important; }
+#controls input { text-overflow: ellipsis; }
+#pair h2 { font-size: 1rem; margin: 0 0 .5rem; }
 .strip { display: flex; gap: .6rem; }
+.sides { display: grid; grid-template-rows: 1.4rem 1fr 1fr .4rem; align-items: center; font-size: .8rem; }
+.sides span { color: var(--body-text-color-subdued); }
 .frames { display: flex; gap: .4rem; overflow-x: auto; padding-bottom: .4rem; }
 .frames figure { margin: 0; flex: none; }
 .frames figcaption { font-size: .8rem; text-align: center; color: var(--body-text-color-subdued); }
