@@ -8,7 +8,7 @@ from training.explore.networks import NetworkFacts, Networks
 from training.explore.run_snapshots import RunSnapshots, is_run_folder
 from training.presets import GENERATION, locate
 
-NO_GUIDE = ""
+NO_GUIDE = "none"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ def offered(nets: Sequence[str], runs: Sequence[str], gnets: Sequence[str], netw
         networks.facts(name)
     net, guide = (as_short(locate(name)) for name in (shipped.net, shipped.gnet))
     entries = [(name, name) for name in (*nets, *runs)]
-    guides = [("none", NO_GUIDE), *((name, name) for name in gnets)]
+    guides = [(NO_GUIDE, NO_GUIDE), *((name, name) for name in gnets)]
     if Path(net).is_file() and net not in (*nets, *runs):
         entries.append((f"shipped: {Path(net).stem}", net))
     if Path(guide).is_file() and guide not in gnets:

@@ -64,10 +64,8 @@ class Page:
                     with gr.Tab("Compare", id="compare") as compare_tab:
                         with gr.Row(elem_id="pair"):
                             with gr.Column(min_width=280):
-                                gr.HTML("<h2>A</h2>", apply_default_css=False)
                                 self._view_a = gr.HTML(elem_id="view-a", apply_default_css=False)
                             with gr.Column(min_width=280):
-                                gr.HTML("<h2>B</h2>", apply_default_css=False)
                                 self._view_b = gr.HTML(elem_id="view-b", apply_default_css=False)
                     with gr.Tab("Film strip", id="film") as film_tab:
                         with gr.Row():

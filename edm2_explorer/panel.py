@@ -79,11 +79,11 @@ def build_panel(choices: Choices, networks: Networks, *, side: str, **changes: A
     )
     with gr.Column(visible=guide != NO_GUIDE, elem_id=f"{side}-guiding", elem_classes="plain") as guiding:
         guidance = slider("guidance", 0, 4, choices.guidance, step=0.05, label="Guidance (1 = none)")
-        limited = gr.Checkbox(False, label="Guide an interval of noise levels only", elem_id=f"{side}-limited")
+        limited = gr.Checkbox(False, label="Only at some noise levels", elem_id=f"{side}-limited")
         with gr.Row(visible=False) as levels:
             low = slider("low", 0, 10, 0.28, step=0.01, label="Above σ", min_width=120)
             high = slider("high", 0.01, 80, 2.9, step=0.01, label="Up to σ", min_width=120)
-    panel_guide.change(lambda name: gr.Column(visible=bool(name)), panel_guide, guiding, **AT_ONCE)
+    panel_guide.change(lambda name: gr.Column(visible=_guide(name) is not None), panel_guide, guiding, **AT_ONCE)
     limited.change(lambda on: gr.Row(visible=on), limited, levels, **AT_ONCE)
     return Panel(
         net=panel_net, facts=panel_facts, ema=ema, class_idx=class_idx, num_steps=num_steps, solver=solver,
@@ -109,7 +109,7 @@ def of_network(source: str, networks: Networks) -> tuple[Any, ...]:
 def setting_of(values: Sequence[Any], first_seed: Any, num_images: Any) -> Setting:
     """The setting that a panel's `values` stand for. Raises ConfigError."""
     net, ema, class_idx, num_steps, solver, guide, guidance, limited, low, high = values
-    guide = (guide or "").strip() or None
+    guide = _guide(guide)
     net = (net or "").strip()
     return Setting(
         net=net,
@@ -132,6 +132,12 @@ def _told(facts: NetworkFacts | None) -> str:
 def _classes(facts: NetworkFacts | None) -> list[tuple[str, str]]:
     count = 0 if facts is None else facts.label_dim
     return [("random", RANDOM), ("all, a row for each", ALL), *((str(i), str(i)) for i in range(count))]
+
+
+def _guide(value: Any) -> str | None:
+    """The guide that was chosen or typed; None for none."""
+    name = str(value or "").strip()
+    return None if name in ("", NO_GUIDE) else name
 
 
 def _class(value: Any) -> int | Literal["all"] | None:

@@ -48,7 +48,9 @@ footer { display: none !important; }
 }
 [id$="-facts"] { background: var(--block-background-fill) !important; }
 #controls input { text-overflow: ellipsis; }
-#pair h2 { font-size: 1rem; margin: 0 0 .5rem; }
+#view-a::before, #view-b::before { display: block; font-weight: 600; margin-bottom: .4rem; }
+#view-a::before { content: "A"; }
+#view-b::before { content: "B"; }
 .strip { display: flex; gap: .6rem; }
 .sides { display: grid; grid-template-rows: 1.4rem 1fr 1fr .4rem; align-items: center; font-size: .8rem; }
 .sides span { color: var(--body-text-color-subdued); }

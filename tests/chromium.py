@@ -15,7 +15,7 @@ _ARGUMENTS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars",
     "--disable-background-networking", "--disable-component-update", "--disable-sync", "--force-color-profile=srgb",
 )  # fmt: skip
-_PATIENCE_SEC = 120
+_PATIENCE_SEC = 30
 
 
 def chromium_paths() -> tuple[str, str] | None:
@@ -52,6 +52,22 @@ class Browser:
         self._call("POST", "timeouts", {"script": 1000 * _PATIENCE_SEC - 10_000})
         return self._call("POST", "execute/async", {"script": script, "args": list(args)})
 
+    def window(self) -> str:
+        """The handle of the window that is driven."""
+        return str(self._call("GET", "window"))
+
+    def new_window(self) -> None:
+        """Open another tab, and drive it."""
+        self.switch(self._call("POST", "window/new", {"type": "tab"})["handle"])
+
+    def switch(self, handle: str) -> None:
+        """Drive another window."""
+        self._call("POST", "window", {"handle": handle})
+
+    def close_window(self) -> None:
+        """Close the window that is driven; switch to another one next."""
+        self._call("DELETE", "window")
+
     def click(self, selector: str, *, at: tuple[float, float] = (0.5, 0.5)) -> None:
         """Press and release the mouse on the first element that is found, at these shares of its width and height."""
         self._pointer([self._point(selector, at)])
@@ -62,10 +78,10 @@ class Browser:
         self._pointer([self._point(selector, (share, 0.5)) for share in shares])
 
     def type(self, selector: str, text: str) -> None:
-        """Click into an input, replace what it holds by `text`, and leave it by the tab key."""
+        """Click into an input, replace what it holds by `text`, and leave it by the keys Enter and Tab."""
         self.click(selector)
         self.run("document.querySelector(arguments[0]).select()", selector)
-        keys = [{"type": kind, "value": key} for key in [*text, "\ue004"] for kind in ("keyDown", "keyUp")]
+        keys = [{"type": kind, "value": key} for key in [*text, "\ue007", "\ue004"] for kind in ("keyDown", "keyUp")]
         self._call("POST", "actions", {"actions": [{"type": "key", "id": "keyboard", "actions": keys}]})
 
     def devtools(self, command: str, **params: Any) -> Any:

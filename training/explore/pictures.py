@@ -169,7 +169,9 @@ def _prepared(
         **request.sampler_kwargs(),
     )
     require_writable_images(images.net, images.encoder)
-    return images, (*request.notes, *(note for each in (loaded, *guides) for note in each.notes))
+    idle = setting.guide is not None and setting.guidance == 1
+    told = ("Guidance is 1, so the guide is not used",) if idle else request.notes
+    return images, (*told, *(note for each in (loaded, *guides) for note in each.notes))
 
 
 def _require_dealt(setting: Setting, label_dim: int) -> None:
