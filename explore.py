@@ -12,10 +12,12 @@ from torch_utils.precision import PRECISIONS, Precision, numerics, precision_not
 
 
 @click.command()
-@click.option("--net", "nets", metavar="PATH|URL|NAME", multiple=True, help="Network: file, model folder, URL or hub name")
-@click.option("--run", "runs", metavar="DIR", multiple=True, help="Folder of a run, for all EMA lengths of its snapshots")
+@click.option(
+    "--net", "nets", metavar="PATH|URL|NAME", multiple=True, help="Network: file, model folder, URL or hub name"
+)
+@click.option("--run", "runs", metavar="DIR", multiple=True, help="Folder of a run, for any EMA length")
 @click.option("--gnet", "gnets", metavar="PATH|URL|NAME", multiple=True, help="Guiding network to choose from")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at; this machine alone by default")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at")
 @click.option("--port", type=click.IntRange(0, 65535), help="Port [default: the first free one from 7860 on]")
 @click.option("--device", metavar="NAME", help="cpu, cuda, cuda:N or mps [default: the best one here]")
 @click.option(

@@ -25,7 +25,9 @@ class Choices:
     typed: bool  # whether names may be typed that are not among these
 
 
-def offered(nets: Sequence[str], runs: Sequence[str], gnets: Sequence[str], networks: Networks, *, typed: bool) -> Choices:
+def offered(
+    nets: Sequence[str], runs: Sequence[str], gnets: Sequence[str], networks: Networks, *, typed: bool
+) -> Choices:
     """The choices, all given ones looked at. Raises ConfigError for what is no network, run or guide."""
     shipped = GENERATION["demo"]
     assert shipped.gnet is not None

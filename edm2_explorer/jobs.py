@@ -45,10 +45,10 @@ class Job:
         """Compute until it ends or is stopped. What goes wrong is for `follow`."""
         records = None
         try:
-            if self._stop is None:
+            if not self._is_stopped():
                 records = self._make()
                 for record in records:
-                    if self._stop is not None:
+                    if self._is_stopped():
                         break
                     self._tell(record)
         except BaseException as error:  # whatever it is, whoever follows must hear of it
@@ -70,7 +70,8 @@ class Job:
         try:
             while True:
                 with self._changed:
-                    self._changed.wait_for(lambda: self._count > seen or self._over)
+                    while self._count == seen and not self._over:
+                        self._changed.wait()
                     record, over = self._newest, self._over
                     new, seen = self._count > seen, self._count
                 if new:
@@ -83,6 +84,9 @@ class Job:
                     self._changed.wait_for(lambda: self._over or self._stop is not None, timeout=_INTERVAL_SEC)
         finally:
             self.stop()
+
+    def _is_stopped(self) -> bool:
+        return self._stop is not None
 
     def _tell(self, record: Any) -> None:
         with self._changed:

@@ -47,9 +47,8 @@ class Page:
                     self._cancel = gr.Button("Cancel", elem_id="cancel", min_width=90)
                 self._live = gr.Checkbox(True, label="Follow every change at once", elem_id="live", container=False)
                 with gr.Row():
-                    self._seed = gr.Slider(0, 9999, 0, step=1, label="Seed", buttons=[], elem_id="first_seed", min_width=120)
-                    self._count = gr.Slider(1, 64, 16, step=1, label="Images", buttons=[], elem_id="num_images", min_width=120)
-                unchecked(self._seed, self._count)
+                    self._seed = _slider(0, 9999, 0, "Seed", "first_seed")
+                    self._count = _slider(1, 64, 16, "Images", "num_images")
                 with gr.Tabs(selected="a", elem_id="settings") as self._settings:
                     with gr.Tab("Setting A", id="a"):
                         self._a = build_panel(choices, networks, side="a")
@@ -61,17 +60,15 @@ class Page:
                 with gr.Tabs(selected="grid", elem_id="tabs") as self._picker:
                     with gr.Tab("Grid", id="grid") as grid_tab:
                         self._grid = gr.HTML(elem_id="grid", apply_default_css=False, js_on_load=show.CLICKS)
-                    with gr.Tab("Compare", id="compare") as compare_tab:
-                        with gr.Row(elem_id="pair"):
-                            with gr.Column(min_width=280):
-                                self._view_a = gr.HTML(elem_id="view-a", apply_default_css=False)
-                            with gr.Column(min_width=280):
-                                self._view_b = gr.HTML(elem_id="view-b", apply_default_css=False)
+                    with gr.Tab("Compare", id="compare") as compare_tab, gr.Row(elem_id="pair"):
+                        with gr.Column(min_width=280):
+                            self._view_a = gr.HTML(elem_id="view-a", apply_default_css=False)
+                        with gr.Column(min_width=280):
+                            self._view_b = gr.HTML(elem_id="view-b", apply_default_css=False)
                     with gr.Tab("Film strip", id="film") as film_tab:
                         with gr.Row():
-                            self._image = gr.Slider(1, 64, 1, step=1, label="Image of the grid", buttons=[], elem_id="image")
-                            self._frames = gr.Slider(2, 16, 8, step=1, label="Noise levels", buttons=[], elem_id="frames")
-                        unchecked(self._image, self._frames)
+                            self._image = _slider(1, 64, 1, "Image of the grid", "image")
+                            self._frames = _slider(2, 16, 8, "Noise levels", "frames")
                         self._film = gr.HTML(elem_id="film", apply_default_css=False)
         self._tabs = {"grid": grid_tab, "compare": compare_tab, "film": film_tab}
         self._active = gr.State("grid")
@@ -113,7 +110,7 @@ class Page:
         self._jobs.stop(_visitor(request))
 
     def _look(self, source: str | None) -> tuple[Any, ...]:
-        """What there is to choose for another network. What is wrong with it will be said where its pictures are made."""
+        """What there is to choose for another network. What is wrong with it is said where its pictures are made."""
         try:
             return of_network((source or "").strip(), self._explorer.networks)
         except ConfigError:
@@ -230,6 +227,12 @@ def _told(value: Any) -> str:
 def _visitor(request: gr.Request) -> str:
     """Who asks: a page in a browser's tab."""
     return str(request.session_hash)
+
+
+def _slider(low: int, high: int, value: int, label: str, name: str) -> gr.Slider:
+    slider = gr.Slider(low, high, value, step=1, label=label, buttons=[], elem_id=name, min_width=120)
+    unchecked(slider)
+    return slider
 
 
 def _film_of_clicked(event: gr.EventData) -> tuple[Any, ...]:

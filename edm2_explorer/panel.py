@@ -66,7 +66,11 @@ def build_panel(choices: Choices, networks: Networks, *, side: str, **changes: A
         panel_facts = gr.HTML(_told(facts), elem_id=f"{side}-facts", apply_default_css=False)
         ema = slider("ema", 0.01, 0.25, length or 0.1, step=0.001, label="EMA length", visible=length is not None)
     class_idx = gr.Dropdown(
-        _classes(facts), value=RANDOM, label="Class", elem_id=f"{side}-class_idx", visible=bool(facts and facts.label_dim)
+        _classes(facts),
+        value=RANDOM,
+        label="Class",
+        elem_id=f"{side}-class_idx",
+        visible=bool(facts and facts.label_dim),
     )
     with gr.Row():
         num_steps = slider("num_steps", 1, 64, 18, step=1, label="Steps", min_width=130, scale=3)
@@ -164,4 +168,4 @@ def whole(what: str, value: Any) -> int:
 def unchecked(*sliders: gr.Slider) -> None:
     """Take whatever was typed beside a slider as it is: settings say in their words what is wrong with it."""
     for slider in sliders:
-        slider.preprocess = lambda payload: payload  # type: ignore[method-assign, assignment]
+        slider.preprocess = lambda payload: payload

@@ -32,7 +32,7 @@ def listen(host: str, port: int | None) -> socket.socket:
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or str(error)
     if port is None:
-        raise ConfigError(f"no port of {host} from {ports[0]} to {ports[-1]} can be used ({reason}); give one by --port")
+        raise ConfigError(f"no port of {host} from {ports[0]} to {ports[-1]} can be used ({reason}); give a --port")
     raise ConfigError(f"--port={port} of {host} cannot be used ({reason}); leave it out to take a free one")
 
 

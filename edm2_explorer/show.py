@@ -61,7 +61,7 @@ def grid(found: Grid, commands: Sequence[str], *, name: str) -> str:
 def film(found: Film, commands: Sequence[str]) -> str:
     """A film strip, a column for each noise level."""
     columns = [
-        f'<figure><figcaption>{"image" if frame.sigma == 0 else f"σ = {frame.sigma:.3g}"}</figcaption>'
+        f"<figure><figcaption>{'image' if frame.sigma == 0 else f'σ = {frame.sigma:.3g}'}</figcaption>"
         f"{_image(frame.noisy, _FRAME_WIDTH, 'noisy state')}{_image(frame.denoised, _FRAME_WIDTH, 'denoised')}</figure>"
         for frame in found.frames
     ]
@@ -80,9 +80,8 @@ def _about(setting: Setting, classes: list[int] | None) -> str:
     seeds = f"seed {first}" if count == 1 else f"{count} images, seeds {first}–{first + count - 1}"
     if classes is None:
         return seeds.capitalize()
-    kind = {None: "classes drawn by the seeds", "all": "a row for each class"}.get(
-        setting.class_idx, f"class {setting.class_idx}"  # type: ignore[arg-type]
-    )
+    kind = "classes drawn by the seeds" if setting.class_idx is None else f"class {setting.class_idx}"
+    kind = "a row for each class" if setting.class_idx == "all" else kind
     return f"{seeds}, {kind}".capitalize()
 
 
@@ -91,7 +90,8 @@ def _below(lines: Sequence[str], commands: Sequence[str], sheet: np.ndarray, nam
     data = _data_url(encode_png(sheet))
     # Lines break between options rather than within.
     shown = "\n".join(
-        " ".join(f"<span>{escape(part)}</span>" for part in line.replace(" --", "\0--").split("\0")) for line in commands
+        " ".join(f"<span>{escape(part)}</span>" for part in line.replace(" --", "\0--").split("\0"))
+        for line in commands
     )
     return (
         f'<div class="below"><div>{notes}</div><a class="download" download="{escape(name)}.png" href="{data}">'
@@ -130,7 +130,8 @@ element.addEventListener('click', event => {
   const sheet = event.target.closest('.sheet');
   if (!sheet) return;
   const image = sheet.querySelector('img'), box = image.getBoundingClientRect(), data = sheet.dataset;
-  const [width, height] = data.cell.split(',').map(Number), gap = Number(data.gap), scale = image.naturalWidth / box.width;
+  const [width, height] = data.cell.split(',').map(Number), gap = Number(data.gap);
+  const scale = image.naturalWidth / box.width;
   const column = Math.floor(((event.clientX - box.left) * scale - gap / 2) / width);
   const row = Math.floor(((event.clientY - box.top) * scale - gap / 2) / height);
   const position = row * Number(data.columns) + column;

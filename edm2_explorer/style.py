@@ -8,9 +8,14 @@ MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "Liberation Mono"
 
 def theme() -> gr.themes.Base:
     """Without fonts of the web."""
-    return gr.themes.Base(
-        primary_hue=gr.themes.colors.blue, neutral_hue=gr.themes.colors.slate, font=SANS, font_mono=MONO, spacing_size=gr.themes.sizes.spacing_sm,
-    ).set(
+    plain = gr.themes.Base(
+        primary_hue=gr.themes.colors.blue,
+        neutral_hue=gr.themes.colors.slate,
+        font=SANS,
+        font_mono=MONO,
+        spacing_size=gr.themes.sizes.spacing_sm,
+    )
+    return plain.set(
         button_primary_background_fill="#1768ac",
         button_primary_background_fill_hover="#12558d",
         button_primary_text_color="#ffffff",
@@ -37,7 +42,8 @@ footer { display: none !important; }
 .below { display: flex; flex-wrap: wrap; gap: .4rem 1.2rem; align-items: baseline; margin: .7rem 0; }
 .below .note { margin: 0; color: var(--body-text-color-subdued); font-size: .9rem; }
 .command { border: 1px solid var(--border-color-primary); border-radius: 6px; overflow: hidden; }
-.command .head { display: flex; justify-content: space-between; align-items: center; padding: .25rem .3rem .25rem .8rem; }
+.command .head { display: flex; justify-content: space-between; align-items: center; }
+.command .head { padding: .25rem .3rem .25rem .8rem; }
 .command .head { background: var(--background-fill-secondary); font-size: .85rem; }
 .command pre { margin: 0; padding: .7rem .8rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 .command pre span { display: inline-block; max-width: 100%; }

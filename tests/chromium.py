@@ -15,7 +15,7 @@ _ARGUMENTS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars",
     "--disable-background-networking", "--disable-component-update", "--disable-sync", "--force-color-profile=srgb",
 )  # fmt: skip
-_PATIENCE_SEC = 30
+_PATIENCE_SEC = 40
 
 
 def chromium_paths() -> tuple[str, str] | None:
@@ -78,11 +78,12 @@ class Browser:
         self._pointer([self._point(selector, (share, 0.5)) for share in shares])
 
     def type(self, selector: str, text: str) -> None:
-        """Click into an input, replace what it holds by `text`, and leave it by the keys Enter and Tab."""
+        """Click into an input, replace what it holds by `text`, press Enter, and leave it."""
         self.click(selector)
         self.run("document.querySelector(arguments[0]).select()", selector)
-        keys = [{"type": kind, "value": key} for key in [*text, "\ue007", "\ue004"] for kind in ("keyDown", "keyUp")]
+        keys = [{"type": kind, "value": key} for key in [*text, "\ue007"] for kind in ("keyDown", "keyUp")]
         self._call("POST", "actions", {"actions": [{"type": "key", "id": "keyboard", "actions": keys}]})
+        self.run("document.activeElement.blur()")
 
     def devtools(self, command: str, **params: Any) -> Any:
         """A command of the DevTools protocol."""

@@ -10,6 +10,7 @@ import calculate_metrics
 import convert_snapshot
 import count_flops
 import dataset_tool
+import explore
 import generate_images
 import reconstruct_phema
 import report
@@ -28,6 +29,7 @@ PAGES = {
     "flops-help.txt": ("count_flops.py", count_flops.cmdline),
     "sweep-help.txt": ("sweep.py", sweep.cmdline),
     "report-help.txt": ("report.py", report.cmdline),
+    "explore-help.txt": ("explore.py", explore.cmdline),
     "toy-help.txt": ("toy_example.py", toy_example.cmdline),
 }
 

@@ -25,8 +25,8 @@ class Pair:
 class Explorer:
     """Grids, pairs of grids and film strips of settings; what was finished is not computed twice.
 
-    Each request is a generator that computes while it is asked, and can be left at any time. From any thread, but one at
-    a time: networks of a GPU have buffers of their own.
+    Each request is a generator that computes while it is asked, and can be left at any time. From any thread, but one
+    at a time: networks on a GPU have buffers of their own.
     """
 
     def __init__(self, networks: Networks, *, batch: int = BATCH) -> None:

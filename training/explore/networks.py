@@ -69,7 +69,7 @@ class Networks:
         self._encoders: dict[str, Encoder] = {}  # one of each kind, since a VAE is large
 
     def enter_thread(self) -> None:
-        """To be called in a thread that is going to compute: recordings on a GPU are made on the thread's own device."""
+        """To be called in a thread that is going to compute: a GPU's work is recorded on the thread's own device."""
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
 
@@ -91,7 +91,7 @@ class Networks:
         )
 
     def load(self, source: str, ema: float | None = None) -> Generator[Loading, None, LoadedNetwork]:
-        """The network of a file, URL or name, or that of EMA length `ema` of the run in a folder. Raises ConfigError."""
+        """The network of a file, URL or name, or the one of EMA length `ema` of a run's folder. Raises ConfigError."""
         run = RunSnapshots.read(source) if is_run_folder(source) else None
         if run is None:
             return (yield from self._load_file(source))
@@ -128,16 +128,14 @@ class Networks:
         """The network of `snapshot`, prepared and kept."""
         if getattr(snapshot.net, "cond_channels", 0):
             raise ConfigError(
-                f"{name} needs a picture to start from (it has cond_channels={snapshot.net.cond_channels}), which cannot be"
+                f"{name} needs a picture to start from (cond_channels={snapshot.net.cond_channels}), which cannot be"
                 " given here; sample from it with generate_images.py"
             )
         net = PrepareNetwork(precision=self.precision)(snapshot.net.to(self.device), self.device)
         num_bytes = _num_bytes(net)
         if num_bytes > self.kept.max_bytes:
-            notes += (
-                f"{name} takes {num_bytes / 1e9:.2g} GB, more than --cache-size={self.kept.max_bytes / 1e9:.2g}GB, and is"
-                " loaded each time anew",
-            )
+            size, bound = (f"{number / 1e9:.2g}" for number in (num_bytes, self.kept.max_bytes))
+            notes += (f"{name} takes {size} GB, more than --cache-size={bound}GB, and is loaded each time anew",)
         loaded = LoadedNetwork(net=net, encoder=self._shared(snapshot.encoder), notes=notes)
         self.kept.put(key, loaded, num_bytes)
         return loaded

@@ -3,8 +3,8 @@
 Sources: Karras et al., arXiv 2206.00364, Algorithm 2 (Heun, Euler, churn); Lu et al., "DPM-Solver++", arXiv 2211.01095,
 Algorithm 2.
 
-A solver is a generator of its evaluations, which returns the images: whoever watches sees every state, shows progress, or
-stops between two of them. Called, it gives the images alone.
+A solver is a generator of its evaluations, which returns the images: whoever watches sees every state, shows progress,
+or stops between two of them. Called, it gives the images alone.
 
 Noise levels are Python numbers all along, so that nothing here waits for the device.
 """
@@ -80,9 +80,7 @@ def euler(
 
 
 @Solver
-def heun(
-    denoise: Denoiser, sigmas: Sequence[float], noise: torch.Tensor, *, churn: Churn | None = None
-) -> Evaluations:
+def heun(denoise: Denoiser, sigmas: Sequence[float], noise: torch.Tensor, *, churn: Churn | None = None) -> Evaluations:
     """Heun's method for dx/dsigma = (x - D) / sigma (Algorithm 2): second order.
 
     Two evaluations a step, and one in the last, which is an Euler step to zero.
