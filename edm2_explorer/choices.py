@@ -7,16 +7,14 @@ from pathlib import Path
 from training.explore.networks import NetworkFacts, Networks
 from training.explore.run_snapshots import RunSnapshots, is_run_folder
 from training.presets import GENERATION, locate
+from training.sampling.guidance import SELF
 
 NO_GUIDE = "none"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choices:
-    """The entries of the pickers, as (what is shown, its value), and which one the page begins with.
-
-    A further guide, such as the network itself, is one more entry in `guides`.
-    """
+    """The entries of the pickers, as (what is shown, its value), and which one the page begins with."""
 
     networks: list[tuple[str, str]]
     guides: list[tuple[str, str]]  # NO_GUIDE is the first one
@@ -42,6 +40,7 @@ def offered(
         entries.append((f"shipped: {Path(net).stem}", net))
     if Path(guide).is_file() and guide not in gnets:
         guides.append((f"shipped: {Path(guide).stem}", guide))
+    guides.append(("itself, without its class", SELF))
     first = gnets[0] if gnets else guide if not nets and not runs and Path(guide).is_file() else NO_GUIDE
     return Choices(networks=entries, guides=guides, guide=first, guidance=shipped.guidance, typed=typed)
 

@@ -12,7 +12,7 @@ from training.explore.networks import NetworkFacts, Networks
 from training.explore.setting import Setting
 from training.sampling.solvers import SOLVERS
 
-RANDOM, ALL = "random", "all"
+RANDOM, ALL, NO_CLASS = "random", "all", "none"
 _SOLVER_NAMES = {"heun": "Heun", "euler": "Euler", "dpmpp2m": "DPM++ 2M"}
 
 
@@ -135,7 +135,8 @@ def _told(facts: NetworkFacts | None) -> str:
 
 def _classes(facts: NetworkFacts | None) -> list[tuple[str, str]]:
     count = 0 if facts is None else facts.label_dim
-    return [("random", RANDOM), ("all, a row for each", ALL), *((str(i), str(i)) for i in range(count))]
+    found = [("random", RANDOM), ("all, a row for each", ALL), *((str(i), str(i)) for i in range(count))]
+    return [*found, (NO_CLASS, NO_CLASS)] if facts is not None and facts.label_dropout else found
 
 
 def _guide(value: Any) -> str | None:
@@ -144,9 +145,11 @@ def _guide(value: Any) -> str | None:
     return None if name in ("", NO_GUIDE) else name
 
 
-def _class(value: Any) -> int | Literal["all"] | None:
+def _class(value: Any) -> int | Literal["all", "none"] | None:
     if value in (RANDOM, None):
         return None
+    if value == NO_CLASS:
+        return "none"
     return "all" if value == ALL else whole("class", value)
 
 

@@ -79,7 +79,7 @@ def _about(setting: Setting, classes: list[int] | None) -> str:
     count, first = setting.num_images, setting.first_seed
     seeds = f"seed {first}" if count == 1 else f"{count} images, seeds {first}–{first + count - 1}"
     if classes is None:
-        return seeds.capitalize()
+        return f"{seeds}{', without a class' if setting.class_idx == 'none' else ''}".capitalize()
     kind = "classes drawn by the seeds" if setting.class_idx is None else f"class {setting.class_idx}"
     kind = "a row for each class" if setting.class_idx == "all" else kind
     return f"{seeds}, {kind}".capitalize()

@@ -1,5 +1,6 @@
 """The engine of the explorer: what is shown is what its commands make, within bounds, and can be left at any time."""
 
+import dataclasses
 import os
 import shlex
 import shutil
@@ -27,7 +28,7 @@ from training.explore.setting import Setting
 from training.sampling.png_files import encode_png, read_png
 from training.sampling.sampler import HeunOptions, edm_evaluations, edm_sampler
 from training.sampling.solvers import SOLVERS
-from training.snapshot import load_snapshot
+from training.snapshot import load_snapshot, save_snapshot
 
 NET = str(GOLDEN_DIR / "snapshots" / "rgb-cond.pkl")
 GUIDE = str(GOLDEN_DIR / "snapshots" / "rgb-cond-guide.pkl")
@@ -114,6 +115,25 @@ def test_the_commands_make_what_is_shown(changes, networks, tmp_path, monkeypatc
         assert np.array_equal(read_png(tmp_path / "out" / "grid.png"), shown.sheet())
     else:
         assert np.array_equal(read_png(tmp_path / "out" / f"{setting.first_seed:06d}.png"), shown.images[0])
+
+
+def trained_without_labels(folder):
+    """A network's file that says that it was trained with label dropout, as a user would name it."""
+    snapshot = load_snapshot(NET)
+    save_snapshot(dataclasses.replace(snapshot, info={"label_dropout": 0.1}), folder / "net.safetensors")
+    return str(folder / "net.safetensors")
+
+
+@pytest.mark.parametrize("changes", [{"guide": "self", "guidance": 1.5}, {"class_idx": "none"}])
+def test_a_network_without_its_class(changes, networks, tmp_path, monkeypatch):
+    setting = small(net=trained_without_labels(tmp_path), **changes)
+    shown = last(generate_grid(setting, networks))
+    assert (shown.classes is None) == ("class_idx" in changes)
+    assert not np.array_equal(shown.images, last(generate_grid(small(), networks)).images)
+    for line in commands_for(setting, networks):
+        typed(line, tmp_path, monkeypatch)
+    assert np.array_equal(read_png(tmp_path / "out" / "grid.png"), shown.sheet())
+    assert networks.facts(setting.net).label_dropout and not networks.facts(NET).label_dropout
 
 
 def test_commands_carry_what_is_not_left_at_its_default(tmp_path):
@@ -284,6 +304,8 @@ def conditioned(tmp_path, monkeypatch):
         ({"guide": GUIDE, "guidance": float("nan")}, "is no strength"),
         ({"guide": str(GOLDEN_DIR / "snapshots" / "latent-cond.pkl"), "guidance": 2.0}, "the guide is for images of"),
         ({"guide": GUIDE, "guidance": 2.0, "interval": (5.0, 0.2)}, "above 5 and up to 0.2"),
+        ({"guide": "self", "guidance": 2.0}, "does not say that it was trained with --label-dropout"),
+        ({"class_idx": "none"}, "does not say that it was trained with --label-dropout"),
         ({"class_idx": 99}, "class 99 is out of range"),
         ({"net": RUN, "ema": 0.05, "class_idx": 1}, "takes no class"),
         ({"class_idx": "all", "num_images": NUM_CLASSES + 1}, f"choose {NUM_CLASSES} or {2 * NUM_CLASSES}"),

@@ -14,7 +14,7 @@ from training.encoders import Encoder
 from training.explore.bounded import Bounded
 from training.explore.run_snapshots import RunSnapshots, is_run_folder
 from training.fast.prepare import PrepareNetwork
-from training.snapshot import Snapshot, load_snapshot, read_header
+from training.snapshot import Snapshot, label_dropout, load_snapshot, read_header
 from training.snapshots.parts import described
 
 CACHE_BYTES = 4 << 30
@@ -35,6 +35,7 @@ class LoadedNetwork:
 
     net: Any
     encoder: Encoder | None
+    info: dict[str, Any]  # what its file says of its training
     notes: tuple[str, ...]  # what a user should know of it
 
 
@@ -46,6 +47,7 @@ class NetworkFacts:
     size: tuple[int, int, int]  # channels, height, width of what it denoises
     num_params: int
     nimg: int | None  # images seen in training
+    label_dropout: bool  # whether it knows images without a class
     lengths: tuple[float, ...]  # of a run: the EMA lengths that are stored at its newest time; empty for a network
 
     def __str__(self) -> str:
@@ -87,6 +89,7 @@ class Networks:
                 torch.Size(shape).numel() for name, (_, shape) in header.tensors.items() if name not in header.buffers
             ),
             nimg=header.nimg if run is None else run.nimg,
+            label_dropout=bool(label_dropout(header.info)),
             lengths=() if run is None else tuple(run.lengths),
         )
 
@@ -136,7 +139,7 @@ class Networks:
         if num_bytes > self.kept.max_bytes:
             size, bound = (f"{number / 1e9:.2g}" for number in (num_bytes, self.kept.max_bytes))
             notes += (f"{name} takes {size} GB, more than --cache-size={bound}GB, and is loaded each time anew",)
-        loaded = LoadedNetwork(net=net, encoder=self._shared(snapshot.encoder), notes=notes)
+        loaded = LoadedNetwork(net=net, encoder=self._shared(snapshot.encoder), info=snapshot.info, notes=notes)
         self.kept.put(key, loaded, num_bytes)
         return loaded
 

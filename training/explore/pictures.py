@@ -15,8 +15,9 @@ from dnnlib.errors import ConfigError
 from training.encoders import StandardRGBEncoder
 from training.explore.networks import Loading, Networks
 from training.explore.setting import MAX_IMAGES, Setting
-from training.sampling.checks import deal_classes, require_writable_images
+from training.sampling.checks import deal_classes, require_label_dropout, require_writable_images
 from training.sampling.generation import GeneratedImages, generate_images
+from training.sampling.guidance import SELF
 from training.sampling.image_files import contact_sheet
 from training.sampling.sampler import edm_evaluations
 from training.sampling.solvers import Evaluation
@@ -154,13 +155,21 @@ def _prepared(
     """The networks of `setting`, loaded, and its batches, checked; nothing is computed yet."""
     request = setting.request()
     loaded = yield from networks.load(setting.net, setting.ema)
-    guides = []
+    guides: list[Any] = []
+    others = []
     for name in request.gnets:
-        guides.append((yield from networks.load(name)))
+        if name == SELF:
+            guides.append(SELF)
+        else:
+            others.append((yield from networks.load(name)))
+            guides.append(others[-1].net)
+    for what, wanted in (("this guide", SELF in request.gnets), ("class none", setting.class_idx == "none")):
+        if wanted:
+            require_label_dropout(loaded.net.label_dim, loaded.info, setting.net, what)
     _require_dealt(setting, loaded.net.label_dim)
     images = generate_images(
         net=loaded.net,
-        gnet=[guide.net for guide in guides],
+        gnet=guides,
         encoder=loaded.encoder,
         seeds=setting.seeds,
         class_idx=setting.class_idx,
@@ -171,7 +180,7 @@ def _prepared(
     require_writable_images(images.net, images.encoder)
     idle = setting.guide is not None and setting.guidance == 1
     told = ("Guidance is 1, so the guide is not used",) if idle else request.notes
-    return images, (*told, *(note for each in (loaded, *guides) for note in each.notes))
+    return images, (*told, *(note for each in (loaded, *others) for note in each.notes))
 
 
 def _require_dealt(setting: Setting, label_dim: int) -> None:
@@ -185,7 +194,7 @@ def _require_dealt(setting: Setting, label_dim: int) -> None:
 
 
 def _begin(images: GeneratedImages, indices: np.ndarray) -> tuple[torch.Tensor | None, Any]:
-    """The labels of a batch, and the generator that samples it without gradients; rows of padding are in neither."""
+    """The labels of the images of a batch, if they have any, and the generator that samples it without gradients."""
     random, noise, labels = images.draw(indices)
     evaluations = edm_evaluations(
         net=images.net,
@@ -200,7 +209,8 @@ def _begin(images: GeneratedImages, indices: np.ndarray) -> tuple[torch.Tensor |
     def sample() -> Generator[Evaluation, None, torch.Tensor]:
         return (yield from evaluations)
 
-    return None if labels is None else labels[: len(indices)], sample()
+    told = None if labels is None or images.unlabelled else labels[: len(indices)]
+    return told, sample()
 
 
 def _decoded(images: GeneratedImages, latents: torch.Tensor) -> np.ndarray:

@@ -20,10 +20,10 @@ class Setting:
 
     net: str  # a network, as --net takes it, or the folder of a run
     ema: float | None = None  # EMA length, in thousandths, of a run's network; None for a network by itself
-    guide: str | None = None  # as --gnet takes it
+    guide: str | None = None  # as --gnet takes it; 'self' = the network itself, without its class
     guidance: float = 1.0
     interval: tuple[float, float] | None = None  # of noise levels (low, high] that are guided; None = all
-    class_idx: int | Literal["all"] | None = None  # None = each seed draws one
+    class_idx: int | Literal["all", "none"] | None = None  # None = each seed draws one; none = leave it out
     first_seed: int = 0
     num_images: int = 16
     num_steps: int = 18
