@@ -15,7 +15,7 @@ _ARGUMENTS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars",
     "--disable-background-networking", "--disable-component-update", "--disable-sync", "--force-color-profile=srgb",
 )  # fmt: skip
-_PATIENCE_SEC = 40
+_PATIENCE_SEC = 120
 
 
 def chromium_paths() -> tuple[str, str] | None:
