@@ -1,7 +1,6 @@
 """Generate images from a trained network: command line."""
 
 import functools
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -216,9 +215,8 @@ def write_grid(path: Path, images: GeneratedImages, tiles: dict[int, np.ndarray]
     merged = {index: tile for share in world.all_gather_objects(tiles) for index, tile in share.items()}
     if world.is_main:
         merged |= {position: read_png(images.path_of(position)) for position in images.there}
-        num_images = len(images.seeds)
-        num_columns = num_images // images.net.label_dim if images.one_row_per_class else math.isqrt(num_images - 1) + 1
-        tiles_in_order = [merged[i] for i in range(num_images)]
+        num_columns = images.sheet_columns
+        tiles_in_order = [merged[i] for i in range(len(images.seeds))]
         if images.conditioning is not None:
             tiles_in_order, num_columns = beside_pictures(tiles_in_order, images.conditioning)
         write_sheet(path, np.stack(tiles_in_order), num_columns=num_columns)

@@ -4,6 +4,7 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -14,6 +15,11 @@ _LAUNCHERS = ("torchrun", "torch.distributed.run", "torch.distributed.launch")
 def invocation() -> str:
     """The command line of this program, quoted for the shell; with the launcher's, where one started it."""
     words = _launcher() or [Path(sys.executable).name, *sys.orig_argv[1:]]
+    return quoted(words)
+
+
+def quoted(words: Sequence[str]) -> str:
+    """The words of a command line, quoted for the shell of this machine."""
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 

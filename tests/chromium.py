@@ -31,13 +31,59 @@ class Browser:
     def __init__(self, url: str) -> None:
         self._url = url
 
-    def get(self, page: Path) -> None:
-        """Open a file and wait until it is loaded."""
-        self._call("POST", "url", {"url": page.absolute().as_uri()})
+    def get(self, page: Path | str) -> None:
+        """Open a file or a URL and wait until it is loaded."""
+        self._call("POST", "url", {"url": page if isinstance(page, str) else page.absolute().as_uri()})
 
     def run(self, script: str, *args: Any) -> Any:
         """The value that the script returns."""
         return self._call("POST", "execute/sync", {"script": script, "args": list(args)})
+
+    def wait(self, condition: str, *args: Any) -> Any:
+        """The value of the expression `condition`, once it is true; looked at by the page itself."""
+        script = f"""
+        const args = arguments, done = args[args.length - 1];
+        const look = () => {{
+            let found = null;
+            try {{ found = (function() {{ return {condition}; }}).apply(null, args); }} catch (error) {{}}
+            found ? done(found) : setTimeout(look, 30);
+        }};
+        look();"""
+        self._call("POST", "timeouts", {"script": 1000 * _PATIENCE_SEC - 10_000})
+        return self._call("POST", "execute/async", {"script": script, "args": list(args)})
+
+    def window(self) -> str:
+        """The handle of the window that is driven."""
+        return str(self._call("GET", "window"))
+
+    def new_window(self) -> None:
+        """Open another tab, and drive it."""
+        self.switch(self._call("POST", "window/new", {"type": "tab"})["handle"])
+
+    def switch(self, handle: str) -> None:
+        """Drive another window."""
+        self._call("POST", "window", {"handle": handle})
+
+    def close_window(self) -> None:
+        """Close the window that is driven; switch to another one next."""
+        self._call("DELETE", "window")
+
+    def click(self, selector: str, *, at: tuple[float, float] = (0.5, 0.5)) -> None:
+        """Press and release the mouse on the first element that is found, at these shares of its width and height."""
+        self._pointer([self._point(selector, at)])
+
+    def drag(self, selector: str, start: float, end: float, *, num_moves: int = 5) -> None:
+        """Press at the share `start` of an element's width, move to `end` in some moves, and release."""
+        shares = [start + (end - start) * i / num_moves for i in range(num_moves + 1)]
+        self._pointer([self._point(selector, (share, 0.5)) for share in shares])
+
+    def type(self, selector: str, text: str) -> None:
+        """Click into an input, replace what it holds by `text`, press Enter, and leave it."""
+        self.click(selector)
+        self.run("document.querySelector(arguments[0]).select()", selector)
+        keys = [{"type": kind, "value": key} for key in [*text, "\ue007"] for kind in ("keyDown", "keyUp")]
+        self._call("POST", "actions", {"actions": [{"type": "key", "id": "keyboard", "actions": keys}]})
+        self.run("document.activeElement.blur()")
 
     def devtools(self, command: str, **params: Any) -> Any:
         """A command of the DevTools protocol."""
@@ -58,6 +104,22 @@ class Browser:
     def pdf(self) -> bytes:
         """The page as it would be printed."""
         return base64.b64decode(self.devtools("Page.printToPDF", printBackground=True, preferCSSPageSize=True)["data"])
+
+    def _point(self, selector: str, at: tuple[float, float]) -> tuple[int, int]:
+        """Where in the window a share of an element is, after scrolling there."""
+        script = """
+        const found = document.querySelector(arguments[0]);
+        found.scrollIntoView({block: 'center', behavior: 'instant'});
+        const box = found.getBoundingClientRect();
+        return [box.left, box.top, box.width, box.height];"""
+        left, top, width, height = self.run(script, selector)
+        return round(left + at[0] * width), round(top + at[1] * height)
+
+    def _pointer(self, points: list[tuple[int, int]]) -> None:
+        moves = [{"type": "pointerMove", "x": x, "y": y, "duration": 20} for x, y in points]
+        actions = [moves[0], {"type": "pointerDown", "button": 0}, *moves[1:], {"type": "pointerUp", "button": 0}]
+        mouse = {"type": "pointer", "id": "mouse", "parameters": {"pointerType": "mouse"}, "actions": actions}
+        self._call("POST", "actions", {"actions": [mouse]})
 
     def _call(self, method: str, path: str, data: Mapping[str, Any] | None = None) -> Any:
         answer = requests.request(method, f"{self._url}/{path}", json=data, timeout=_PATIENCE_SEC).json()["value"]

@@ -13,6 +13,7 @@ import calculate_metrics
 import convert_snapshot
 import count_flops
 import dataset_tool
+import explore
 import generate_images
 import reconstruct_phema
 import report
@@ -31,6 +32,7 @@ SCRIPTS: dict[str, click.Command] = {
     "sweep.py": sweep.cmdline,
     "dataset_tool.py": dataset_tool.cmdline,
     "report.py": report.cmdline,
+    "explore.py": explore.cmdline,
     "convert_snapshot.py": convert_snapshot.cmdline,
     "count_flops.py": count_flops.cmdline,
     "toy_example.py": toy_example.cmdline,

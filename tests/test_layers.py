@@ -1,4 +1,4 @@
-"""The direction dnnlib <- torch_utils <- training <- edm2_diffusers <- scripts, read from the source text."""
+"""The direction dnnlib <- torch_utils <- training <- edm2_diffusers, edm2_explorer <- scripts, from the source text."""
 
 import ast
 import sys
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("dnnlib", "torch_utils", "training", "edm2_diffusers")
+PACKAGES = ("dnnlib", "torch_utils", "training", "edm2_diffusers", "edm2_explorer")
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")}
 STDLIB = frozenset(sys.stdlib_module_names)
 
@@ -19,6 +19,7 @@ FORBIDDEN = {
     "torch_utils": {"click", "tqdm"},
     "training": {"click", "tqdm"},
     "edm2_diffusers": {"click", "tqdm"},
+    "edm2_explorer": {"click", "tqdm", "edm2_diffusers"},
 }
 # Texts that the published reader executes when it opens a snapshot.
 EMBEDDED = ("networks_edm2.py", "loss.py", "encoders.py", "toy/model.py")

@@ -3,6 +3,7 @@
 Shape legend: N images, C channels, H x W pixels, L labels; latents and images may differ in C, H and W.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -97,6 +98,12 @@ class GeneratedImages:
         """Positions in `seeds` of the images whose files were there and stay. Some may be in a batch all the same."""
         return frozenset() if self.files is None else self.files.there
 
+    @property
+    def sheet_columns(self) -> int:
+        """Columns of a contact sheet of all images: a row for each class where they were dealt, else about square."""
+        num_images = len(self.seeds)
+        return num_images // self.net.label_dim if self.one_row_per_class else math.isqrt(num_images - 1) + 1
+
     def path_of(self, position: int) -> Path:
         """The file of an image, by its position in `seeds`."""
         assert self.files is not None
@@ -124,13 +131,10 @@ class GeneratedImages:
         seeds = [self.seeds[i] for i in indices]
         latents = labels = noise = None
         if seeds:
-            rows = self._padded(indices)
-            random = StackedRandomGenerator(self.device, [self.seeds[i] for i in rows])
-            noise = random.randn([len(rows), self.net.img_channels, *image_size(self.net)])
-            labels = self._labels(random, rows)
+            random, noise, labels = self.draw(indices)
             seen = {}
             if self.conditioning is not None:
-                seen["cond_images"] = self.conditioning.images(rows, self.device)
+                seen["cond_images"] = self.conditioning.images(self._padded(indices), self.device)
             latents = self.sampler_fn(
                 net=self.net,
                 noise=noise,
@@ -142,6 +146,16 @@ class GeneratedImages:
             )
             noise, labels, latents = (None if x is None else x[: len(seeds)] for x in (noise, labels, latents))
         return _Sampled(latents=latents, labels=labels, noise=noise, batch_idx=batch_idx, indices=indices, seeds=seeds)
+
+    def draw(self, indices: np.ndarray) -> tuple[StackedRandomGenerator, torch.Tensor, torch.Tensor | None]:
+        """The generators of the images at these positions, at least one, and the noise and labels drawn from them.
+
+        Rows beyond these images are there where all batches must be of one size.
+        """
+        rows = self._padded(indices)
+        random = StackedRandomGenerator(self.device, [self.seeds[i] for i in rows])
+        noise = random.randn([len(rows), self.net.img_channels, *image_size(self.net)])
+        return random, noise, self._labels(random, rows)
 
     def _padded(self, indices: np.ndarray) -> np.ndarray:
         """`indices`, the last one repeated to the size of the largest batch where a network wants all of one size.
@@ -170,11 +184,9 @@ class GeneratedImages:
     @torch.no_grad()
     def _decode(self, sampled: _Sampled) -> ImageBatch:
         latents = sampled.latents
-        images = None
-        if latents is not None:
-            images = torch.cat([self.encoder.decode(part) for part in latents.split(self.encoder_batch_size)])
-            if self.conditioning is not None:
-                images = self.conditioning.finish(images, sampled.indices)
+        images = None if latents is None else self.decode(latents)
+        if images is not None and self.conditioning is not None:
+            images = self.conditioning.finish(images, sampled.indices)
         return ImageBatch(
             images=images,
             labels=sampled.labels,
@@ -184,6 +196,11 @@ class GeneratedImages:
             indices=sampled.indices,
             seeds=sampled.seeds,
         )
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """The pictures, uint8 [N, C, H, W], of what the sampler gives."""
+        return torch.cat([self.encoder.decode(part) for part in latents.split(self.encoder_batch_size)])
 
 
 def _tensors_of(batch: ImageBatch) -> list[torch.Tensor]:

@@ -16,7 +16,7 @@ import torch
 
 from dnnlib.errors import ConfigError
 from training.sampling.guidance import Guidance, Network, listed
-from training.sampling.solvers import CHURNING, SOLVERS, Churn, Solver
+from training.sampling.solvers import CHURNING, SOLVERS, Churn, Evaluations, Solver, result_of
 
 Noise = Callable[[torch.Tensor], torch.Tensor]  # standard normal numbers in the shape of its argument
 
@@ -98,16 +98,51 @@ def edm_sampler(
     on images (their attribute cond_channels is K), in a keyword of that name. Raises ConfigError for values that cannot
     work.
     """
-    options = HeunOptions(
-        num_steps=num_steps,
-        sigma_min=sigma_min,
-        sigma_max=sigma_max,
-        rho=rho,
-        S_churn=S_churn,
-        S_min=S_min,
-        S_max=S_max,
-        S_noise=S_noise,
+    return result_of(
+        edm_evaluations(
+            net,
+            noise,
+            labels,
+            gnet,
+            guidance=guidance,
+            dtype=dtype,
+            randn_like=randn_like,
+            interval=interval,
+            shares=shares,
+            solver=solver,
+            cond_images=cond_images,
+            num_steps=num_steps,
+            sigma_min=sigma_min,
+            sigma_max=sigma_max,
+            rho=rho,
+            S_churn=S_churn,
+            S_min=S_min,
+            S_max=S_max,
+            S_noise=S_noise,
+        )
     )
+
+
+def edm_evaluations(
+    net: Network,
+    noise: torch.Tensor,
+    labels: torch.Tensor | None = None,
+    gnet: Network | Sequence[Network] | None = None,
+    *,
+    guidance: float = 1,
+    dtype: torch.dtype = torch.float32,
+    randn_like: Noise = torch.randn_like,
+    interval: tuple[float, float] | None = None,
+    shares: Sequence[float] | None = None,
+    solver: str = "heun",
+    cond_images: torch.Tensor | None = None,
+    **heun: Any,
+) -> Evaluations:
+    """`edm_sampler` as a generator, an `Evaluation` after each one of the guided denoiser; it returns the images.
+
+    `heun`: the options of HeunOptions, by name. Raises ConfigError for values that cannot work, at once.
+    """
+    options = HeunOptions(**heun)
     solve = choose_solver(solver, options, randn_like)
     guides = listed(gnet)
     guided = Guidance(
@@ -116,7 +151,8 @@ def edm_sampler(
         shares=None if shares is None else tuple(shares),
         interval=interval,
     )
-    return solve(guided.denoiser(net, guides, labels, cond_images), options.sigmas(), noise.to(dtype))
+    denoise = guided.denoiser(net, guides, labels, cond_images)
+    return solve.evaluations(denoise, options.sigmas(), noise.to(dtype))
 
 
 def choose_solver(name: str, options: HeunOptions, randn_like: Noise = torch.randn_like) -> Solver:
@@ -128,7 +164,9 @@ def choose_solver(name: str, options: HeunOptions, randn_like: Noise = torch.ran
         raise ConfigError(f"'{name}' is no solver; there are {', '.join(SOLVERS)}")
     solver = SOLVERS[name]
     if solver in CHURNING:
-        return partial(solver, churn=_churn(options, randn_like)) if options.S_churn > 0 else solver
+        if options.S_churn <= 0:
+            return solver
+        return Solver(partial(solver.evaluations, churn=_churn(options, randn_like)))
     plain = HeunOptions()
     for option in ("S_churn", "S_min", "S_max", "S_noise"):
         if getattr(options, option) != getattr(plain, option):

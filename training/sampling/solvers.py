@@ -3,11 +3,16 @@
 Sources: Karras et al., arXiv 2206.00364, Algorithm 2 (Heun, Euler, churn); Lu et al., "DPM-Solver++", arXiv 2211.01095,
 Algorithm 2.
 
+A solver is a generator of its evaluations, which returns the images: whoever watches sees every state, shows progress,
+or stops between two of them. Called, it gives the images alone.
+
 Noise levels are Python numbers all along, so that nothing here waits for the device.
 """
 
+import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -21,42 +26,83 @@ Denoiser = Callable[[torch.Tensor, float, float], torch.Tensor]
 # Raises the noise of a state at noise level sigma a little: (x, sigma) -> (x, new sigma).
 Churn = Callable[[torch.Tensor, float], tuple[torch.Tensor, float]]
 
-# images = solver(denoise, sigmas, noise): `sigmas` fall to 0, `noise` [N, ...] has unit variance, images have its type.
-# Solvers that can take fresh noise in between have a keyword `churn`.
-Solver = Callable[..., torch.Tensor]
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Evaluation:
+    """What a solver has just asked of the denoiser, and got."""
+
+    step_idx: int
+    is_trial: bool = False  # of a state that the step goes on to correct: Heun's second evaluation
+    sigma: float  # noise level of the state; churn included
+    x: torch.Tensor  # the state [N, ...]
+    denoised: torch.Tensor  # D(x, sigma) [N, ...]
 
 
+Evaluations = Generator[Evaluation, None, torch.Tensor]  # returns the images
+
+
+def result_of(evaluations: Evaluations) -> torch.Tensor:
+    """The images that `evaluations` end with."""
+    while True:
+        try:
+            next(evaluations)
+        except StopIteration as end:
+            images: torch.Tensor = end.value
+            return images
+
+
+class Solver:
+    """images = solver(denoise, sigmas, noise): `sigmas` fall to 0, `noise` [N, ...] has unit variance, images have its
+    type. Solvers that can take fresh noise in between have a keyword `churn`.
+    """
+
+    def __init__(self, evaluations: Callable[..., Evaluations]) -> None:
+        functools.update_wrapper(self, evaluations)
+        self.evaluations = evaluations  # called with the same arguments
+
+    def __call__(self, denoise: Denoiser, sigmas: Sequence[float], noise: torch.Tensor, **more: Any) -> torch.Tensor:
+        """The images."""
+        return result_of(self.evaluations(denoise, sigmas, noise, **more))
+
+
+@Solver
 def euler(
     denoise: Denoiser, sigmas: Sequence[float], noise: torch.Tensor, *, churn: Churn | None = None
-) -> torch.Tensor:
+) -> Evaluations:
     """Euler's method for dx/dsigma = (x - D) / sigma: first order, one evaluation a step."""
     x = noise * sigmas[0]
-    for step_sigma, sigma_next in pairwise(sigmas):
+    for step_idx, (step_sigma, sigma_next) in enumerate(pairwise(sigmas)):
         x, sigma = (x, step_sigma) if churn is None else churn(x, step_sigma)
-        x = x + (sigma_next - sigma) * ((x - denoise(x, sigma, step_sigma)) / sigma)
+        denoised = denoise(x, sigma, step_sigma)
+        yield Evaluation(step_idx=step_idx, sigma=sigma, x=x, denoised=denoised)
+        x = x + (sigma_next - sigma) * ((x - denoised) / sigma)
     return x
 
 
-def heun(
-    denoise: Denoiser, sigmas: Sequence[float], noise: torch.Tensor, *, churn: Churn | None = None
-) -> torch.Tensor:
+@Solver
+def heun(denoise: Denoiser, sigmas: Sequence[float], noise: torch.Tensor, *, churn: Churn | None = None) -> Evaluations:
     """Heun's method for dx/dsigma = (x - D) / sigma (Algorithm 2): second order.
 
     Two evaluations a step, and one in the last, which is an Euler step to zero.
     """
     x = noise * sigmas[0]
-    for step_sigma, sigma_next in pairwise(sigmas):
+    for step_idx, (step_sigma, sigma_next) in enumerate(pairwise(sigmas)):
         x, sigma = (x, step_sigma) if churn is None else churn(x, step_sigma)
-        slope = (x - denoise(x, sigma, step_sigma)) / sigma
+        denoised = denoise(x, sigma, step_sigma)
+        yield Evaluation(step_idx=step_idx, sigma=sigma, x=x, denoised=denoised)
+        slope = (x - denoised) / sigma
         x_next = x + (sigma_next - sigma) * slope
         if sigma_next > 0:
-            slope_next = (x_next - denoise(x_next, sigma_next, step_sigma)) / sigma_next
+            denoised = denoise(x_next, sigma_next, step_sigma)
+            yield Evaluation(step_idx=step_idx, is_trial=True, sigma=sigma_next, x=x_next, denoised=denoised)
+            slope_next = (x_next - denoised) / sigma_next
             x_next = x + (sigma_next - sigma) * (slope + slope_next) / 2
         x = x_next
     return x
 
 
-def dpmpp2m(denoise: Denoiser, sigmas: Sequence[float], noise: torch.Tensor) -> torch.Tensor:
+@Solver
+def dpmpp2m(denoise: Denoiser, sigmas: Sequence[float], noise: torch.Tensor) -> Evaluations:
     """DPM-Solver++ 2M: second order with one evaluation a step, by extrapolating from the step before.
 
     It solves the linear part exactly and takes D to be linear in lambda = -log sigma, the half log-SNR where the signal
@@ -65,8 +111,9 @@ def dpmpp2m(denoise: Denoiser, sigmas: Sequence[float], noise: torch.Tensor) -> 
     x = noise * sigmas[0]
     previous: torch.Tensor | None = None  # D of the step before ...
     width = 0.0  # ... and that step's width in lambda
-    for sigma, sigma_next in pairwise(sigmas):
+    for step_idx, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         current = denoise(x, sigma, sigma)
+        yield Evaluation(step_idx=step_idx, sigma=sigma, x=x, denoised=current)
         if sigma_next == 0:
             return current
         previous_width, width = width, math.log(sigma / sigma_next)
@@ -75,7 +122,7 @@ def dpmpp2m(denoise: Denoiser, sigmas: Sequence[float], noise: torch.Tensor) -> 
             target = torch.lerp(previous, current, 1 + width / (2 * previous_width))
         x = torch.lerp(target, x, sigma_next / sigma)
         previous = current
-    return x
+    return x  # of noise levels that end above zero
 
 
 SOLVERS: Mapping[str, Solver] = {"heun": heun, "euler": euler, "dpmpp2m": dpmpp2m}

@@ -1,0 +1,1 @@
+"""The page of explore.py: Gradio, and nothing that computes. It needs the extra `explore`."""
