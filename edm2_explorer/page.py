@@ -96,7 +96,7 @@ class Page:
         for name, tab in self._tabs.items():
             follow(tab.select(_opened(name), None, [self._active, self._settings], **AT_ONCE))
         follow(self._grid.click(_film_of_clicked, None, [self._image, self._picker, self._active], **AT_ONCE))
-        follow(self._copy.click(lambda *values: values, self._a.values, self._b.values, **AT_ONCE))
+        follow(self._copy.click(self._copied, self._a.values, [self._b.facts, *self._b.values], **AT_ONCE))
         self._go.click(self._touched, None, None, **AT_ONCE).then(self._refresh, inputs, **work)
         self._cancel.click(self._stop, None, None, **AT_ONCE)
         self.demo.load(self._refresh, inputs, **work)
@@ -114,7 +114,13 @@ class Page:
         try:
             return of_network((source or "").strip(), self._explorer.networks)
         except ConfigError:
-            return "", gr.skip(), gr.skip()
+            return "", gr.update(), gr.update()
+
+    def _copied(self, *values: Any) -> tuple[Any, ...]:
+        """What the controls of B become when they are to be like these of A."""
+        net, length, chosen, *others = values
+        facts, ema, class_idx = self._look(net)
+        return facts, net, {**ema, "value": length}, {**class_idx, "value": chosen}, *others
 
     def _follow_change(self, request: gr.Request, live: bool, *values: Any) -> Iterator[dict[Any, Any]]:
         if live:

@@ -105,8 +105,8 @@ def of_network(source: str, networks: Networks) -> tuple[Any, ...]:
     length = length_for(facts)
     return (
         _told(facts),
-        gr.Slider(visible=length is not None, **({} if length is None else {"value": length})),
-        gr.Dropdown(_classes(facts), value=RANDOM, visible=bool(facts.label_dim)),
+        gr.update(visible=length is not None, **({} if length is None else {"value": length})),
+        gr.update(choices=_classes(facts), value=RANDOM, visible=bool(facts.label_dim)),
     )
 
 

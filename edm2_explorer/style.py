@@ -54,7 +54,7 @@ footer { display: none !important; }
 }
 [id$="-facts"] { background: var(--block-background-fill) !important; }
 #controls input { text-overflow: ellipsis; }
-#view-a::before, #view-b::before { display: block; font-weight: 600; margin-bottom: .4rem; }
+#view-a::before, #view-b::before { display: block; font-weight: 600; margin: 0 0 .2rem 11px; }
 #view-a::before { content: "A"; }
 #view-b::before { content: "B"; }
 .strip { display: flex; gap: .6rem; }

@@ -84,9 +84,9 @@ def test_too_many_are_refused(jobs):
     jobs.submit("me", work)
     assert work.begun.wait(60)
     for name in ("a", "b"):
-        jobs.submit(name, Work())
+        jobs.submit(name, lambda: iter([1]))
     with pytest.raises(ConfigError, match="2 others are waiting"):
-        jobs.submit("c", Work())
+        jobs.submit("c", lambda: iter([1]))
     jobs.stop("me")
     work.go.set()
 

@@ -189,6 +189,7 @@ def test_two_settings_side_by_side(page, tmp_path, monkeypatch):
     page.browser.click("#copy")
     page.says("A and B are the same setting")
     assert np.array_equal(page.picture("view-a"), page.picture("view-b"))
+    assert NET in page.browser.run("return document.querySelector('#b-net input').value")
     page.browser.drag("#b-guidance input[type=range]", 0.38, 0.9)
     assert re.search(r"guidance 1.5 and 3\.\d", page.says("A and B differ: guidance"))
     a, b = page.picture("view-a"), page.picture("view-b")
@@ -196,6 +197,19 @@ def test_two_settings_side_by_side(page, tmp_path, monkeypatch):
     lines = page.commands("view-b")
     assert "--guidance=3." in lines[0] and "--seeds=0-3" in lines[0]
     assert np.array_equal(made_by(lines, tmp_path, monkeypatch), b)
+
+
+def test_a_second_setting_that_takes_over_a_run(page):
+    page.choose("a-guide", "none")
+    page.choose("a-net", RUN)
+    page.shown("grid", "network-snapshot-0033554-0.100.pkl")
+    page.tab("Compare")
+    page.says("A and B differ: network")
+    page.browser.click("#copy")
+    page.says("A and B are the same setting")
+    page.browser.drag("#b-ema input[type=range]", 0.37, 0.2)
+    page.says("A and B differ: EMA length 0.1 and 0.0")
+    assert "reconstruct_phema.py" in page.commands("view-b")[0]
 
 
 def test_a_click_on_an_image_shows_how_it_came_into_being(page):
