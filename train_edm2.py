@@ -107,7 +107,13 @@ class Log:
 )
 @click.option("--data", metavar="ZIP|DIR|URL", help="The data set  [required, unless the preset brings one]")
 @click.option("--cond", metavar="BOOL", type=bool, help="Train a class-conditional model  [default: True]")
-@click.option("--preset", metavar="STR", default="edm2-img512-s", show_default=True, help="Configuration to start from; small = by the data")
+@click.option(
+    "--preset",
+    metavar="STR",
+    default="edm2-img512-s",
+    show_default=True,
+    help="Configuration to start from; small = by the data",
+)
 @click.option("--duration", metavar="NIMG", type=NIMG, help="Training duration")
 @click.option("--batch", metavar="NIMG", type=NIMG, help="Total batch size, over all processes")
 @click.option("--channels", metavar="INT", type=int, help="Width of the network's first level")
@@ -216,7 +222,7 @@ def train_edm2(
             on_main(world, functools.partial(loggers.begin, nimg=nimg))
             log = Log(folder, is_main=world.is_main, patient=config.on_disk_full == "wait", loggers=loggers)
             log.say(_describe(config, folder, dataset))
-            if plan is not None and world.is_main:
+            if plan is not None and world.is_main and nimg < config.duration:
                 log.say(describe_plan(plan, config))
                 log.say(describe_estimate(estimate(config, dataset, world.device, world.size), nimg=nimg))
             note = precision_note(config.network.precision, world.device)

@@ -17,15 +17,15 @@ from torch_utils.precision import numerics
 from torch_utils.random_state import unchanged_random_state
 from training.config import TrainingConfig
 from training.dataset import ImageFolderDataset
-from training.flops import count_flops
 from training.encoders import StabilityVAEEncoder
-from training.run.state import TrainingState
+from training.flops import count_flops
+from training.run.state import TrainingState, network_shape
 from training.small_data.memory import Memory, count_memory
 
 # Forward and backward: three times the forward pass.
 _PASSES = 3
 # Operations that a measured step may have, so that it takes a second or so, and its seconds.
-_CPU_OPS = 40e9
+_CPU_OPS = 20e9
 _GPU_OPS = 10e12
 _MEASURE_SEC = 1.5
 _SPEED_UP = 1024  # an hour's images are rounded down to a multiple of this
@@ -86,8 +86,13 @@ def estimate(config: TrainingConfig, dataset: ImageFolderDataset, device: torch.
         most = max(int((_CPU_OPS if device.type == "cpu" else _GPU_OPS) / image_ops), 1)
         num_images = min(most, share // rounds)
         state.config = dataclasses.replace(shortened, batch=num_images, vae=None)
-        speed = _measure(state, dataset, num_images)
+        speed = _measure(state, network_shape(config, dataset)[0])
         num_params = sum(parameter.numel() for parameter in state.net.parameters())
+        memory = count_memory(state, config, dataset, per_round=share // rounds)
+        del state
+    if device.type == "cuda":  # as if nothing had been there
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
     return Estimate(
         config=config,
         device=device,
@@ -96,26 +101,22 @@ def estimate(config: TrainingConfig, dataset: ImageFolderDataset, device: torch.
         num_params=num_params,
         image_ops=image_ops,
         speed=speed,
-        memory=dataclasses.replace(
-            count_memory(config, dataset, device, num_params=num_params, per_round=share // rounds),
-            program=program_bytes,
-        ),
+        memory=dataclasses.replace(memory, program=program_bytes),
     )
 
 
-def _measure(state: TrainingState, dataset: ImageFolderDataset, num_images: int) -> Speed:
+def _measure(state: TrainingState, side: int) -> Speed:
     device, config = state.world.device, state.config
-    net = state.net
-    if isinstance(state.encoder, StabilityVAEEncoder):  # mean and deviation of each channel
-        shape, dtype = (2 * net.img_channels, net.img_resolution, net.img_resolution), torch.float32
-    else:
-        shape, dtype = dataset.image_shape, torch.uint8
-    images = torch.zeros([num_images, *shape], dtype=dtype, device=device)
+    net, num_images = state.net, config.batch
+    moments = isinstance(state.encoder, StabilityVAEEncoder)  # mean and deviation of each channel
+    size = [num_images, net.img_channels * (2 if moments else 1), side, side]
+    images = torch.zeros(size, dtype=torch.float32 if moments else torch.uint8, device=device)
     labels = torch.zeros([num_images, net.label_dim], device=device)
     labels[:, :1] = 1
     with numerics(cudnn_benchmark=config.bench, precision=config.network.precision):
         state.step(images, labels)  # makes Adam's moments
-        halves, wholes = [], []
+        halves: list[float] = []
+        wholes: list[float] = []
         end = time.monotonic() + _MEASURE_SEC
         while not wholes or time.monotonic() < end:
             halves.append(_seconds(state, images, labels, whole=False))

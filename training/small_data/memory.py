@@ -1,15 +1,12 @@
-"""What a training process keeps in memory, by counting; the network's activations on tensors without content."""
+"""What a training process keeps in memory, by counting."""
 
 from dataclasses import dataclass
 
 import torch
 
-from torch_utils.precision import compute_dtype
 from training.config import TrainingConfig
 from training.dataset import ImageFolderDataset
-from training.fast.network import FastPrecond
-from training.loss import EDM2Loss
-from training.run.state import make_network, network_shape
+from training.run.state import TrainingState
 from training.training_loop import CACHE_BYTES
 
 
@@ -30,12 +27,15 @@ class Memory:
 
 
 def count_memory(
-    config: TrainingConfig, dataset: ImageFolderDataset, device: torch.device, *, num_params: int, per_round: int
+    state: TrainingState, config: TrainingConfig, dataset: ImageFolderDataset, *, per_round: int
 ) -> Memory:
-    """What one process of the run keeps, unsharded and not compiled, with `per_round` images at a time."""
-    weight_bytes = 4 * num_params
+    """What one process of the run `config` keeps, unsharded and not compiled, with `per_round` images at a time.
+
+    `state` has the run's network, on the run's device.
+    """
+    weight_bytes = sum(parameter.nbytes for parameter in state.net.parameters())
     kept = 1 + 2 + len(config.ema_stds)  # weights, Adam's moments, averages
-    one, two = (saved_bytes(config, dataset, device, num_images) for num_images in (1, 2))
+    one, two = (saved_bytes(state, num_images) for num_images in (1, 2))
     item_bytes = dataset.num_channels * dataset.resolution**2 * (4 if dataset.holds_latents else 1)
     images = len(dataset) * item_bytes
     return Memory(
@@ -46,27 +46,24 @@ def count_memory(
     )
 
 
-def saved_bytes(config: TrainingConfig, dataset: ImageFolderDataset, device: torch.device, num_images: int) -> int:
-    """The bytes of all tensors that a step with `num_images` keeps for its backward pass on `device`, each counted
-    once, but for the parameters. Nothing is computed. Attention is counted in a plain form; kernels keep less.
+def saved_bytes(state: TrainingState, num_images: int) -> int:
+    """The bytes of all tensors that the loss of `num_images` keeps for its backward pass, each counted once, but for
+    the parameters.
     """
-    with torch.device("meta"):
-        net = make_network(config, dataset).train().requires_grad_(True)
-    dtype = compute_dtype(config.network.precision, device)
-    replica = FastPrecond(net, dtype=dtype, recompute=config.recompute)
-    resolution, channels = network_shape(config, dataset)
-    images = torch.zeros([num_images, channels, resolution, resolution], device="meta")
-    labels = torch.zeros([num_images, net.label_dim], device="meta")
+    net, device = state.net, state.world.device
+    images = torch.zeros([num_images, net.img_channels, net.img_resolution, net.img_resolution], device=device)
+    labels = torch.zeros([num_images, net.label_dim], device=device)
+    noise = torch.ones_like(images)
     sizes: dict[int, int] = {}
-    kept = []  # so that no storage is another one under the same number
+    kept = []  # so that no address is used twice
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         if not isinstance(tensor, torch.nn.Parameter):
             storage = tensor.untyped_storage()
-            sizes[storage._cdata] = storage.nbytes()
+            sizes[storage.data_ptr()] = storage.nbytes()
             kept.append(storage)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        EDM2Loss()(replica, images, labels)
+        state.loss_fn(state.replica, images, labels, rnd_normal=noise[:, :1, :1, :1], unit_noise=noise)
     return sum(sizes.values())

@@ -22,7 +22,7 @@ from training.small_data.mirror import FOREIGN_FROM
 IMAGENET = 1_281_167  # images
 PARAMS_PER_IMAGE = 1100  # at most: 56 million for 50,000 images
 PASSES = 1600
-WIDTHS = range(16, 129, 8)
+WIDTHS = (16, 24, 32, 48, 64, 96, 128)  # whose levels divide into heads of 32 channels or a few more
 FEW_IMAGES = 1000  # below this a network of the least width can know all images by heart
 MANY_IMAGES = 200_000  # above this the presets of the papers fit better
 
@@ -41,7 +41,7 @@ class Facts:
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What the kind of the images decides."""
+    """What the kind of the images decides: the rows of SHAPES."""
 
     channel_mult: tuple[int, ...]
     attn_resolutions: tuple[int, ...]
@@ -52,10 +52,25 @@ class Shape:
     source: str
 
 
-_IMG64 = dict(P_mean=-0.8, P_std=1.6, decay=35e3, source="EDM2's for ImageNet-64, pixels")
 SHAPES = {
-    (False, 32): Shape(channel_mult=(1, 2, 4), attn_resolutions=(8,), least_width=16, **_IMG64),
-    (False, 64): Shape(channel_mult=(1, 2, 3, 4), attn_resolutions=(16, 8), least_width=24, **_IMG64),
+    (False, 32): Shape(
+        channel_mult=(1, 2, 4),
+        attn_resolutions=(8,),
+        least_width=16,
+        P_mean=-0.8,
+        P_std=1.6,
+        decay=35e3,
+        source="EDM2's for ImageNet-64, pixels",
+    ),
+    (False, 64): Shape(
+        channel_mult=(1, 2, 3, 4),
+        attn_resolutions=(16, 8),
+        least_width=24,
+        P_mean=-0.8,
+        P_std=1.6,
+        decay=35e3,
+        source="EDM2's for ImageNet-64, pixels",
+    ),
     (True, 32): Shape(
         channel_mult=(1, 2, 4),
         attn_resolutions=(16, 8),
@@ -138,7 +153,8 @@ def remarks(facts: Facts) -> list[str]:
     n, found = facts.num_images, []
     if n < FEW_IMAGES:
         found.append(
-            f"{n:,} images are few: a network can learn them by heart. Look at its nearest training images, and stop early."
+            f"{n:,} images are few: a network can learn them by heart. Compare samples with the images nearest to them,"
+            " and stop early."
         )
     if n > MANY_IMAGES:
         best = "edm2-img512-xs" if facts.latents else "edm2-img64-xs"
@@ -197,7 +213,9 @@ def _why_xflip(facts: Facts) -> str:
     if facts.foreign is None:
         return "not looked at: latents cannot be mirrored, and a URL is not searched"
     nearer = f"{facts.foreign:.0%} of the pictures have a nearer neighbour than their mirror image has"
-    return f"{nearer}; " + (f"off from {FOREIGN_FROM:.0%}" if facts.foreign >= FOREIGN_FROM else "50% if mirroring is natural")
+    return f"{nearer}; " + (
+        f"off from {FOREIGN_FROM:.0%}" if facts.foreign >= FOREIGN_FROM else "50% if mirroring is natural"
+    )
 
 
 def _power_of_two(value: float) -> int:
