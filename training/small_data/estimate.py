@@ -24,8 +24,8 @@ from training.small_data.memory import Memory, count_memory
 
 # Forward and backward: three times the forward pass.
 _PASSES = 3
-# Operations that a measured step may have, so that it takes a second or so, and its seconds.
-_CPU_OPS = 20e9
+# Operations that a measured step may have, and the seconds that steps are taken for at least.
+_CPU_OPS = 60e9
 _GPU_OPS = 10e12
 _MEASURE_SEC = 1.5
 _SPEED_UP = 1024  # an hour's images are rounded down to a multiple of this
@@ -73,7 +73,7 @@ class Estimate:
 
 
 def estimate(config: TrainingConfig, dataset: ImageFolderDataset, device: torch.device, num_ranks: int) -> Estimate:
-    """Take a few steps of `config` on noise, in about two seconds, and count. The global random states stay.
+    """Take a few steps of `config` on noise, in a few seconds, and count. The global random states stay.
 
     A step has fewer images than the run's where a whole batch would take long, and the network is not compiled.
     """
