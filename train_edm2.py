@@ -177,6 +177,10 @@ def train_edm2(
     \b
     # A small network on the shipped data, on whatever this machine has
     python train_edm2.py --outdir=training-runs/fashion --preset=fashion
+
+    \b
+    # Own pictures, with options chosen by the data and printed with their reasons
+    python train_edm2.py --outdir=training-runs/mine --data=datasets/mine.zip --preset=small
     """
     check_loggers(log_names)
     plan = plan_for(preset, options)

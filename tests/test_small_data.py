@@ -44,6 +44,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_dataset(tmp_path_factory.mktemp("data") / "data.zip", num=60, size=32)
 
 
+@pytest.fixture(autouse=True)
+def measure_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.small_data.estimate._MEASURE_SEC", 0)
+
+
 def run(*args: Any) -> int:
     try:
         main(script.train_edm2, [str(arg) for arg in args])
