@@ -191,7 +191,8 @@ def gen(num: int, seed: int, repeat: int, batch: int, **options: Any) -> None:
             seeds = range(start, start + num)
             images = generate_images(
                 **networks, seeds=seeds, max_batch_size=batch, world=world,
-                prepare=request.prepare(click.echo if world.is_main else None), **request.sampler_kwargs(),
+                prepare=request.prepare(click.echo if world.is_main else None), decoder=request.decoder,
+                **request.sampler_kwargs(),
             )  # fmt: skip
             networks = {"net": images.net, "gnet": images.gnet, "encoder": images.encoder}
             yield images
@@ -202,6 +203,7 @@ def gen(num: int, seed: int, repeat: int, batch: int, **options: Any) -> None:
         return files | {
             "sampler": request.sampler_kwargs(),
             **request.prepare().settings,
+            **request.decoder.settings,
             "seeds": seeds,
             "batch": batch,
         }

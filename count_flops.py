@@ -26,7 +26,7 @@ CONVENTION = (
 
 @click.command()
 @click.argument("source", metavar="[NETWORK|PRESET]", required=False)
-@sampling_options_without("precision", "compile")
+@sampling_options_without("precision", "compile", "decoder-tile", "decoder-precision")
 @click.option("--decoder/--no-decoder", default=None, help="Count the VAE decoder [default: for networks of latents]")
 @click.option("--json", "json_file", metavar="FILE", type=click.Path(path_type=Path), help="Write the counts as JSON")
 def cmdline(source: str | None, decoder: bool | None, json_file: Path | None, **sampling: Any) -> None:

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,6 @@ from torch_utils.precision import numerics
 from training.presets import describe_generation_presets
 from training.sampling.checks import require_writable_images
 from training.sampling.generation import GeneratedImages, generate_images
-from training.sampling.image_decoder import DecoderOptions
 from training.sampling.image_files import require_sheet, write_sheet
 from training.sampling.png_files import FAST, read_png
 from training.sampling.request import SamplingRequest, resolve_sampling
@@ -48,7 +47,6 @@ class Request:
     skip_existing: bool = False
     png_compression: int = FAST
     decoder_batch: int = 4  # latents decoded at once
-    decoder: DecoderOptions = field(default_factory=DecoderOptions)
 
     def __post_init__(self) -> None:
         if self.outdir is None and self.grid is None:
@@ -129,8 +127,6 @@ def resolve(
     skip_existing: bool,
     png_compression: int,
     decoder_batch: int,
-    decoder_tile: int | None,
-    decoder_precision: str,
     **sampling: Any,
 ) -> Request:
     """The request; `sampling` is what `sampling_options` gives. Raises ConfigError for what cannot work."""
@@ -146,7 +142,6 @@ def resolve(
         skip_existing=skip_existing,
         png_compression=png_compression,
         decoder_batch=decoder_batch,
-        decoder=DecoderOptions(precision=decoder_precision, tile=decoder_tile),
     )
 
 
@@ -165,7 +160,7 @@ def run(request: Request, world: World) -> None:
         trust_code=functools.partial(announce_code, world) if request.trust_code else None,
         skip_existing=request.skip_existing,
         on_demand=True,
-        decoder=request.decoder,
+        decoder=request.sampling.decoder,
         png_compression=request.png_compression,
         prepare=request.sampling.prepare(click.echo if world.is_main else None),
         **request.sampling.sampler_kwargs(),

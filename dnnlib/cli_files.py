@@ -1,4 +1,4 @@
-"""The options of scripts that write generated images: their files, and the decoder in front of them."""
+"""The options of scripts that write generated images."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -26,21 +26,11 @@ _OPTIONS = (
         show_default=True,
         help="Latents decoded at once",
     ),
-    click.option("--decoder-tile", metavar="PIXELS", type=int, help="Decode larger images in tiles [default: whole]"),
-    click.option(
-        "--decoder-precision",
-        metavar="NAME",
-        default="auto",
-        help="fp32, fp16 or bf16 [default: fp16 on CUDA, else fp32]",
-    ),
 )
 
 
 def file_options(command: F) -> F:
-    """Add them to a command function.
-
-    Their names there: skip_existing, png_compression, decoder_batch, decoder_tile, decoder_precision.
-    """
+    """Add them to a command function. Their names there: skip_existing, png_compression, decoder_batch."""
     for option in reversed(_OPTIONS):
         command = option(command)
     return command

@@ -80,6 +80,12 @@ _OPTIONS: dict[str, Callable[[Any], Any]] = {
         is_flag=True,
         help="Compile the networks: takes minutes the first time, worth it for thousands of images",
     ),
+    "decoder-tile": click.option(
+        "--decoder-tile", metavar="PIXELS", type=int, help="Decode larger images in tiles [default: whole]"
+    ),
+    "decoder-precision": click.option(
+        "--decoder-precision", metavar="NAME", help="fp32, fp16 or bf16 [default: fp16 on CUDA, else fp32]"
+    ),
 }
 
 
@@ -87,7 +93,7 @@ def sampling_options(command: F) -> F:
     """Add the options to a command function; what they give is for `training.sampling.request.resolve_sampling`.
 
     Their names there: preset, net, gnet (a tuple), gnet_shares, guidance, interval, solver, num_steps, sigma_min,
-    sigma_max, rho, S_churn, S_min, S_max, S_noise, precision, compile (a bool).
+    sigma_max, rho, S_churn, S_min, S_max, S_noise, precision, compile (a bool), decoder_tile, decoder_precision.
     """
     return sampling_options_without()(command)
 

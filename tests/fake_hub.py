@@ -6,27 +6,23 @@ It knows the requests that library makes to describe a repository and to downloa
 import hashlib
 import json
 import re
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import huggingface_hub.constants as constants
 import huggingface_hub.hf_api
 import pytest
 
+from tests.loopback import LoopbackServer, QuietHandler, running
 
-class FakeHub(ThreadingHTTPServer):
+
+class FakeHub(LoopbackServer):
     """Model repositories by name: each a dictionary from revision to its files; `gated` ones ask for consent."""
 
-    daemon_threads = True
-
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.url = f"http://127.0.0.1:{self.server_port}"
+        super().__init__(_Handler)
         self.repositories: dict[str, dict[str, dict[str, bytes]]] = {}
         self.gated: set[str] = set()
         self.requests: list[str] = []  # method and path
@@ -57,24 +53,14 @@ def commit_of(files: dict[str, bytes]) -> str:
     return digest.hexdigest()
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(QuietHandler):
     server: FakeHub
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-    def do_HEAD(self) -> None:
-        self._answer()
-
-    def do_GET(self) -> None:
-        self._answer()
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self._answer()
+        self.answer()
 
-    def _answer(self) -> None:
+    def answer(self) -> None:
         path = unquote(urlsplit(self.path).path)
         self.server.requests.append(f"{self.command} {path}")
         info = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/(.+))?", path)
@@ -145,15 +131,9 @@ class _Handler(BaseHTTPRequestHandler):
 @contextmanager
 def serve_hub(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     """A hub that huggingface_hub in this process takes for the real one, with its cache in the folder `cache`."""
-    hub = FakeHub()
-    thread = threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    use_hub(hub.url, cache, monkeypatch)
-    try:
+    with running(FakeHub()) as hub:
+        use_hub(hub.url, cache, monkeypatch)
         yield hub
-    finally:
-        hub.shutdown()
-        hub.server_close()
 
 
 def use_hub(url: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

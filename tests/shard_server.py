@@ -5,20 +5,17 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+
+from tests.loopback import LoopbackServer, QuietHandler, running
 
 
-class ShardServer(ThreadingHTTPServer):
+class ShardServer(LoopbackServer):
     """Serves the files of `folder`. `requests` are those that it has had: method, name, first byte, bytes sent."""
 
-    daemon_threads = True
-
     def __init__(self, folder: Path) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(_Handler)
         self.folder = folder
-        self.url = f"http://127.0.0.1:{self.server_port}"
         self.requests: list[tuple[str, str, int, int]] = []
         self.drops = 0  # of the next answers to GET, break off so many after half of the bytes
         self.busy = 0  # answer so many requests by 503
@@ -26,24 +23,11 @@ class ShardServer(ThreadingHTTPServer):
         self.stall = False  # send half of the bytes and then nothing, as long as this holds
         self.stalled = threading.Event()
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients that go away are no news."""
 
-
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(QuietHandler):
     server: ShardServer
-    protocol_version = "HTTP/1.1"
 
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-    def do_HEAD(self) -> None:
-        self._answer()
-
-    def do_GET(self) -> None:
-        self._answer()
-
-    def _answer(self) -> None:
+    def answer(self) -> None:
         server, name = self.server, self.path.lstrip("/").partition("?")[0]
         path = server.folder / name
         if server.busy > 0:
@@ -83,12 +67,8 @@ class _Handler(BaseHTTPRequestHandler):
 @contextmanager
 def serve(folder: Path) -> Iterator[ShardServer]:
     """A server of `folder` while the block lasts."""
-    with ShardServer(folder) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
+    with running(ShardServer(folder)) as server:
         try:
             yield server
         finally:
             server.stall = False
-            server.shutdown()
-            thread.join()

@@ -30,6 +30,7 @@ from training.metrics.image_set import PictureBatch, PictureSet, choose_pictures
 from training.metrics.reference import load_stats
 from training.presets import REPOSITORY_DIR
 from training.sampling.generation import generate_images
+from training.sampling.image_decoder import DecoderOptions
 from training.sampling.request import resolve_sampling
 
 NET = GOLDEN_DIR / "snapshots" / "rgb-cond.pkl"  # 16x16 pixels
@@ -190,6 +191,24 @@ def test_gen_measures_the_images_of_successive_seeds(reference: Path, tmp_path: 
     assert record["seeds"] == ["3-8", "9-14"] and record["num_images"] == 6
 
 
+def test_gen_decodes_as_asked_and_notes_it(reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked = []
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        asked.append(kwargs["decoder"])
+        return generate_images(*args, **kwargs)
+
+    monkeypatch.setattr(script, "generate_images", spy)
+    out = tmp_path / "r.json"
+    options = [f"--net={NET}", f"--ref={reference}", "--metrics=fid", "--num=2", "--steps=1", "--device=cpu"]
+    run("gen", *options, "--decoder-precision=bf16", "--decoder-tile=64", f"--json={out}")
+    assert asked == [DecoderOptions(precision="bf16", tile=64)]
+    record = json.loads(out.read_text())
+    assert (record["decoder_precision"], record["decoder_tile"]) == ("bf16", 64)
+    run("gen", *options, f"--json={tmp_path / 'plain.json'}")
+    assert not any("decoder" in key for key in json.loads((tmp_path / "plain.json").read_text()))
+
+
 def test_gen_takes_presets_and_the_options_of_generate_images():
     import generate_images as generate
 
@@ -197,7 +216,7 @@ def test_gen_takes_presets_and_the_options_of_generate_images():
         return {name for param in command.params for name in param.opts}
 
     own = {"--outdir", "--subdirs", "--grid", "--seeds", "--class", "--list-presets", "--trust-code"}
-    own |= {"--png-compression", "--decoder-batch", "--decoder-precision", "--decoder-tile"}
+    own |= {"--png-compression", "--decoder-batch"}
     assert names(generate.cmdline) - names(script.gen) <= own
     published = {"calc": "images ref metrics num seed batch workers", "gen": "net ref metrics num seed batch"}
     published["ref"] = "data dest metrics batch workers"
@@ -385,7 +404,7 @@ def test_held_out_images_score_far_better_than_samples_and_samples_than_noise(tm
         return {name: score.value for name, score in found.items()}
 
     held_out = PictureSet(HELD_OUT)
-    request = resolve_sampling(preset="demo", num_steps=16)
+    request = resolve_sampling(preset="demo", num_steps=10, solver="dpmpp2m")
     samples = generate_images(
         request.net, request.gnets, seeds=range(num), max_batch_size=50, device="cpu", **request.sampler_kwargs()
     )

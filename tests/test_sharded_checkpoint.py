@@ -12,7 +12,8 @@ from tests.tiny import assert_same_state
 from torch_utils.checkpoint import MANIFEST, DamagedCheckpoint, remove_older
 from torch_utils.distributed import World
 from torch_utils.sharded_checkpoint import open_sharded, read_into, save_sharded
-from torch_utils.stored_tensor import StoredTensor, read_whole
+from torch_utils.stored_checkpoint import read_whole
+from torch_utils.stored_tensor import StoredTensor
 from training.run.folder import RunFolder
 from training.run.resuming import find_resumption
 

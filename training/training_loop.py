@@ -21,7 +21,7 @@ from torch_utils import distributed
 from torch_utils.distributed import World
 from torch_utils.precision import numerics
 from torch_utils.stopping import prepare_worker, spared_children
-from torch_utils.stored_tensor import read_whole
+from torch_utils.stored_checkpoint import read_whole
 from torch_utils.training_stats import RunningMeans
 from torch_utils.transfer import on_device
 from training.config import TrainingConfig

@@ -1,8 +1,8 @@
 """Pictures in WebDataset tars: files that share a name up to its first dot are one sample, such as a.jpg and a.cls."""
 
-import json
 import tarfile
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -10,10 +10,8 @@ from dnnlib.errors import ConfigError
 from training.conversion.pictures import SUFFIXES, Unreadable
 from training.conversion.source import Source
 from training.data.files import one_line
-from training.data.labels import Label, check_labels, require_inside
-
-_LABEL_SUFFIXES = (".cls", ".json")
-_MAX_LABEL_BYTES = 1 << 20
+from training.data.labels import require_inside
+from training.data.tar_labels import all_or_none, sample_label
 
 
 class TarReader:
@@ -58,7 +56,7 @@ def tar_source(path: Path) -> Source:
     reader = TarReader(tars)
     names: list[str] = []
     keys: list[tuple[int, int, int]] = []
-    found: list[Label | None] = []
+    found: list[Any] = []
     for number, tar in enumerate(tars):
         samples = _samples(tar, number)
         for sample in sorted(samples):
@@ -69,10 +67,11 @@ def tar_source(path: Path) -> Source:
                 raise ConfigError(f"{tar} has {len(pictures)} pictures in the sample {sample}; one each is known")
             names.append(f"{tar.name}/{pictures[0]}" if len(tars) > 1 else pictures[0])
             keys.append(samples[sample][pictures[0]])
-            found.append(_label(samples[sample], reader, tar))
+            sizes = {name: size for name, (_, _, size) in samples[sample].items()}
+            found.append(sample_label(sizes, partial(_read, reader, samples[sample]), str(tar)))
     if not names:
         raise ConfigError(f"--source={path} holds no images; a WebDataset tar has files such as 000.jpg and 000.cls")
-    return Source(path=path, names=names, keys=keys, reader=reader, labels=_all_or_none(names, found, path))
+    return Source(path=path, names=names, keys=keys, reader=reader, labels=all_or_none(names, found, str(path)))
 
 
 def _samples(tar: Path, number: int) -> dict[str, dict[str, tuple[int, int, int]]]:
@@ -92,33 +91,5 @@ def _samples(tar: Path, number: int) -> dict[str, dict[str, tuple[int, int, int]
     return samples
 
 
-def _label(sample: dict[str, tuple[int, int, int]], reader: TarReader, tar: Path) -> Any:
-    """The label in a sample's .cls or .json file, None if it has none."""
-    for suffix in _LABEL_SUFFIXES:
-        for name, key in sample.items():
-            if not name.endswith(suffix):
-                continue
-            if key[2] > _MAX_LABEL_BYTES:
-                raise ConfigError(f"{tar}: {name} has {key[2]} bytes, too many for a label")
-            try:
-                content = json.loads(reader.read(key))
-            except (ValueError, RecursionError) as error:
-                raise ConfigError(f"{tar}: {name} holds no label: {one_line(error)}") from None
-            if suffix == ".cls":
-                return content
-            if isinstance(content, dict):
-                label = content.get("label", content.get("cls"))
-                if label is not None:
-                    return label
-    return None
-
-
-def _all_or_none(names: list[str], labels: list[Any], path: Path) -> list[Label] | None:
-    missing = [name for name, label in zip(names, labels, strict=True) if label is None]
-    if len(missing) == len(names):
-        return None
-    if missing:
-        raise ConfigError(
-            f"{path} has no label for {len(missing)} of {len(names)} images, first {missing[0]}; label all or none"
-        )
-    return check_labels(zip(names, labels, strict=True), str(path))
+def _read(reader: TarReader, keys: dict[str, tuple[int, int, int]], name: str) -> bytes:
+    return reader.read(keys[name])

@@ -135,7 +135,7 @@ class Sweep:
         for seeds in self._seeds:
             images = generate_images(
                 net, guides, encoder, seeds=seeds, max_batch_size=self._batch, world=self._world,
-                **request.sampler_kwargs(),
+                decoder=request.decoder, **request.sampler_kwargs(),
             )  # fmt: skip
             work = StatsPass(images, metrics=self._plan.metrics, detectors=self._plan.detectors, world=self._world)
             for step in work:
@@ -190,6 +190,7 @@ def settings_of(
     precision = requests[0].precision
     settings = {
         **({} if precision is None else {"precision": precision}),
+        **requests[0].decoder.settings,
         **inputs,
         "gnets": [report.described_file(path)["sha256"] for path in gnets],
         "sampler": sampler,

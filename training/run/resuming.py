@@ -7,7 +7,7 @@ from typing import Any
 from dnnlib.errors import ConfigError
 from torch_utils.checkpoint import DamagedCheckpoint, set_aside
 from torch_utils.distributed import World
-from torch_utils.stored_tensor import read_checkpoint
+from torch_utils.stored_checkpoint import read_checkpoint
 from torch_utils.together import everywhere, on_main
 from training.run.folder import RunFolder
 

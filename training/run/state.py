@@ -10,7 +10,8 @@ from torch.nn.parallel import DistributedDataParallel
 from dnnlib.errors import ConfigError
 from torch_utils.distributed import World
 from torch_utils.loss_scale import LossScale
-from torch_utils.stored_tensor import has_stored, read_whole
+from torch_utils.stored_checkpoint import read_whole
+from torch_utils.stored_tensor import has_stored
 from training.config import TrainingConfig
 from training.dataset import ImageFolderDataset
 from training.encoders import Encoder, StabilityVAEEncoder

@@ -24,6 +24,12 @@ class DecoderOptions:
         if self.tile is not None and self.tile < 1:
             raise ConfigError(f"--decoder-tile={self.tile} is no size of a tile; give a number of pixels, such as 512")
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What was asked for, for a record of results; empty where nothing was."""
+        asked = {"decoder_precision": None if self.precision == "auto" else self.precision, "decoder_tile": self.tile}
+        return {name: value for name, value in asked.items() if value is not None}
+
     def apply(self, encoder: Encoder, device: torch.device, batch_size: int) -> tuple[Encoder, dict[str, Any]]:
         """The encoder that decodes like this, `batch_size` images at once, and what is to be noted of it.
 

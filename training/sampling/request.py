@@ -12,6 +12,7 @@ from torch_utils.precision import Precision, precision_note
 from training.fast.prepare import PrepareNetwork
 from training.presets import generation_preset, locate
 from training.sampling.guidance import Guidance
+from training.sampling.image_decoder import DecoderOptions
 from training.sampling.sampler import HeunOptions, choose_solver
 
 
@@ -31,6 +32,7 @@ class SamplingRequest:
     heun: HeunOptions = field(default_factory=HeunOptions)  # noise levels and churn, of every solver
     precision: Precision | None = None  # None = what the network's file says
     compile: bool = False
+    decoder: DecoderOptions = field(default_factory=DecoderOptions)  # of latents
     notes: tuple[str, ...] = ()  # what a user who gave these options should be told
 
     def __post_init__(self) -> None:
@@ -68,6 +70,8 @@ def resolve_sampling(
     solver: str | None = None,
     precision: Precision | None = None,
     compile: bool = False,
+    decoder_precision: str | None = None,
+    decoder_tile: int | None = None,
     **heun: float | None,
 ) -> SamplingRequest:
     """Fill what was left open (None) from the preset. `heun`: the fields of HeunOptions.
@@ -96,6 +100,7 @@ def resolve_sampling(
         solver="heun" if solver is None else solver,
         precision=precision,
         compile=compile,
+        decoder=DecoderOptions(precision=decoder_precision or "auto", tile=decoder_tile),
         heun=HeunOptions(**{name: value for name, value in heun.items() if value is not None}),  # type: ignore[arg-type]
     )
     return _without_idle_guides(request, tell=bool(gnet))

@@ -4,7 +4,6 @@ In a WebDataset, files that share a name up to its first dot are one sample, suc
 of contents; finding its members takes one pass, whose result is to be kept.
 """
 
-import json
 import mmap
 import tarfile
 from collections import defaultdict
@@ -17,9 +16,8 @@ import numpy as np
 from dnnlib.errors import ConfigError
 from training.data.index import NameTable, one_line
 from training.data.items import is_item
-from training.data.labels import LABELS_FILE, Label, check_labels, read_labels, require_inside
-
-_MAX_LABEL_BYTES = 1 << 20
+from training.data.labels import LABELS_FILE, Label, read_labels, require_inside
+from training.data.tar_labels import SUFFIXES, all_or_none, sample_label
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,38 +115,13 @@ def _sample_labels(members: dict[str, tuple[int, int]], items: list[str], read: 
             raise ConfigError(f"{where} has {other} and {item} in one sample; one each is known")
     beside: dict[str, list[str]] = defaultdict(list)
     for name in members:
-        if name.endswith((".cls", ".json")) and _sample(name) in item_of:
+        if name.endswith(SUFFIXES) and _sample(name) in item_of:
             beside[_sample(name)].append(name)
-    labels = [_label(sorted(beside[_sample(item)]), read, members, where) for item in items]
-    missing = [item for item, label in zip(items, labels, strict=True) if label is None]
-    if len(missing) == len(items):
-        return None
-    if missing:
-        raise ConfigError(
-            f"{where} has no label for {len(missing)} of {len(items)} images, first {missing[0]}; label all or none"
-        )
-    return check_labels(zip(items, labels, strict=True), where)
+    labels = [sample_label({name: members[name][1] for name in beside[_sample(item)]}, read, where) for item in items]
+    return all_or_none(items, labels, where)
 
 
 def _sample(name: str) -> str:
     """What the names of a sample's files share."""
     folder, _, file = name.rpartition("/")
     return f"{folder}/{file.partition('.')[0]}"
-
-
-def _label(names: list[str], read: Any, members: dict[str, tuple[int, int]], where: str) -> Any:
-    """The label in a sample's .cls file, else in its .json file; None if it has none."""
-    for name in names:  # a .cls comes before a .json
-        if members[name][1] > _MAX_LABEL_BYTES:
-            raise ConfigError(f"{where}: {name} has {members[name][1]} bytes, too many for a label")
-        try:
-            content = json.loads(read(name))
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{where}: {name} holds no label: {one_line(error)}") from None
-        if name.endswith(".cls"):
-            return content
-        if isinstance(content, dict):
-            label = content.get("label", content.get("cls"))
-            if label is not None:
-                return label
-    return None
