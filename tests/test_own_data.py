@@ -141,7 +141,7 @@ def test_the_chain_of_the_page_runs_as_it_is_written(tmp_path, monkeypatch, caps
             assert program == "python", command
             run(made_small(words))
             ran.append(words[0])
-    assert {"data/sort_emoji.py", *(key.partition(" ")[0] for key in SMALL), "report.py"} == set(ran)
+    assert {"data/sort_emoji.py", "data/nearest.py", *(key.partition(" ")[0] for key in SMALL), "report.py"} == set(ran)
 
     assert sorted(path.name for path in (tmp_path / "emoji").iterdir()) == ["flags", "food-drink", "symbols"]
     assert len(list((tmp_path / "emoji" / "food-drink").iterdir())) == 11  # with a skin tone
@@ -152,9 +152,10 @@ def test_the_chain_of_the_page_runs_as_it_is_written(tmp_path, monkeypatch, caps
     text = capsys.readouterr().out
     assert "Chosen for 31 pictures of 32x32, 3 classes:" in text and "Chosen for 4 latents of 32x32, 2 classes:" in text
     assert {path.name for path in (tmp_path / "out" / "emoji").iterdir()} == {f"{seed:06d}.png" for seed in range(9)}
-    for name in ("emoji-data.png", "emoji-ema.png", "emoji-guidance.png", "emoji.png"):
+    for name in ("emoji-data.png", "emoji-nearest.png", "emoji-ema.png", "emoji-guidance.png", "emoji.png"):
         PIL.Image.open(tmp_path / "out" / name).verify()
-    assert "fd_efflite0" in text.splitlines()[-1] or "fd_efflite0" in text[-1000:]
+    assert "9 generated pictures: distance to the nearest training picture" in text
+    assert re.search(r"^fd_efflite0 +[0-9.]+$", text, re.MULTILINE)
 
 
 def test_the_page_names_files_that_the_chain_makes():
@@ -165,3 +166,11 @@ def test_the_page_names_files_that_the_chain_makes():
     kimgs = {n * 1024 // 1000 for n in range(interval, duration + 1, interval)}
     assert {int(found) for found in re.findall(r"network-snapshot-(\d{7})-", text)} <= kimgs
     assert {int(found) for found in re.findall(r"out/emoji-(\d{7})-", text)} == {duration * 1024 // 1000}
+
+
+def test_the_distance_to_a_picture_is_that_of_a_loop_and_to_itself_none():
+    nearest = runpy.run_path(str(ROOT / "data" / "nearest.py"))
+    a, b = (np.random.default_rng(seed).integers(0, 256, [3, 3, 4, 4], dtype=np.uint8) for seed in (0, 1))
+    found = nearest["rms_distances"](a, np.concatenate([a, b]))
+    assert np.diag(found) == pytest.approx([0, 0, 0], abs=1e-6)
+    assert found[2, 4] == pytest.approx(float(np.sqrt(np.mean((a[2].astype(float) - b[1]) ** 2))))

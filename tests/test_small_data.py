@@ -16,6 +16,7 @@ from torch_utils.checkpoint import load_checkpoint
 from torch_utils.distributed import World
 from training.config import TrainingConfig
 from training.flops import count_flops
+from training.latents import PUBLISHED_VAE
 from training.run.state import TrainingState
 from training.small_data.estimate import Estimate, Speed, estimate
 from training.small_data.memory import Memory, count_memory, saved_bytes
@@ -199,6 +200,24 @@ def test_latents_of_256x256_pictures_are_covered_and_not_mirrored(tmp_path):
     plan = make_plan(str(latents), cond=None, xflip=None, vae=None, duration=None)
     assert (plan.facts.latents, plan.facts.num_channels, plan.config.P_mean) == (True, 4, -0.4)
     assert plan.facts.foreign is None and not plan.config.xflip
+
+
+def test_pictures_that_are_encoded_on_the_way_are_latents_that_can_be_mirrored(tmp_path):
+    pictures = write_dataset(tmp_path / "pictures.zip", num=4, size=256)
+    plan = make_plan(str(pictures), cond=None, xflip=None, vae=PUBLISHED_VAE, duration=None)
+    assert (plan.facts.latents, plan.facts.resolution, plan.facts.num_channels) == (True, 32, 4)
+    assert plan.facts.foreign is not None
+    config = tiny_config(pictures, vae=PUBLISHED_VAE)
+    found = estimate(config, open_dataset(config), CPU, 1)  # without the VAE, which is not here
+    assert found.images_per_sec > 0
+    assert found.num_params == count_params(config.network, facts(4, (True, 32), num_classes=3))
+
+
+def test_data_behind_a_url_is_counted_and_not_searched(tmp_path, data):
+    cache = {"data_cache": str(tmp_path / "cache"), "data_cache_size": 10**9}
+    plan = make_plan(data.as_uri(), cond=None, xflip=None, vae=None, duration=None, **cache)
+    assert (plan.facts.num_images, plan.facts.num_classes, plan.facts.foreign) == (60, 3, None)
+    assert not plan.config.xflip
 
 
 def test_data_without_labels_is_trained_on_without_classes(tmp_path):
