@@ -30,16 +30,19 @@ SMALL = {
     "dataset_tool.py encode": ("--model-url=./vae", ""),
     "calculate_metrics.py ref": ("--workers=0", ""),
     "calculate_metrics.py gen": ("--num=12 --steps=2", ""),
-    "sweep.py": ("--num=12 --steps=2 --outstd=0.05,0.1 ", "--guidance=1,2"),
+    "calculate_metrics.py calc": ("--num=12 --workers=0", ""),
+    "sweep.py": ("--num=12 --steps=2 --outstd=0.05,0.1", "--guidance=1,2"),
     "reconstruct_phema.py": ("", ""),
     "generate_images.py": ("--seeds=0-8 --steps=2", ""),
 }
+DURATION = 54  # Ki, of the page's run
 NOT_RUN = ("npm ", "tar ")  # the test draws what they bring
 
 
 def commands() -> list[str]:
     """The commands of the page's blocks, each in one line."""
-    blocks = re.findall(r"^```\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    blocks = [block for language, block in found if not language]
     return [line for block in blocks for line in re.sub(r" *\\\n *", " ", block).splitlines() if line]
 
 
@@ -52,9 +55,14 @@ def made_small(words: list[str]) -> list[str]:
     for option in instead.split():
         words = [option if word.partition("=")[0] == option.partition("=")[0] else word for word in words]
     text = "\n".join(words)
-    text = re.sub(r"(network-snapshot)-\d{7}-", r"\1-0000001-", text)
+    text = re.sub(r"(network-snapshot)-(\d{7})-", lambda name: f"{name[1]}-{tiny_kimg(int(name[2]))}-", text)
     text = re.sub(r"(out/emoji)-\d{7}-\d\.\d{3}", rf"\1-0000002-{best_std():.3f}", text)
     return text.split("\n")
+
+
+def tiny_kimg(kimg: int) -> str:
+    """The training time in a file's name: the end of the run stays its end, all else is its first snapshot."""
+    return "0000002" if kimg == DURATION * 1024 // 1000 else "0000001"
 
 
 def best_std() -> float:
@@ -155,14 +163,14 @@ def test_the_chain_of_the_page_runs_as_it_is_written(tmp_path, monkeypatch, caps
     for name in ("emoji-data.png", "emoji-nearest.png", "emoji-ema.png", "emoji-guidance.png", "emoji.png"):
         PIL.Image.open(tmp_path / "out" / name).verify()
     assert "9 generated pictures: distance to the nearest training picture" in text
-    assert re.search(r"^fd_efflite0 +[0-9.]+$", text, re.MULTILINE)
+    assert len(re.findall(r"^fd_efflite0 +12 +[0-9.]+$", text, re.MULTILINE)) == 3  # before, after, real ones
 
 
 def test_the_page_names_files_that_the_chain_makes():
     """Each snapshot is from a multiple of the snapshot interval, the network from the end of the run."""
     text = " ".join(commands())
     duration, interval = (int(re.search(rf"--{name}=(\d+)Ki", text)[1]) for name in ("duration", "snapshot"))
-    assert duration % interval == 0
+    assert duration % interval == 0 and duration == DURATION
     kimgs = {n * 1024 // 1000 for n in range(interval, duration + 1, interval)}
     assert {int(found) for found in re.findall(r"network-snapshot-(\d{7})-", text)} <= kimgs
     assert {int(found) for found in re.findall(r"out/emoji-(\d{7})-", text)} == {duration * 1024 // 1000}
