@@ -192,15 +192,19 @@ def gen(num: int, seed: int, repeat: int, batch: int, **options: Any) -> None:
             images = generate_images(
                 **networks, seeds=seeds, max_batch_size=batch, world=world,
                 prepare=request.prepare(click.echo if world.is_main else None), decoder=request.decoder,
-                **request.sampler_kwargs(),
+                **request.pictures(), **request.sampler_kwargs(),
             )  # fmt: skip
             networks = {"net": images.net, "gnet": images.gnet, "encoder": images.encoder}
+            if images.conditioning is not None:
+                networks["condition"] = str(images.conditioning.condition)
             yield images
 
     def facts() -> dict[str, Any]:
         files = {"net": report.described_file(request.net), "gnets": [report.described_file(g) for g in request.gnets]}
         seeds = [f"{start}-{start + num - 1}" for start in range(seed, seed + num * repeat, num)]
+        pictures = {name: report.described_file(path) for name, path in request.pictures().items() if path is not None}
         return files | {
+            **pictures,
             "sampler": request.sampler_kwargs(),
             **request.prepare().settings,
             **request.decoder.settings,

@@ -13,7 +13,8 @@ from dnnlib.cli_sampling import sampling_options_without
 from dnnlib.errors import ConfigError
 from training.flops import FlopCount, RunCost, count_flops, decoder_of, network_of, run_cost
 from training.presets import GENERATION, TRAINING
-from training.sampling.guidance import Guidance
+from training.sampling.checks import require_label_dropout
+from training.sampling.guidance import SELF, Guidance
 from training.sampling.request import SamplingRequest, resolve_sampling
 
 # The name that people's scripts import from here is count_flops.
@@ -26,7 +27,7 @@ CONVENTION = (
 
 @click.command()
 @click.argument("source", metavar="[NETWORK|PRESET]", required=False)
-@sampling_options_without("precision", "compile", "decoder-tile", "decoder-precision")
+@sampling_options_without("precision", "compile", "decoder-tile", "decoder-precision", "source", "masks")
 @click.option("--decoder/--no-decoder", default=None, help="Count the VAE decoder [default: for networks of latents]")
 @click.option("--json", "json_file", metavar="FILE", type=click.Path(path_type=Path), help="Write the counts as JSON")
 def cmdline(source: str | None, decoder: bool | None, json_file: Path | None, **sampling: Any) -> None:
@@ -49,7 +50,10 @@ def cmdline(source: str | None, decoder: bool | None, json_file: Path | None, **
     """
     request = resolve(source, sampling)
     names = [request.net, *request.gnets]
-    nets = [network_of(name) for name in names]
+    nets = [network_of(request.net)]
+    nets += [nets[0] if name == SELF else network_of(name) for name in request.gnets]
+    if SELF in names:
+        require_label_dropout(nets[0].label_dim, None, request.net, "--gnet=self")
     counts = [count_flops(net) for net in nets]
     guidance = Guidance(
         weight=request.guidance, num_guides=len(request.gnets), shares=request.shares, interval=request.interval

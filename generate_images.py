@@ -19,6 +19,7 @@ from dnnlib.parse import parse_int_list
 from torch_utils import distributed
 from torch_utils.distributed import World
 from torch_utils.precision import numerics
+from training.condition.conditioning import beside_pictures
 from training.presets import describe_generation_presets
 from training.sampling.checks import require_writable_images
 from training.sampling.generation import GeneratedImages, generate_images
@@ -27,6 +28,8 @@ from training.sampling.png_files import FAST, read_png
 from training.sampling.request import SamplingRequest, resolve_sampling
 from training.sampling.sampler import StackedRandomGenerator, edm_sampler
 from training.snapshots.code import EmbeddedCode
+
+_Classes = Literal["all", "none"]
 
 # Names that people's scripts import from here.
 __all__ = ["StackedRandomGenerator", "edm_sampler", "generate_images", "parse_int_list"]
@@ -38,7 +41,7 @@ class Request:
 
     sampling: SamplingRequest
     seeds: list[int]
-    class_idx: int | Literal["all"] | None
+    class_idx: int | _Classes | None
     outdir: Path | None
     subdirs: bool
     grid: Path | None
@@ -60,15 +63,15 @@ class Request:
 
 
 class _ClassType(click.ParamType):
-    name = "int|all"
+    name = "int|all|none"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | Literal["all"]:
-        if isinstance(value, int) or value == "all":
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | _Classes:
+        if isinstance(value, int) or value in ("all", "none"):
             return value
         try:
             return int(value)
         except ValueError:
-            self.fail(f"'{value}' is no class; give its number, or all", param, ctx)
+            self.fail(f"'{value}' is no class; give its number, all, or none", param, ctx)
 
 
 @click.command()
@@ -79,7 +82,12 @@ class _ClassType(click.ParamType):
     "--grid", metavar="FILE.png", type=click.Path(path_type=Path), help="Write one contact sheet of all images"
 )
 @click.option("--seeds", type=dnnlib.cli.INT_LIST, default="16-19", show_default=True, help="One per image: 1,2,5-10")
-@click.option("--class", "class_idx", type=_ClassType(), help="Class; all = deal them over the seeds [default: random]")
+@click.option(
+    "--class",
+    "class_idx",
+    type=_ClassType(),
+    help="Class; all = deal them over the seeds, none = leave it out (--label-dropout) [default: random]",
+)
 @click.option("--batch", type=click.IntRange(min=1), default=32, show_default=True, help="Images at once per process")
 @file_options
 @click.option("--device", metavar="NAME", help="cpu, cuda, cuda:N or mps [default: the best one here]")
@@ -101,6 +109,10 @@ def cmdline(list_presets: bool, device: str | None, **options: Any) -> None:
     torchrun --standalone --nproc_per_node=8 generate_images.py \\
         --preset=edm2-img512-s-guid-fid --outdir=out --subdirs --seeds=0-49999
 
+    \b
+    # Small pictures made large, by a network of train_edm2.py --condition=lowres:4
+    python generate_images.py --net=net.pkl --source=small --seeds=0-7 --outdir=out
+
     The same command with --skip-existing goes on where it was interrupted.
     """
     if list_presets:
@@ -118,7 +130,7 @@ def cmdline(list_presets: bool, device: str | None, **options: Any) -> None:
 def resolve(
     *,
     seeds: list[int],
-    class_idx: int | Literal["all"] | None,
+    class_idx: int | _Classes | None,
     outdir: Path | None,
     subdirs: bool,
     grid: Path | None,
@@ -163,6 +175,7 @@ def run(request: Request, world: World) -> None:
         decoder=request.sampling.decoder,
         png_compression=request.png_compression,
         prepare=request.sampling.prepare(click.echo if world.is_main else None),
+        **request.sampling.pictures(),
         **request.sampling.sampler_kwargs(),
     )
     if request.grid is not None:
@@ -205,7 +218,10 @@ def write_grid(path: Path, images: GeneratedImages, tiles: dict[int, np.ndarray]
         merged |= {position: read_png(images.path_of(position)) for position in images.there}
         num_images = len(images.seeds)
         num_columns = num_images // images.net.label_dim if images.one_row_per_class else math.isqrt(num_images - 1) + 1
-        write_sheet(path, np.stack([merged[i] for i in range(num_images)]), num_columns=num_columns)
+        tiles_in_order = [merged[i] for i in range(num_images)]
+        if images.conditioning is not None:
+            tiles_in_order, num_columns = beside_pictures(tiles_in_order, images.conditioning)
+        write_sheet(path, np.stack(tiles_in_order), num_columns=num_columns)
 
 
 if __name__ == "__main__":

@@ -128,6 +128,7 @@ def _sweep(
 ) -> None:
     if num < 2:
         raise ConfigError(f"--num={num} images cannot be measured; two are the least")
+    sweep.check_guides(inputs, requests)
     reference = None if ref is None else load_stats(ref)
     with distributed.joined(device) as world:
         plan = plan_metrics(metrics, reference, device=world.device, weights=given_weights(weights))

@@ -16,6 +16,8 @@ import tqdm
 
 from dnnlib.appending import LineFile
 from dnnlib.cli import INT_LIST, LOSS_SCALE, NIMG, STD_LIST, main
+from dnnlib.cli_condition import condition_option
+from dnnlib.cli_labels import label_options
 from dnnlib.cli_metrics import given_metrics, training_metrics_options
 from dnnlib.cli_saving import saving_options
 from dnnlib.cli_session import session_options
@@ -29,10 +31,12 @@ from torch_utils import distributed, failures, stopping
 from torch_utils.distributed import World
 from torch_utils.precision import precision_note
 from torch_utils.together import on_main
+from training.condition.spec import parse_condition
 from training.config import MetricsConfig, TrainingConfig
 from training.latents import PUBLISHED_VAE
 from training.presets import locate, training_preset
 from training.run.folder import RunFolder
+from training.run.labels import describe_labels
 from training.run.loggers import RunLoggers, check_loggers
 from training.run.metrics import check_metrics
 from training.run.samples import check_samples, preferred_std
@@ -128,6 +132,8 @@ class Log:
 @click.option("--rampup", metavar="MIMG", type=float, help="Learning rate ramp-up, millions of images; 0 = none")
 @click.option("--ema-stds", metavar="LIST", type=STD_LIST, help="EMA lengths to track, relative to training time")
 @click.option("--xflip", metavar="BOOL", type=bool, help="Also train on mirrored images  [default: False]")
+@label_options
+@condition_option
 @click.option("--encode-on-the-fly", is_flag=True, help="Train on latents of pixels, encoded as they are needed")
 @click.option(
     "--model-url", metavar="NAME|DIR", help=f"VAE for that: hub name or diffusers folder  [default: {PUBLISHED_VAE}]"
@@ -263,6 +269,8 @@ def configure(preset: str, options: dict[str, Any], base: TrainingConfig | None 
     network: dict[str, Any] = {
         _NETWORK_FIELDS[name]: given.pop(name) for name in list(given) if name in _NETWORK_FIELDS
     }
+    if "condition" in given:
+        given["condition"] = str(parse_condition(given["condition"]))  # with all that was left out
     if metrics is not None:
         given["metrics"] = MetricsConfig(**metrics)
     if samples is not None:
@@ -284,6 +292,8 @@ def _train(run: TrainingRun, log: Log) -> int:
         log.say(f"Continuing from {run.resumed_from} at {run.state.nimg / 1e3:.1f} kimg.")
     if run.state.left_fresh:
         log.say(f"Left as initialized, since --init has no fitting tensor: {', '.join(run.state.left_fresh)}.")
+    if run.state.widened:
+        log.say("--init knows no conditioning image: the weights for it begin at zero, and the network as that one.")
     if len(run) == 0:
         log.say(f"The run is finished: {run.state.nimg / 1e3:.1f} kimg. A larger --duration continues it.")
         return 0
@@ -372,7 +382,8 @@ def _describe(config: TrainingConfig, folder: RunFolder, dataset: Any) -> str:
             f"Data set:              {config.data}",
             f"Images:                {len(dataset)} of {res}x{res}, {dataset.num_channels} channels",
             f"Network sees:          {seen}x{seen}, {channels} channels" + (f" by {config.vae}" if config.vae else ""),
-            f"Classes:               {dataset.label_dim if config.cond else 'not used'}",
+            *([f"And beside it:         {config.condition}"] if config.condition else []),
+            f"Classes:               {describe_labels(config, dataset)}",
             f"Duration:              {format_nimg(config.duration)} images",
             f"Batch:                 {config.batch} images, {share} a process in {rounds} round(s)",
             "",

@@ -5,6 +5,8 @@ from typing import Any, TypeVar
 
 import click
 
+from dnnlib.cli_condition import SOURCE_OPTIONS
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -43,7 +45,7 @@ _OPTIONS: dict[str, Callable[[Any], Any]] = {
         "--gnet",
         metavar="PATH|URL|NAME",
         multiple=True,
-        help="Guiding network, used where guidance is not 1; several share the guidance",
+        help="Guiding network, used where guidance is not 1; self = --net without labels; several share the guidance",
     ),
     "gnet-shares": click.option(
         "--gnet-shares",
@@ -86,6 +88,7 @@ _OPTIONS: dict[str, Callable[[Any], Any]] = {
     "decoder-precision": click.option(
         "--decoder-precision", metavar="NAME", help="fp32, fp16 or bf16 [default: fp16 on CUDA, else fp32]"
     ),
+    **SOURCE_OPTIONS,
 }
 
 
@@ -93,7 +96,8 @@ def sampling_options(command: F) -> F:
     """Add the options to a command function; what they give is for `training.sampling.request.resolve_sampling`.
 
     Their names there: preset, net, gnet (a tuple), gnet_shares, guidance, interval, solver, num_steps, sigma_min,
-    sigma_max, rho, S_churn, S_min, S_max, S_noise, precision, compile (a bool), decoder_tile, decoder_precision.
+    sigma_max, rho, S_churn, S_min, S_max, S_noise, precision, compile (a bool), decoder_tile, decoder_precision,
+    source, masks.
     """
     return sampling_options_without()(command)
 

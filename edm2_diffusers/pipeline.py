@@ -17,12 +17,14 @@ from diffusers.utils import BaseOutput, is_accelerate_available
 
 from dnnlib import hub
 from dnnlib.errors import ConfigError
+from edm2_diffusers.pictures import given_pictures
 from edm2_diffusers.randomness import Randomness
 from edm2_diffusers.scheduler import EDM2HeunScheduler
 from edm2_diffusers.unet import EDM2UNet
+from training.condition.conditioning import Conditioning, conditioning_of, require_same_condition
 from training.encoders import Encoder, StabilityVAEEncoder
-from training.sampling.generation import require_matching_guide
-from training.sampling.guidance import Guidance, bind_labels
+from training.sampling.checks import require_label_dropout, require_matching_guide
+from training.sampling.guidance import SELF, Guidance, WithoutLabels
 from training.snapshot import load_snapshot
 from training.snapshots.network_source import locate_network
 
@@ -87,15 +89,19 @@ class EDM2Pipeline(DiffusionPipeline):
         guide_shares: Sequence[float] | None = None,
         latents: torch.Tensor | None = None,
         decode_batch_size: int = 4,
+        image: Any = None,
+        mask_image: Any = None,
         callback_on_step_end: Callable[[Any, int, torch.Tensor, dict[str, Any]], dict[str, Any] | None] | None = None,
         return_dict: bool = True,
     ) -> EDM2PipelineOutput | tuple[Any, torch.Tensor | None]:
-        """Generate N images; the number comes from classes, generators, `latents` or `batch_size`, else it is 1.
+        """Generate N images; the number comes from classes, generators, `latents` or `batch_size`, else from a list
+        `image`, else it is 1.
 
         class_labels: one class for all, one for each, or weights [N, L] (zeros: no class). None draws them from the
             generators, after the noise.
         guidance_scale, guide: D = D_guide + scale (D_main - D_guide), with 1 for none. The guide is another pipeline,
             EDM2UNet, network, file, folder, URL or hub name, or a list of them, with `guide_shares` that add up to 1.
+            "self" is this pipeline's network without labels, where its file says it was trained with label dropout.
         generator: one for each image makes image i the one that generate_images.py makes from seed i, when it was
             seeded with that seed on the same kind of device. A single one draws all images in turn.
         num_inference_steps: of Heun's method, two evaluations each but for the last.
@@ -103,6 +109,9 @@ class EDM2Pipeline(DiffusionPipeline):
             latent (what the network makes [N, C, H, W], float32).
         guidance_interval: guide only the steps that set out at noise levels in (low, high].
         latents: standard normal noise [N, C, H, W] to start from, in place of drawn noise.
+        image, mask_image: for a network that is conditioned on pictures (docs/condition.md): a PIL picture, a list of
+            them, or a path as for generate_images.py --source and --masks. The i-th image is made from the i-th
+            picture, and after the last the first comes again.
         callback_on_step_end: called as callback(pipeline, evaluation, sigma, {"latents": x}) after every evaluation of
             the network; latents in the dictionary that it gives back are taken over.
 
@@ -113,8 +122,19 @@ class EDM2Pipeline(DiffusionPipeline):
         guides = [] if guide is None else list(guide) if isinstance(guide, list | tuple) else [guide]
         shares = None if guide_shares is None else tuple(guide_shares)
         guidance = Guidance(weight=guidance_scale, num_guides=len(guides), shares=shares, interval=guidance_interval)
-        num_images = _num_images(class_labels, generator, latents, batch_size)
+        pictures = given_pictures(image, mask_image, self.unet.img_channels)
+        default = len(image) if isinstance(image, list | tuple) else 1
+        num_images = _num_images(class_labels, generator, latents, batch_size, default)
         device = self._execution_device
+        conditioning = conditioning_of(
+            self.unet.denoiser,
+            self.unet.condition,
+            pictures,
+            None,
+            num_images=num_images,
+            names=("image", "mask_image"),
+        )
+        seen = None if conditioning is None else conditioning.images(range(num_images), device)
         networks = [self._guide(item, device) for item in guides] if guidance.weight != 1 else []
         guidance = guidance if networks else Guidance()
         shape = (self.unet.img_channels, *self.unet.img_resolution)
@@ -130,9 +150,9 @@ class EDM2Pipeline(DiffusionPipeline):
         chosen = self._labels(class_labels, drawn, num_images, device)
         labels = self._weights(chosen)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
-        denoise = guidance.wrap(
-            bind_labels(_called(self.unet), labels), [bind_labels(_called(network), labels) for network in networks]
-        )
+        called = _called(self.unet)
+        guiding = [WithoutLabels(called) if network is SELF else _called(network) for network in networks]
+        denoise = guidance.denoiser(called, guiding, labels, seen)
         x = noise * self.scheduler.init_noise_sigma
         for index, (sigma, timestep) in enumerate(
             self.progress_bar(list(zip(self.scheduler.evaluated, self.scheduler.timesteps, strict=True)))
@@ -141,7 +161,7 @@ class EDM2Pipeline(DiffusionPipeline):
             x = self.scheduler.step(denoised, timestep, x, return_dict=False)[0]
             if callback_on_step_end is not None:
                 x = (callback_on_step_end(self, index, timestep, {"latents": x}) or {}).get("latents", x)
-        images = self._finish(x, output_type, decode_batch_size)
+        images = self._finish(x, output_type, decode_batch_size, conditioning)
         self.maybe_free_model_hooks()
         return EDM2PipelineOutput(images=images, class_labels=chosen) if return_dict else (images, chosen)
 
@@ -164,10 +184,17 @@ class EDM2Pipeline(DiffusionPipeline):
 
     def _guide(self, source: Any, device: torch.device) -> Any:
         """The network that guides, on `device` unless hooks move it there."""
+        if isinstance(source, str) and source == SELF:
+            info = (self.unet.config.snapshot or {}).get("info")
+            require_label_dropout(self.unet.label_dim, info or {}, "this pipeline's network", "guide='self'")
+            return SELF
         network = source.unet if isinstance(source, DiffusionPipeline) else source
+        condition = network.condition if isinstance(network, EDM2UNet) else None
         if isinstance(source, str | os.PathLike):
-            network = load_snapshot(os.fspath(source), device=device).net
+            snapshot = load_snapshot(os.fspath(source), device=device)
+            network, condition = snapshot.net, snapshot.info.get("condition")
         plain = network.denoiser if isinstance(network, EDM2UNet) else network
+        require_same_condition(self.unet.denoiser, self.unet.condition, plain, condition)
         require_matching_guide(self.unet.denoiser, plain)
         if isinstance(network, torch.nn.Module) and not hasattr(network, "_hf_hook"):
             network.to(device)
@@ -199,11 +226,15 @@ class EDM2Pipeline(DiffusionPipeline):
             return labels
         return torch.nn.functional.one_hot(labels, self.unet.label_dim).to(torch.float32)  # [N] -> [N, L]
 
-    def _finish(self, latents: torch.Tensor, output_type: str, decode_batch_size: int) -> Any:
+    def _finish(
+        self, latents: torch.Tensor, output_type: str, decode_batch_size: int, conditioning: Conditioning | None
+    ) -> Any:
         if output_type == "latent":
             return latents
         encoder = self._decoder()
         pixels = torch.cat([encoder.decode(part) for part in latents.split(decode_batch_size)])  # uint8
+        if conditioning is not None:
+            pixels = conditioning.finish(pixels, range(len(pixels)))
         if output_type == "pt":
             return pixels.to(torch.float32) / 255
         rows = pixels.permute(0, 2, 3, 1).cpu().numpy()
@@ -249,12 +280,24 @@ def _fetch(source: str, revision: str | None) -> Path:
 
 def _called(network: Any) -> Callable[..., torch.Tensor]:
     """`network` called as D = net(x, sigma, labels), through its hooks."""
-    if not isinstance(network, EDM2UNet):
-        return network
-    return lambda x, sigma, labels: network(x, sigma, labels, return_dict=False)[0]
+    return _Called(network) if isinstance(network, EDM2UNet) else network
 
 
-def _num_images(class_labels: Any, generator: Any, latents: torch.Tensor | None, batch_size: int | None) -> int:
+class _Called:
+    """A model of that library with the face of a Precond."""
+
+    def __init__(self, network: EDM2UNet) -> None:
+        self._network = network
+        self.cond_channels = network.cond_channels
+
+    def __call__(self, x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor | None, **seen: Any) -> torch.Tensor:
+        result: torch.Tensor = self._network(x, sigma, labels, return_dict=False, **seen)[0]
+        return result
+
+
+def _num_images(
+    class_labels: Any, generator: Any, latents: torch.Tensor | None, batch_size: int | None, default: int = 1
+) -> int:
     counts = {"batch_size": batch_size}
     if isinstance(class_labels, list | tuple | np.ndarray | torch.Tensor) and np.ndim(class_labels) > 0:
         counts["class_labels"] = len(class_labels)
@@ -266,7 +309,7 @@ def _num_images(class_labels: Any, generator: Any, latents: torch.Tensor | None,
     if len(set(given.values())) > 1:
         listed = ", ".join(f"{count} from {name}" for name, count in given.items())
         raise ConfigError(f"the number of images is not clear: {listed}; give one of each for every image")
-    num_images = next(iter(given.values()), 1)
+    num_images = next(iter(given.values()), default)
     if num_images < 1:
         raise ConfigError(f"{num_images} images cannot be made; ask for 1 or more")
     return num_images

@@ -78,6 +78,17 @@ class EDM2UNet(ModelMixin, ConfigMixin):
         """The number of classes; 0 for an unconditional network."""
         return self.denoiser.label_dim
 
+    @property
+    def cond_channels(self) -> int:
+        """Channels of the images that the network is conditioned on; 0 for none."""
+        return self.denoiser.cond_channels
+
+    @property
+    def condition(self) -> str | None:
+        """What these images are, as train_edm2.py --condition has it."""
+        found = ((self.config.snapshot or {}).get("info") or {}).get("condition")
+        return found if isinstance(found, str) else None
+
     def make_encoder(self) -> Encoder:
         """What turns latents into pixels for this network; nothing is loaded yet."""
         entry = (self.config.snapshot or {}).get("encoder")
@@ -89,15 +100,17 @@ class EDM2UNet(ModelMixin, ConfigMixin):
         timestep: torch.Tensor | float,
         class_labels: torch.Tensor | None = None,
         return_dict: bool = True,
+        cond_images: torch.Tensor | None = None,
     ) -> UNet2DOutput | tuple[torch.Tensor]:
         """Denoised images [N, C, H, W] in float32.
 
         `timestep` is the noise level sigma, one number or N. `class_labels`: class numbers [N], or one-hot or any other
-        weights [N, L]; None is no class. They do not matter to an unconditional network.
+        weights [N, L]; None is no class. They do not matter to an unconditional network. `cond_images`: see Precond.
         """
         if class_labels is not None and class_labels.ndim == 1 and self.label_dim:
             class_labels = F.one_hot(class_labels.to(torch.int64), self.label_dim).to(torch.float32)
-        denoised = self.denoiser(sample, timestep, class_labels)
+        seen = {} if cond_images is None else {"cond_images": cond_images}
+        denoised = self.denoiser(sample, timestep, class_labels, **seen)
         return UNet2DOutput(sample=denoised) if return_dict else (denoised,)
 
     @classmethod

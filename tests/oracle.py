@@ -172,6 +172,7 @@ class PlainUNet(nn.Module):
         attn_resolutions: Sequence[int] = (16, 8),
         label_balance: float = 0.5,
         concat_balance: float = 0.5,
+        cond_channels: int = 0,
         **block_options: Any,
     ) -> None:
         super().__init__()
@@ -191,7 +192,7 @@ class PlainUNet(nn.Module):
 
         self.enc = nn.ModuleDict()
         skips = []
-        width = img_channels + 1
+        width = img_channels + 1 + cond_channels
         for level, after in enumerate(widths):
             res = img_resolution >> level
             if level == 0:
@@ -219,7 +220,9 @@ class PlainUNet(nn.Module):
                 width = after
         self.out_conv = PlainConv(width, img_channels, (3, 3))
 
-    def forward(self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None, cond: Tensor | None = None
+    ) -> Tensor:
         emb = self.emb_noise(self.emb_fourier(noise_labels))
         if self.emb_label is not None:
             assert class_labels is not None
@@ -227,6 +230,7 @@ class PlainUNet(nn.Module):
             emb = mp_sum(emb, labels, self.label_balance)
         emb = mp_silu(emb)
         x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+        x = x if cond is None else torch.cat([x, cond.to(x.dtype)], dim=1)
         skips = []
         for name, layer in self.enc.items():
             x = layer(x) if name.endswith("_conv") else layer(x, emb)
@@ -260,14 +264,16 @@ class PlainPrecond(nn.Module):
         self.logvar_fourier = PlainFourier(logvar_channels)
         self.logvar_linear = PlainConv(logvar_channels, 1)
 
-    def forward(self, x: Tensor, sigma: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, sigma: Tensor | float, class_labels: Tensor | None = None, cond: Tensor | None = None
+    ) -> Tensor:
         """The denoised images for x [N, C, H, W], sigma [N] or one number, labels [N, label_dim] or None."""
-        return self.with_logvar(x, sigma, class_labels)[0]
+        return self.with_logvar(x, sigma, class_labels, cond)[0]
 
     def with_logvar(
-        self, x: Tensor, sigma: Tensor | float, class_labels: Tensor | None = None
+        self, x: Tensor, sigma: Tensor | float, class_labels: Tensor | None = None, cond: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The denoised images and u(sigma), [N, 1, 1, 1]."""
+        """The denoised images and u(sigma), [N, 1, 1, 1]; `cond`: a second image to see, of std sigma_data."""
         x = x.to(torch.float32)
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
         labels = None
@@ -279,7 +285,7 @@ class PlainPrecond(nn.Module):
         c_out = sigma * self.sigma_data / total.sqrt()
         c_in = 1 / total.sqrt()
         c_noise = sigma.flatten().log() / 4
-        raw = self.unet((c_in * x).to(self.dtype), c_noise, labels)
+        raw = self.unet((c_in * x).to(self.dtype), c_noise, labels, None if cond is None else cond / self.sigma_data)
         denoised = c_skip * x + c_out * raw.to(torch.float32)
         return denoised, self.logvar_linear(self.logvar_fourier(c_noise)).reshape(-1, 1, 1, 1)
 

@@ -241,7 +241,7 @@ def test_gen_refuses_images_that_are_no_pictures(
 
 
 class _Generated(list[Any]):
-    net = gnet = encoder = None
+    net = gnet = encoder = conditioning = None
 
 
 def _real_check(name: str, device: Any, weights: Any = None) -> StandInDetector:

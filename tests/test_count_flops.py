@@ -127,6 +127,9 @@ def test_the_command_counts_files_presets_and_guided_runs(tmp_path: Path):
     file = run(GOLDEN_DIR / "snapshots" / "rgb-cond.pkl", "--steps=5", "--solver=euler")
     assert "5 steps of euler, 5 evaluations" in file and "decoder" not in file
     assert "decoder" in run(GOLDEN_DIR / "snapshots" / "latent-cond.pkl")
+    alone = run(GOLDEN_DIR / "snapshots" / "rgb-cond.pkl", "--gnet=self", "--guidance=2", "--json", tmp_path / "s.json")
+    image = json.loads((tmp_path / "s.json").read_text())["image"]
+    assert "63 evaluations + 63 of a guide" in alone and image["guide_flops"] == image["main_flops"] > 0
     assert "fully connected" in run("fashion")
 
 
@@ -158,6 +161,7 @@ def test_mistakes_are_named():
         (["edm2-img512-s", "--guidance=2"], "needs a guiding network"),
         (["edm2-img512-s", "--net=a.pkl"], "both name a network"),
         (["edm2-img64-s", "--decoder"], "has no decoder"),
+        (["edm2-img512-s-uncond-autog-fid", "--gnet=self"], "has none to leave out"),
         (["edm2-img512-s", "--steps=0"], "0 sampling steps"),
     ]:
         with pytest.raises(ConfigError, match=message):

@@ -35,6 +35,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sharded, compiled": {"compile": True, "shard": True, "recompute": True},
     "replicated, dropout": {"dropout": 0.5},
     "sharded, dropout": {"shard": True, "dropout": 0.5},
+    "replicated, inpainting": {"condition": "inpaint"},
+    "sharded, inpainting": {"condition": "inpaint", "shard": True, "recompute": True, "batch_gpu": 2},
 }
 
 
@@ -158,12 +160,19 @@ def assert_agree(actual: dict[str, Any], expected: dict[str, Any]) -> None:
             assert_close(theirs[name], value, tolerance_of(value), name)
 
 
-@pytest.mark.parametrize("name", [name for name in VARIANTS if "dropout" not in name])
+@pytest.mark.parametrize("name", [name for name in VARIANTS if "dropout" not in name and "inpainting" not in name])
 def test_two_processes_compute_what_one_does(results: list[dict[str, Any]], alone: dict[str, Any], name: str):
     """Losses, gradients, weights, moments and both averages, with and without accumulation."""
     for result in results:
         assert_agree(result[name], alone)
         assert any(key.startswith("/ema/emas/1/") for key in result[name]["state"])
+
+
+def test_two_processes_hide_what_one_does(results: list[dict[str, Any]]):
+    """Masks go by the position in the run, like noise."""
+    expected = steps(tiny_config(Path("none"), condition="inpaint"), World())
+    for name in ("replicated, inpainting", "sharded, inpainting"):
+        assert_agree(results[0][name], expected)
 
 
 def test_dropout_drops_the_same_with_and_without_sharding(results: list[dict[str, Any]]):

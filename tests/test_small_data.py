@@ -347,6 +347,13 @@ def test_an_estimate_counts_three_forward_passes_and_scales_with_images_and_proc
     assert found.images_per_sec < two.images_per_sec <= 2 * found.images_per_sec
 
 
+def test_a_network_that_sees_a_picture_is_estimated_with_it(data):
+    plain, seeing = (tiny_config(data, batch=4, condition=condition) for condition in (None, "lowres:4"))
+    found = [estimate(config, open_dataset(config), CPU, 1) for config in (plain, seeing)]
+    assert found[1].image_ops > found[0].image_ops
+    assert found[1].memory.weights > found[0].memory.weights
+
+
 def fixed_estimate(**changes: Any) -> Estimate:
     config = TrainingConfig(data="x", batch=32, duration=1 << 20)
     speed = Speed(image_sec=0.01, batch_sec=0.08, num_images=32, num_steps=4)

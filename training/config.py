@@ -10,7 +10,9 @@ import torch
 
 from dnnlib.errors import ConfigError
 from torch_utils.precision import PRECISIONS, Precision
+from training.condition.spec import parse_condition
 from training.metrics.table import parse_metrics
+from training.run.labels import check_options
 from training.run.samples_config import SamplesConfig
 from training.streaming.remote import is_remote
 
@@ -88,6 +90,9 @@ class TrainingConfig:
     shuffle_buffer: int | None = None  # images to shuffle over, for a URL; None = SHUFFLE_BUFFER
     cond: bool = True
     xflip: bool = False
+    balance: bool = False  # every class equally often, see training/run/balance.py
+    label_dropout: float = 0.0  # probability that an image is learned without its label
+    condition: str | None = None  # image that the network sees beside the noisy one, see training/condition/spec.py
     vae: str | None = None  # encode pixels with this VAE while training: hub name or local folder
     network: NetworkConfig = NetworkConfig()
     P_mean: float = -0.4  # mean and standard deviation of ln(sigma)
@@ -152,6 +157,9 @@ class TrainingConfig:
             raise ConfigError(
                 f"--shuffle-buffer={self.shuffle_buffer} is for data behind a URL; --data={self.data} is shuffled whole"
             )
+        check_options(self, is_remote=is_remote(self.data))
+        if self.condition is not None:
+            parse_condition(self.condition)
         if not math.isfinite(self.P_mean):
             raise ConfigError(f"--P_mean={self.P_mean} must be a number")
         if self.seed >= 1 << 63:
@@ -218,7 +226,7 @@ class TrainingConfig:
     def differences(self, stored: str) -> list[str]:
         """What in this configuration would change the result of the run whose training_options.json says `stored`."""
         try:
-            old = json.loads(stored)
+            old = {"balance": False, "label_dropout": 0.0} | json.loads(stored)  # runs from before have neither
             old_network = dict(old["network"])
             if "fp16" in old_network:  # runs from before there were more precisions than these two
                 old_network["precision"] = "fp16" if old_network["fp16"] else "fp32"

@@ -120,6 +120,12 @@ class ImageFolderDataset(torch.utils.data.Dataset[tuple[np.ndarray, np.ndarray]]
         onehot[np.arange(len(indices)), raw_labels] = 1
         return onehot
 
+    def item_labels(self) -> np.ndarray:
+        """The label of every item, as stored: class indices int64 [N], or vectors float32 [N, label_dim]."""
+        assert self._raw_labels is not None
+        labels: np.ndarray = self._raw_labels[self._raw_idx]
+        return labels
+
     def get_details(self, idx: int) -> ItemDetails:
         """Which stored image item `idx` is, whether it is mirrored, and its label as stored."""
         raw_idx = int(self._raw_idx[idx])

@@ -90,7 +90,9 @@ def count_flops(net: Any) -> FlopCount:
     height, width = (size, size) if isinstance(size, int) else size
     labels = torch.zeros([1, net.label_dim], device="meta") if net.label_dim else None
     inputs = (torch.zeros([1, net.img_channels, height, width], device="meta"), torch.ones([1], device="meta"), labels)
-    return _count(net, inputs)
+    cond_channels = getattr(net, "cond_channels", 0)
+    seen = {"cond_images": torch.zeros([1, cond_channels, height, width], device="meta")} if cond_channels else {}
+    return _count(net, inputs, seen)
 
 
 def count_decoder(latent_channels: int, resolution: int, downscale: int = 8) -> FlopCount:
@@ -117,13 +119,13 @@ def count_decoder(latent_channels: int, resolution: int, downscale: int = 8) -> 
     return _count(decoder, (torch.zeros([1, latent_channels, resolution, resolution], device="meta"),))
 
 
-def _count(net: torch.nn.Module, inputs: Sequence[Any]) -> FlopCount:
+def _count(net: torch.nn.Module, inputs: Sequence[Any], options: Mapping[str, Any] | None = None) -> FlopCount:
     state = {name: value.to("meta") for name, value in [*net.named_parameters(), *net.named_buffers()]}
     training = net.training
     net.eval()
     try:
         with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_formulas()) as counter:
-            torch.func.functional_call(net, state, tuple(inputs))
+            torch.func.functional_call(net, state, tuple(inputs), dict(options or {}))
     finally:
         net.train(training)
     found = {str(op).removeprefix("aten."): flops // 2 for op, flops in counter.get_flop_counts()["Global"].items()}

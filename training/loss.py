@@ -32,11 +32,13 @@ class EDM2Loss:
         labels: torch.Tensor | None = None,
         rnd_normal: torch.Tensor | None = None,
         unit_noise: torch.Tensor | None = None,
+        cond_images: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Loss per element, of the images' shape [N, C, H, W].
 
         `rnd_normal` [N, 1, 1, 1] gives the noise levels and `unit_noise` [N, C, H, W] the noise, both standard normal;
-        what is left out is drawn from torch's global generator, in this order.
+        what is left out is drawn from torch's global generator, in this order. `cond_images` go to the network as
+        they are; the loss is over all elements of `images` whatever they show of these.
         """
         if rnd_normal is None:
             rnd_normal = torch.randn([images.shape[0], 1, 1, 1], device=images.device)
@@ -44,5 +46,6 @@ class EDM2Loss:
             unit_noise = torch.randn_like(images)
         sigma = (rnd_normal * self.P_std + self.P_mean).exp()
         weight = (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
-        denoised, logvar = net(images + unit_noise * sigma, sigma, labels, return_logvar=True)
+        seen = {} if cond_images is None else {"cond_images": cond_images}
+        denoised, logvar = net(images + unit_noise * sigma, sigma, labels, return_logvar=True, **seen)
         return (weight / logvar.exp()) * (denoised - images).square() + logvar

@@ -74,6 +74,19 @@ def mp_cat(a: torch.Tensor, b: torch.Tensor, dim: int = 1, t: float = 0.5) -> to
     return torch.cat([a * weight_a, b * weight_b], dim=dim)
 
 
+def scaled_condition(cond_images: torch.Tensor | None, cond_channels: int, sigma_data: float) -> torch.Tensor:
+    """Conditioning images [N, cond_channels, H, W], of magnitude sigma_data, at unit magnitude in float32.
+
+    They are scaled as noisy images would be without noise: c_in(0) = 1 / sigma_data. Beside the scaled noisy image and
+    the constant channel, they leave the input of the first convolution at unit magnitude, with all channels in equal
+    parts, and so its output (Eq. 47). Raises ValueError where they are missing or of another width.
+    """
+    if cond_images is None or cond_images.ndim != 4 or cond_images.shape[1] != cond_channels:
+        given = "there are none" if cond_images is None else f"they have the shape {list(cond_images.shape)}"
+        raise ValueError(f"the network needs cond_images [N, {cond_channels}, H, W]; {given}")
+    return cond_images.to(torch.float32) / sigma_data
+
+
 @persistence.persistent_class
 class MPFourier(nn.Module):
     """Random Fourier features of scalars: [N] to [N, num_channels] (Eq. 75)."""
@@ -202,8 +215,11 @@ class UNet(nn.Module):
     """The raw network F: noisy images, noise labels and class labels to an update of the images' shape (Figure 21).
 
     `img_resolution` is the side of square images in pixels, or a pair (height, width). Attention acts on the levels
-    whose longer side is in `attn_resolutions`. Further arguments go to every Block.
+    whose longer side is in `attn_resolutions`. With `cond_channels` it sees a second image of so many channels, beside
+    the noisy one and the constant channel. Further arguments go to every Block.
     """
+
+    cond_channels = 0  # of networks from before there were such images, too
 
     def __init__(
         self,
@@ -218,12 +234,17 @@ class UNet(nn.Module):
         attn_resolutions: Sequence[int] = (16, 8),
         label_balance: float = 0.5,
         concat_balance: float = 0.5,
+        cond_channels: int = 0,
         **block_kwargs: Any,
     ) -> None:
         super().__init__()
         height, width = (img_resolution, img_resolution) if isinstance(img_resolution, int) else img_resolution
         self.side_divisor = 2 ** (len(channel_mult) - 1)
         self._check_sides(height, width)
+        if cond_channels < 0:
+            raise ValueError(f"cond_channels={cond_channels} is no number of channels; 0 is none")
+        if cond_channels:
+            self.cond_channels = cond_channels
         cblock = [model_channels * mult for mult in channel_mult]
         cnoise = model_channels * channel_mult_noise if channel_mult_noise is not None else cblock[0]
         cemb = model_channels * channel_mult_emb if channel_mult_emb is not None else max(cblock)
@@ -237,7 +258,7 @@ class UNet(nn.Module):
         levels = [(f"{height >> i}x{width >> i}", max(height, width) >> i, c) for i, c in enumerate(cblock)]
         skips: list[int] = []
         self.enc = nn.ModuleDict()
-        cout = img_channels + 1
+        cout = img_channels + 1 + cond_channels
         for level, (name, side, channels) in enumerate(levels):
             if level == 0:
                 self.enc[f"{name}_conv"] = MPConv(cout, channels, kernel=[3, 3])
@@ -268,11 +289,16 @@ class UNet(nn.Module):
         self.out_conv = MPConv(cout, img_channels, kernel=[3, 3])
 
     def forward(
-        self, x: torch.Tensor, noise_labels: torch.Tensor, class_labels: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        noise_labels: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        cond_images: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """`x` [N, C, H, W], `noise_labels` [N] or [1], `class_labels` [N, L] (conditional networks) to [N, C, H, W].
 
-        H and W must be divisible by 2^(levels-1), or ValueError.
+        `cond_images` [N, cond_channels, H, W] have unit magnitude, as `x` has. H and W must be divisible by
+        2^(levels-1), or ValueError.
         """
         self._check_sides(x.shape[-2], x.shape[-1])
         emb = self.emb_noise(self.emb_fourier(noise_labels))
@@ -281,7 +307,11 @@ class UNet(nn.Module):
             emb = mp_sum(emb, self.emb_label(class_labels * math.sqrt(class_labels.shape[1])), t=self.label_balance)
         emb = mp_silu(emb)
 
-        x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+        inputs = [x, torch.ones_like(x[:, :1])]
+        if self.cond_channels:
+            assert cond_images is not None
+            inputs.append(cond_images.to(x.dtype))
+        x = torch.cat(inputs, dim=1)
         skips = []
         for name, block in self.enc.items():
             x = block(x) if "conv" in name else block(x, emb)
@@ -304,8 +334,12 @@ class UNet(nn.Module):
 class Precond(nn.Module):
     """The denoiser D(x; sigma): the raw network between noise-level dependent scalings, and the uncertainty u(sigma).
 
-    With `use_fp16` the raw network computes in float16 on CUDA devices, and in float32 elsewhere.
+    With `use_fp16` the raw network computes in float16 on CUDA devices, and in float32 elsewhere. With `cond_channels`
+    it also sees a conditioning image of so many channels: a second image in the units of the first, which says what the
+    result should look like and has no noise.
     """
+
+    cond_channels = 0  # of networks from before there were such images, too
 
     def __init__(
         self,
@@ -315,9 +349,13 @@ class Precond(nn.Module):
         use_fp16: bool = True,
         sigma_data: float = 0.5,
         logvar_channels: int = 128,
+        cond_channels: int = 0,
         **unet_kwargs: Any,
     ) -> None:
         super().__init__()
+        if cond_channels:
+            self.cond_channels = cond_channels
+            unet_kwargs["cond_channels"] = cond_channels
         self.img_resolution = img_resolution
         self.img_channels = img_channels
         self.label_dim = label_dim
@@ -334,12 +372,14 @@ class Precond(nn.Module):
         class_labels: torch.Tensor | None = None,
         force_fp32: bool = False,
         return_logvar: bool = False,
+        cond_images: torch.Tensor | None = None,
     ) -> Any:
         """The denoised images [N, C, H, W] in float32, for noisy images `x` and their noise levels `sigma`.
 
         `sigma` is one number or N of them; `class_labels` [N, L] are zeros where a conditional network is given none,
-        and are ignored by an unconditional one. With `return_logvar` the result is a pair, the second item u(sigma)
-        [N or 1, 1, 1, 1] (Eq. 21).
+        and are ignored by an unconditional one. `cond_images` [N, cond_channels, H, W] are in the units of `x`, of
+        magnitude sigma_data; a network that takes none ignores them, and one that does raises ValueError without. With
+        `return_logvar` the result is a pair, the second item u(sigma) [N or 1, 1, 1, 1] (Eq. 21).
         """
         x = x.to(torch.float32)
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
@@ -357,7 +397,11 @@ class Precond(nn.Module):
         c_in = 1 / total
         c_noise = sigma.flatten().log() / 4
 
-        raw = self.unet((c_in * x).to(dtype), c_noise, class_labels)
+        if self.cond_channels:
+            scaled = scaled_condition(cond_images, self.cond_channels, self.sigma_data)
+            raw = self.unet((c_in * x).to(dtype), c_noise, class_labels, scaled)
+        else:
+            raw = self.unet((c_in * x).to(dtype), c_noise, class_labels)
         denoised = c_skip * x + c_out * raw.to(torch.float32)
         if return_logvar:
             logvar = self.logvar_linear(self.logvar_fourier(c_noise)).reshape(-1, 1, 1, 1)

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,15 @@ def save_snapshot(
                 safetensors_file.write(temp, **parts, nimg=nimg, ema_std=ema_std, info=info)
     except OSError as error:
         raise write_error(path, error) from error
+
+
+def label_dropout(info: Mapping[str, Any]) -> float:
+    """With which probability a network learned images without labels, by the `info` of its file; 0 where it says none.
+
+    Such a network also works unconditionally, given zeros for labels.
+    """
+    said = info.get("label_dropout")
+    return said if isinstance(said, float) and 0 < said < 1 else 0.0
 
 
 def parse_name(name: str | os.PathLike[str]) -> tuple[int, float] | None:

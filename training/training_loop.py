@@ -29,8 +29,10 @@ from training.dataset import BatchReader, ImageFolderDataset
 from training.encoders import Encoder, StabilityVAEEncoder
 from training.latents import PUBLISHED_VAE, encoder_entry, measured_encoder, read_encoder_file
 from training.loss import EDM2Loss
+from training.run.condition import condition_of
 from training.run.consistency import require_same
 from training.run.folder import RunFolder
+from training.run.labels import check_labels, uses_labels
 from training.run.metrics import TrainingMetrics
 from training.run.resuming import find_resumption, tick_of
 from training.run.samples import RunSamples
@@ -91,19 +93,17 @@ def open_dataset(config: TrainingConfig) -> ImageFolderDataset:
     if is_remote(config.data):
         dataset: ImageFolderDataset = StreamedDataset(
             config.data,
-            use_labels=config.cond,
+            use_labels=uses_labels(config),
             xflip=config.xflip,
             buffer=config.shuffle_images,
             cache_dir=config.data_cache,
             cache_bytes=config.data_cache_size,
         )
     else:
-        dataset = ImageFolderDataset(config.data, use_labels=config.cond, xflip=config.xflip)
-    if config.cond and not dataset.has_labels:
-        raise ConfigError(
-            f"{config.data} has no labels, which a conditional network needs; add them, or use --cond=False"
-        )
+        dataset = ImageFolderDataset(config.data, use_labels=uses_labels(config), xflip=config.xflip)
+    check_labels(config, dataset)
     make_encoder(config, dataset)
+    condition_of(config, dataset)
     item_bytes = dataset.num_channels * dataset.resolution**2 * (4 if dataset.holds_latents else 1)
     if config.workers == 0 and len(dataset) * item_bytes <= CACHE_BYTES:
         dataset.keep_items()
@@ -161,8 +161,10 @@ class TrainingRun:
         self._tick = tick_of(resumption.data, nimg=self.state.nimg, elapsed_sec=self.state.elapsed_sec)
         if self.metrics is not None:
             self.metrics.prepare(self.state.encoder, self.state.nimg)
+            self.metrics.condition_on(self.state.condition, self.dataset)
         if self.samples is not None:
             self.samples.prepare(self.state.encoder)
+            self.samples.condition_on(self.state.condition, self.dataset)
 
     def close(self) -> None:
         """Wait for files on their way, and let go of the other processes. To be called before the World's `close`."""
@@ -287,7 +289,7 @@ class TrainingRun:
 
     def _batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """This process's share of each batch, on the device, from the run's position on."""
-        with data_order(self.dataset, self.config.seed) as order:
+        with data_order(self.dataset, self.config.seed, balance=self.config.balance) as order:
             yield from self._batches_in(order)
 
     def _batches_in(self, order: Order) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -26,10 +26,11 @@ from training.fast.network import (
     scalings,
 )
 from training.fast.ops import SILU_MAGNITUDE, balance, effective_weight, packed
-from training.networks_edm2 import Block, MPConv, Precond
+from training.networks_edm2 import Block, MPConv, Precond, scaled_condition
 
-# Denoised images of x [N, C, H, W] at noise levels [N or 1], with the embedding of the class [N or 1, E] or None.
-Evaluate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+# Denoised images of x [N, C, H, W] at noise levels [N or 1], with the embedding of the class [N or 1, E] or None; for a
+# network that is conditioned on images, these come fourth, as the first convolution takes them.
+Evaluate = Callable[..., torch.Tensor]
 
 
 class InferenceBlock(nn.Module):
@@ -91,6 +92,7 @@ class InferencePrecond(nn.Module):
         self.img_resolution = net.img_resolution
         self.img_channels = net.img_channels
         self.label_dim = net.label_dim
+        self.cond_channels = net.cond_channels
         self.sigma_data = net.sigma_data
         self.use_fp16 = dtype == torch.float16
         self.dtype = dtype
@@ -126,25 +128,42 @@ class InferencePrecond(nn.Module):
         self._evaluate: Evaluate = self.evaluate if through is None else through(self.evaluate)
 
     def forward(
-        self, x: torch.Tensor, sigma: torch.Tensor | float, class_labels: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        sigma: torch.Tensor | float,
+        class_labels: torch.Tensor | None = None,
+        cond_images: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """As `Precond.forward`: the denoised images [N, C, H, W] in float32."""
-        return self.bind(class_labels)(x, sigma)
+        return self.bind(class_labels, cond_images)(x, sigma)
 
-    def bind(self, class_labels: torch.Tensor | None) -> Callable[[torch.Tensor, torch.Tensor | float], torch.Tensor]:
-        """The denoiser D(x, sigma) for fixed labels [N or 1, L]; what depends on them alone is computed here, once."""
+    def bind(
+        self, class_labels: torch.Tensor | None, cond_images: torch.Tensor | None = None
+    ) -> Callable[[torch.Tensor, torch.Tensor | float], torch.Tensor]:
+        """The denoiser D(x, sigma) for fixed labels [N or 1, L] and conditioning images [N, cond_channels, H, W], where
+        the network takes such; what depends on them alone is computed here, once."""
         label_emb = self._label_embedding(class_labels)
+        seen: tuple[torch.Tensor, ...] = ()
+        if self.cond_channels:
+            seen = (scaled_condition(cond_images, self.cond_channels, self.sigma_data).to(self.dtype),)
 
         @torch.no_grad()
         def denoise(x: torch.Tensor, sigma: torch.Tensor | float) -> torch.Tensor:
             sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1)
-            return self._evaluate(x.to(torch.float32), sigma, label_emb)
+            return self._evaluate(x.to(torch.float32), sigma, label_emb, *seen)
 
         return denoise
 
     @torch.no_grad()
-    def evaluate(self, x: torch.Tensor, sigma: torch.Tensor, label_emb: torch.Tensor | None) -> torch.Tensor:
-        """The denoised images of `x` [N, C, H, W] at noise levels [N or 1]; `label_emb` [N or 1, E] is `bind`'s."""
+    def evaluate(
+        self,
+        x: torch.Tensor,
+        sigma: torch.Tensor,
+        label_emb: torch.Tensor | None,
+        cond_images: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The denoised images of `x` [N, C, H, W] at noise levels [N or 1]; `label_emb` [N or 1, E] and `cond_images`
+        are `bind`'s."""
         c_skip, c_out, c_in, c_noise = scalings(sigma, self.sigma_data)
         emb = each_row_alone(self._noise_embedding, c_noise[:, None])
         emb = emb if label_emb is None else emb + label_emb
@@ -160,6 +179,7 @@ class InferencePrecond(nn.Module):
             self.out,
             takes_skip=self.takes_skip,
             concat_balance=self.concat_balance,
+            cond_images=cond_images,
         )
         return torch.addcmul(c_skip * x, c_out, raw.to(torch.float32))
 

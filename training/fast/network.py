@@ -34,7 +34,7 @@ from training.fast.ops import (
     scaled_cat,
 )
 from training.fast.silu_conv import silu_convolve
-from training.networks_edm2 import Block, MPConv, Precond, mp_silu, mp_sum, resample
+from training.networks_edm2 import Block, MPConv, Precond, mp_silu, mp_sum, resample, scaled_condition
 
 Layer = Callable[[torch.Tensor], torch.Tensor]
 
@@ -132,11 +132,13 @@ def run_unet(
     *,
     takes_skip: Sequence[bool],
     concat_balance: float,
+    cond_images: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The raw network (Figure 21) on `x` [N, C, H, W], in the type of its result: first and last convolution by their
     weights, the blocks between as functions of x. `takes_skip`: which of the decoder's take an encoder's output.
+    `cond_images`: further channels at unit magnitude, of a network that sees such.
     """
-    x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+    x = torch.cat([x, torch.ones_like(x[:, :1]), *([] if cond_images is None else [cond_images])], dim=1)
     x = convolve(x.contiguous(memory_format=activation_layout(x.device)), stem)
     skips = [x]
     for layer in enc:
@@ -202,12 +204,18 @@ class FastPrecond(nn.Module):
         sigma: torch.Tensor,
         class_labels: torch.Tensor | None = None,
         return_logvar: bool = False,
+        cond_images: torch.Tensor | None = None,
     ) -> Any:
         """As `Precond.forward`: denoised images [N, C, H, W] in float32, with `return_logvar` a pair with u(sigma)."""
         net = self.net
         x = x.to(torch.float32)
         c_skip, c_out, c_in, c_noise = scalings(sigma.to(torch.float32), net.sigma_data)
-        raw = self._unet((c_in * x).to(self.dtype), self._embedding(c_noise, self._labels(class_labels, x.device)))
+        if net.cond_channels:
+            cond_images = scaled_condition(cond_images, net.cond_channels, net.sigma_data).to(self.dtype)
+        else:
+            cond_images = None
+        emb = self._embedding(c_noise, self._labels(class_labels, x.device))
+        raw = self._unet((c_in * x).to(self.dtype), emb, cond_images)
         denoised = c_skip * x + c_out * raw.to(torch.float32)
         if not return_logvar:
             return denoised
@@ -230,7 +238,7 @@ class FastPrecond(nn.Module):
             emb = mp_sum(emb, fully_connect(labels, unet.emb_label, math.sqrt(labels.shape[1])), t=unet.label_balance)
         return mp_silu(emb)
 
-    def _unet(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+    def _unet(self, x: torch.Tensor, emb: torch.Tensor, cond_images: torch.Tensor | None) -> torch.Tensor:
         unet = self.net.unet
         layout = activation_layout(x.device)
         return run_unet(
@@ -241,6 +249,7 @@ class FastPrecond(nn.Module):
             effective_weight(unet.out_conv.weight, unet.out_gain, x.dtype, layout),
             takes_skip=self.takes_skip,
             concat_balance=unet.concat_balance,
+            cond_images=cond_images,
         )
 
     def _run(self, block: nn.Module, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:

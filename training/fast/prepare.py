@@ -56,9 +56,9 @@ class PrepareNetwork:
 def _in_tf32(evaluate: Evaluate) -> Evaluate:
     """`evaluate` with TF32 allowed; not so the decoder and the detectors of metrics beside it."""
 
-    def call(x: torch.Tensor, sigma: torch.Tensor, label_emb: torch.Tensor | None) -> torch.Tensor:
+    def call(*args: torch.Tensor | None) -> torch.Tensor:
         with numerics(cudnn_benchmark=torch.backends.cudnn.benchmark, precision="tf32"):
-            return evaluate(x, sigma, label_emb)
+            return evaluate(*args)
 
     return call
 

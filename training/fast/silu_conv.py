@@ -25,25 +25,27 @@ def silu_convolve(
     if not torch.is_grad_enabled():
         y = F.silu(x if scale is None else x * scale, inplace=scale is not None)
         return convolve(F.dropout(y, dropout) if dropout else y, weight)
-    result: torch.Tensor = _SiluConv.apply(x, weight, scale, dropout)
+    # Asked here, since Dynamo of PyTorch 2.6 doesn't let a backward pass ask.
+    nhwc = x.is_contiguous(memory_format=torch.channels_last)
+    result: torch.Tensor = _SiluConv.apply(x, weight, scale, dropout, nhwc)
     return result
 
 
 class _SiluConv(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, dropout: float
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, dropout: float, nhwc: bool
     ) -> torch.Tensor:
         y = F.silu(x if scale is None else x * scale)
         kept = None
         if dropout:
             y, kept = torch.native_dropout(y, dropout, True)
         ctx.save_for_backward(x, weight, scale, kept)
-        ctx.dropout = dropout
+        ctx.dropout, ctx.nhwc = dropout, nhwc
         return convolve(y, weight)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, scale, kept = ctx.saved_tensors
         modulated = x if scale is None else x * scale
         y = F.silu(modulated)
@@ -51,7 +53,7 @@ class _SiluConv(torch.autograd.Function):
             y = y * kept * (1 / (1 - ctx.dropout))
         pad = weight.shape[-1] // 2
         # In the layout of the activations: with a gradient in another one, the convolutions would copy.
-        grad = grad.contiguous(memory_format=_layout(y))
+        grad = grad.contiguous(memory_format=torch.channels_last if ctx.nhwc else torch.contiguous_format)
         wanted = [True, True, False]
         grad_y, grad_weight, _ = torch.ops.aten.convolution_backward(
             grad, y, weight, None, [1, 1], [pad, pad], [1, 1], False, [0, 0], 1, wanted
@@ -60,13 +62,8 @@ class _SiluConv(torch.autograd.Function):
             grad_y = grad_y * kept * (1 / (1 - ctx.dropout))
         slope = torch.ops.aten.silu_backward(grad_y, modulated)
         if scale is None:
-            return slope, grad_weight, None, None
+            return slope, grad_weight, None, None, None
         grad_scale = (slope * x).sum(dim=(2, 3), keepdim=True)
         if scale.shape[0] == 1:
             grad_scale = grad_scale.sum(dim=0, keepdim=True)
-        return slope * scale, grad_weight, grad_scale, None
-
-
-def _layout(x: torch.Tensor) -> torch.memory_format:
-    nhwc = x.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if nhwc else torch.contiguous_format
+        return slope * scale, grad_weight, grad_scale, None, None

@@ -24,9 +24,13 @@ from training.metrics.scores import Score, shared_scores
 from training.metrics.table import METRICS
 from training.posthoc.inputs import Input
 from training.posthoc.reconstruction import reconstruct_networks
+from training.sampling.checks import require_label_dropout
 from training.sampling.dealing import split_batches
-from training.sampling.generation import generate_images, load_network
+from training.sampling.generation import generate_images
+from training.sampling.guidance import SELF, WithoutLabels
+from training.sampling.loading import load_network
 from training.sampling.request import SamplingRequest
+from training.snapshot import read_header
 
 FORMAT = "edm2-sweep"
 VERSION = 1
@@ -116,7 +120,7 @@ class Sweep:
         if not self._todo:
             return
         device = self._world.device
-        paths = dict.fromkeys(path for left in self._todo.values() for r in left for path in r.gnets)
+        paths = dict.fromkeys(path for left in self._todo.values() for r in left for path in r.gnets if path != SELF)
         prepare = next(iter(self._todo.values()))[0].prepare()  # every request has the same precision
         guides = {path: prepare(load_network(path, device)[0], device) for path in paths}
         encoder = None
@@ -124,18 +128,26 @@ class Sweep:
             encoder = encoder or snapshot.encoder  # a VAE is loaded once
             net = prepare(snapshot.net.to(device), device)
             for request in self._todo[std]:
-                guide = [guides[path] for path in request.gnets]
-                yield from self._measure(std, request, net, guide, encoder, snapshot.info["posthoc_fit"])
+                guide = [WithoutLabels(net) if path == SELF else guides[path] for path in request.gnets]
+                seen = {**request.pictures(), "condition": snapshot.info.get("condition")}
+                yield from self._measure(std, request, net, guide, encoder, snapshot.info["posthoc_fit"], seen)
             snapshot.net.to("cpu")  # it may be some while until the others of its pass are done
 
     def _measure(
-        self, std: float, request: SamplingRequest, net: Any, guides: list[Any], encoder: Any, fit: float
+        self,
+        std: float,
+        request: SamplingRequest,
+        net: Any,
+        guides: list[Any],
+        encoder: Any,
+        fit: float,
+        seen: Mapping[str, Any],
     ) -> Iterator[SweepStep]:
         runs: list[dict[str, Score]] = []
         for seeds in self._seeds:
             images = generate_images(
                 net, guides, encoder, seeds=seeds, max_batch_size=self._batch, world=self._world,
-                decoder=request.decoder, **request.sampler_kwargs(),
+                decoder=request.decoder, **seen, **request.sampler_kwargs(),
             )  # fmt: skip
             work = StatsPass(images, metrics=self._plan.metrics, detectors=self._plan.detectors, world=self._world)
             for step in work:
@@ -173,6 +185,13 @@ def described_inputs(inputs: Sequence[Input], out_nimg: int | None) -> dict[str,
     return {"snapshots": {os.path.basename(file.path): _ends_sha256(file.path) for file in inputs}, "nimg": out_nimg}
 
 
+def check_guides(inputs: Sequence[Input], requests: Sequence[SamplingRequest]) -> None:
+    """Raise ConfigError where the networks of these inputs would guide themselves and were not trained for it."""
+    if any(SELF in request.gnets for request in requests):
+        header = read_header(inputs[0].path)
+        require_label_dropout(header.config["arguments"]["label_dim"], header.info, inputs[0].path, "--gnet=self")
+
+
 def settings_of(
     inputs: Mapping[str, Any],
     requests: Sequence[SamplingRequest],
@@ -192,7 +211,8 @@ def settings_of(
         **({} if precision is None else {"precision": precision}),
         **requests[0].decoder.settings,
         **inputs,
-        "gnets": [report.described_file(path)["sha256"] for path in gnets],
+        **{n: report.described_file(path)["sha256"] for n, path in requests[0].pictures().items() if path is not None},
+        "gnets": [SELF if path == SELF else report.described_file(path)["sha256"] for path in gnets],
         "sampler": sampler,
         "reference": None if ref is None else report.described_file(ref)["sha256"],
         "metrics": list(plan.metrics),
@@ -277,6 +297,7 @@ def commands_for(
     defaults = SamplingRequest(net="").sampler_kwargs()
     names = {"num_steps": "steps", "shares": "gnet-shares"}
     second = [f"--net={net}", *(f"--gnet={path}" for path in request.gnets)]
+    second += [f"--{name}={path}" for name, path in request.pictures().items() if path is not None]
     for name, value in request.sampler_kwargs().items():
         if value != defaults[name]:
             text = ",".join(f"{v:g}" for v in value) if isinstance(value, tuple) else f"{value}"

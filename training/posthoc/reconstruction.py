@@ -261,7 +261,10 @@ def _check_files(files: Sequence[tuple[Path, ...]], inputs: Sequence[Input], out
 
 
 def _write(snapshot: Snapshot, paths: Sequence[Path]) -> None:
-    """Write `snapshot`; as `save_snapshot` does, which would first make all parts anew: these are new."""
+    """Write `snapshot`; as `save_snapshot` does, which would first make all parts anew: these are new.
+
+    Pickles tell what the inputs told, such as --label-dropout; where that is nothing, no more than published ones do.
+    """
     parts: dict[str, Any] = {
         "net": snapshot.net,
         "encoder": snapshot.encoder,
@@ -269,12 +272,13 @@ def _write(snapshot: Snapshot, paths: Sequence[Path]) -> None:
         "dataset_kwargs": snapshot.dataset_kwargs,
     }
     more: dict[str, Any] = {"nimg": snapshot.nimg, "ema_std": snapshot.ema_std, "info": snapshot.info}
+    told = {name: value for name, value in snapshot.info.items() if name not in ("posthoc_inputs", "posthoc_fit")}
     for path in paths:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_path(path) as temp:
                 if path.suffix == ".pkl":
-                    pickle_file.write(temp, **parts)
+                    pickle_file.write(temp, **parts, provenance={**more, "info": told} if told else None)
                 else:
                     safetensors_file.write(temp, **parts, **more)
         except OSError as error:

@@ -49,7 +49,7 @@ def commands_for(record: RunRecord) -> list[Command]:
             purpose="Find the best EMA length (REF: reference statistics, see calculate_metrics.py ref)",
             text=_join(
                 "sweep.py", f"--indir={indir}", "--outstd=0.02,0.04,...,0.24", "--metrics=fd_efflite0", "--ref=REF",
-                "--num=1000", f"--json={Path(indir, 'sweep.json')}",
+                *_picture_words(record), "--num=1000", f"--json={Path(indir, 'sweep.json')}",
             ),
         )
     )  # fmt: skip
@@ -92,6 +92,9 @@ def _sampling_words(record: RunRecord) -> list[str]:
     about = record.grids[-1].about if record.grids else {}
     classes, seeds = about.get("classes"), about.get("seeds")
     words = ["--outdir=out/images", "--grid=out/grid.png"]
+    pictures = _picture_words(record)
+    if pictures:
+        return [*words, *pictures, "--seeds=0-15"]
     try:
         flat = [seed for row in seeds for seed in row]  # type: ignore[union-attr]
         all_classes = list(classes) == list(range(about["label_dim"]))  # type: ignore[arg-type]
@@ -99,6 +102,14 @@ def _sampling_words(record: RunRecord) -> list[str]:
     except (TypeError, KeyError, IndexError, ValueError):
         return [*words, "--seeds=0-63"]
     return [*words, "--class=all"] if all_classes and flat else words
+
+
+def _picture_words(record: RunRecord) -> list[str]:
+    """Options that a network which is conditioned on pictures needs."""
+    condition = record.options.get("condition")
+    if not isinstance(condition, str):
+        return []
+    return ["--source=PICTURES", *(["--masks=MASKS"] if condition.startswith("inpaint") else [])]
 
 
 def _best_of_sweeps(record: RunRecord) -> float | None:

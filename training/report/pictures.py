@@ -82,7 +82,8 @@ def strip_of(grids: Sequence[Grid]) -> Strip | None:
             whole = image.convert("RGB")
         for place, row in enumerate(picked):
             top = gap + row * (height + gap)
-            part = whole.crop((gap, top, gap + width, top + height))
+            left = gap + (width + gap) * bool(grid.about.get("pictures"))  # behind what the network saw
+            part = whole.crop((left, top, left + width, top + height))
             part = part if scale == 1.0 else part.resize(size, PIL.Image.Resampling.LANCZOS)
             sheet.paste(part, (column * (size[0] + gap), place * (size[1] + gap)))
     picture = _picture(sheet, chosen[-1].nimg, max_side=_MAX_SIDE, shown=560)
@@ -94,7 +95,7 @@ def _cell(grid: Grid) -> tuple[int, int, int, int] | None:
     try:
         _, height, width = (int(n) for n in grid.about["image"])
         gap, rows = int(grid.about["gap"]), len(grid.about["classes"])
-        columns = len(grid.about["seeds"][0])
+        columns = len(grid.about["seeds"][0]) + len(grid.about.get("pictures", []))
         with PIL.Image.open(grid.path) as image:
             size = image.size
     except (KeyError, TypeError, ValueError, IndexError, OSError):

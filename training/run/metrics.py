@@ -12,6 +12,8 @@ from dnnlib.errors import ConfigError
 from torch_utils.distributed import World
 from torch_utils.precision import numerics
 from torch_utils.random_state import unchanged_random_state
+from training.condition.pictures import DatasetPictures
+from training.condition.spec import Condition
 from training.config import MetricsConfig, TrainingConfig
 from training.dataset import ImageFolderDataset
 from training.encoders import Encoder
@@ -20,6 +22,7 @@ from training.metrics.evaluate import evaluate_images
 from training.metrics.plan import plan_metrics
 from training.metrics.reference import load_stats
 from training.metrics.table import METRICS
+from training.run.condition import shown_pictures
 from training.run.folder import RunFolder
 from training.sampling.generation import generate_images
 
@@ -61,6 +64,14 @@ class TrainingMetrics:
             self._plan = plan_metrics(config.names, self._reference, device=world.device, weights=config.weights)
         self.notes = report.notes(self._plan.skipped, self._plan.detectors)  # for the user
         self._scores: dict[str, dict[str, float]] = {name: {} for name in self._plan.metrics}  # by snapshot's file
+        self._condition: str | None = None
+        self._pictures: DatasetPictures | None = None
+
+    def condition_on(self, condition: Condition | None, dataset: ImageFolderDataset) -> None:
+        """Let networks that see an image see those of the data set, as many as are generated, of its classes."""
+        if condition is not None:
+            self._condition = str(condition)
+            self._pictures = shown_pictures(condition, dataset, min(self._config.num, len(dataset)))
 
     def prepare(self, encoder: Encoder, nimg: int) -> None:
         """Load what `encoder` decodes with, and take up the scores that were recorded until `nimg` images."""
@@ -112,6 +123,8 @@ class TrainingMetrics:
             seeds=range(c.num),
             max_batch_size=c.batch,
             world=self._world,
+            source=self._pictures,
+            condition=self._condition,
             num_steps=c.steps,
         )
 

@@ -16,10 +16,14 @@ from dnnlib.errors import ConfigError
 from torch_utils.distributed import World
 from torch_utils.precision import numerics
 from torch_utils.random_state import unchanged_random_state
+from training.condition.conditioning import Conditioning, conditioning_of
+from training.condition.source import RepeatedPictures
+from training.condition.spec import Condition
 from training.config import TrainingConfig
 from training.dataset import ImageFolderDataset
 from training.encoders import Encoder
 from training.presets import GENERATION
+from training.run.condition import shown_pictures
 from training.run.folder import RunFolder
 from training.run.samples_config import SamplesConfig
 from training.sampling.generation import generate_images
@@ -84,6 +88,13 @@ class RunSamples:
         self._std = ema_stds[0] if config.std is None else config.std
         self._folder = folder
         self._world = world
+        self._condition: Condition | None = None
+        self._dataset: ImageFolderDataset | None = None
+
+    def condition_on(self, condition: Condition | None, dataset: ImageFolderDataset) -> None:
+        """Let networks that see an image see those of the data set: one a row, shown on the left, and the original on
+        the right."""
+        self._condition, self._dataset = condition, dataset
 
     def prepare(self, encoder: Encoder) -> None:
         """Load what `encoder` decodes with. Raises ConfigError where that cannot be had."""
@@ -106,15 +117,34 @@ class RunSamples:
                 net = copy.deepcopy(ema).half()
         assert net is not None
         rows = grid_rows(self._config, net.label_dim)
-        images = self._images(net, encoder, rows)
+        conditioning = self._conditioning(net, rows)
+        images = self._images(net, encoder, rows, conditioning)
         path = self._folder.path / f"samples-{nimg // 1000:07d}.png"
         if self._world.is_main:
-            record = json.dumps({**self._record(rows, images.shape, nimg), "label_dim": net.label_dim})
-            write_sheet(path, images, num_columns=self._config.num, texts={TEXT_KEY: record})
+            about = {**self._record(rows, images.shape, nimg), "label_dim": net.label_dim}
+            columns = self._config.num
+            if conditioning is not None:
+                images, columns = _with_pictures(images, conditioning, len(rows)), columns + 2
+                about |= {"condition": str(self._condition), "pictures": ["input", "original"]}
+            write_sheet(path, images, num_columns=columns, texts={TEXT_KEY: json.dumps(about)})
         return path
 
-    def _images(self, net: torch.nn.Module, encoder: Encoder, rows: list[int | None]) -> np.ndarray:
+    def _conditioning(self, net: torch.nn.Module, rows: list[int | None]) -> Conditioning | None:
+        """What the network sees, a picture for each row; None for one that sees none."""
+        if self._condition is None:
+            return None
+        assert self._dataset is not None
+        pictures = shown_pictures(self._condition, self._dataset, len(rows), classes=rows)
+        return conditioning_of(net, str(self._condition), pictures, None, num_images=len(rows))
+
+    def _images(
+        self, net: torch.nn.Module, encoder: Encoder, rows: list[int | None], conditioning: Conditioning | None
+    ) -> np.ndarray:
         """All images, row by row, in every process: uint8 [N, C, H, W]."""
+        seen: dict[str, Any] = {}
+        if conditioning is not None:
+            repeated = RepeatedPictures(conditioning.pictures, self._config.num)
+            seen = {"source": repeated, "condition": str(self._condition)}
         classes = [row for row in rows if row is not None for _ in range(self._config.num)]
         own: list[tuple[np.ndarray, np.ndarray]] = []
         with unchanged_random_state(self._world.device), numerics(cudnn_benchmark=False):
@@ -126,6 +156,7 @@ class RunSamples:
                 max_batch_size=self._config.batch,
                 world=self._world,
                 num_steps=self._config.steps,
+                **seen,
             ):
                 if batch.images is not None:
                     own.append((batch.indices, batch.images.cpu().numpy()))
@@ -148,3 +179,11 @@ class RunSamples:
             "image": list(shape[1:]),  # channels, height, width
             "gap": SHEET_GAP,
         }
+
+
+def _with_pictures(images: np.ndarray, conditioning: Conditioning, num_rows: int) -> np.ndarray:
+    """The images [N, C, H, W] of a grid with what the network saw in front of each row, and the original behind."""
+    rows = images.reshape(num_rows, -1, *images.shape[1:])
+    inputs = np.stack([conditioning.shown(row) for row in range(num_rows)])[:, None]
+    originals = np.stack([conditioning.pictures.read(row).pixels for row in range(num_rows)])[:, None]
+    return np.concatenate([inputs, rows, originals], axis=1).reshape(-1, *images.shape[1:])

@@ -22,7 +22,9 @@ from torch_utils.distributed import World
 from torch_utils.host_copy import HostCopy, on_host
 from torch_utils.together import on_main
 from training.config import TrainingConfig
+from training.run.condition import recorded_condition
 from training.run.folder import RunFolder
+from training.run.labels import recorded_labels
 from training.run.state import TrainingState
 from training.snapshot import Snapshot, save_snapshot
 
@@ -221,7 +223,12 @@ class RunSaver:
             loss_fn=state.loss_fn,
             nimg=state.nimg,
             ema_std=std,
-            info={"batch": self._config.batch, "seed": self._config.seed},
+            info={
+                "batch": self._config.batch,
+                "seed": self._config.seed,
+                **recorded_condition(self._config),
+                **recorded_labels(self._config),
+            },
         )
 
 

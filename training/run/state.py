@@ -19,6 +19,8 @@ from training.latents import encoder_of, vae_encoder, vae_geometry
 from training.loss import EDM2Loss
 from training.networks_edm2 import Precond
 from training.phema import PowerFunctionEMA
+from training.run.condition import batch_condition, condition_of
+from training.run.labels import dropped
 from training.run.monitor import Monitor
 from training.run.replica import make_replica
 from training.run.sharding import gathered, hand_over_gradients, own_part, sharded_state, take_rows
@@ -53,13 +55,15 @@ class TrainingState:
         self.nimg = 0
         self.elapsed_sec = 0.0
         self.encoder = make_encoder(config, dataset) if encoder is None else encoder
+        self.condition = condition_of(config, dataset)
         self.sharded = config.shards_over(world.size)
         self.net = make_network(config, dataset).train().requires_grad_(True)
         if not self.sharded:
             self.net.to(world.device)
         self.left_fresh: list[str] = []  # tensors that --init had nothing fitting for
+        self.widened = False  # whether --init knew no conditioning image, so that it begins without a part in it
         if config.init is not None and not resumed:
-            self.left_fresh = copy_weights(config.init, self.net, partial=config.init_partial)
+            self.left_fresh, self.widened = copy_weights(config.init, self.net, partial=config.init_partial)
         self.loss_fn = EDM2Loss(P_mean=config.P_mean, P_std=config.P_std, sigma_data=self.net.sigma_data)
         self.replica = make_replica(self.net, config, world)
         self.part = own_part(self.net) if self.sharded else self.net  # what this process keeps, steps and averages
@@ -124,15 +128,21 @@ class TrainingState:
         latents = self.encoder.encode_latents(images, eps=eps)
         rnd_normal = self._noise.normal(start, share, (1, 1, 1), _SIGMA)
         unit_noise = self._noise.normal(start, share, tuple(latents.shape[1:]), _NOISE)
+        if self.config.label_dropout:
+            labels = dropped(labels, self._noise, start, self.config.label_dropout)
         if self.config.network.dropout:
             torch.manual_seed(derive_seed(self.config.seed, _DROPOUT, self.nimg, self.world.rank))
+        seen: list[dict[str, torch.Tensor]] = [{}] * num_rounds
+        if self.condition is not None:
+            images = batch_condition(self.condition, latents, self._noise, start, self.net.sigma_data)
+            seen = [{"cond_images": part} for part in images.chunk(num_rounds)]
 
         losses = []
         rounds = (t.chunk(num_rounds) for t in (latents, labels, rnd_normal, unit_noise))
         for index, (x, y, n, e) in enumerate(zip(*rounds, strict=True)):
-            self.monitor.see_inputs(x, y, rnd_normal=n, unit_noise=e)
+            self.monitor.see_inputs(x, y, rnd_normal=n, unit_noise=e, **seen[index])
             with self._gradients_later(index < num_rounds - 1):
-                loss = self.loss_fn(self.replica, x, y, rnd_normal=n, unit_noise=e)
+                loss = self.loss_fn(self.replica, x, y, rnd_normal=n, unit_noise=e, **seen[index])
                 (loss.sum() * (self.loss_scale.factor / share)).backward()
             losses.append(loss.detach())
         return torch.cat(losses)
@@ -248,10 +258,13 @@ def make_network(config: TrainingConfig, dataset: ImageFolderDataset) -> Precond
     """A network for the data set, initialized from the run's seed, on the CPU."""
     resolution, channels = network_shape(config, dataset)
     label_dim = dataset.label_dim if config.cond else 0
+    condition = condition_of(config, dataset)
+    cond_channels = 0 if condition is None else condition.channels(channels)
+    more: dict[str, Any] = {"cond_channels": cond_channels} if cond_channels else {}  # not noted where there are none
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         try:
-            return Precond(resolution, channels, label_dim, **config.network.arguments())
+            return Precond(resolution, channels, label_dim, **config.network.arguments(), **more)
         except ValueError as error:
             raise ConfigError(str(error)) from None
 
@@ -262,13 +275,25 @@ def check_network(config: TrainingConfig, dataset: ImageFolderDataset) -> None:
         make_network(config, dataset)
 
 
-def copy_weights(source: str, net: Precond, *, partial: bool) -> list[str]:
+def copy_weights(source: str, net: Precond, *, partial: bool) -> tuple[list[str], bool]:
     """Start `net` from the weights of the snapshot `source`; the names of the tensors that were left as they are.
 
-    Tensors that are missing there or differ in shape raise ConfigError, unless `partial` allows them to stay fresh.
+    Tensors that are missing there or differ in shape raise ConfigError, unless `partial` allows them to stay fresh. The
+    second item: whether the snapshot's network sees no conditioning image and `net` does. It begins with zeros as the
+    weights of these channels then, so that it computes what the snapshot's does: the norms of weights, by which they
+    are divided, stay as they were.
     """
-    theirs = load_snapshot(source).net.state_dict()
+    origin = load_snapshot(source).net
+    theirs = origin.state_dict()
     ours = net.state_dict()
+    stem = f"unet.enc.{next(iter(net.unet.enc))}.weight"
+    widened = bool(net.cond_channels) and not origin.cond_channels and stem in theirs
+    if widened:
+        known = theirs[stem]
+        more = ours[stem].shape[1] - known.shape[1]
+        widened = more == net.cond_channels
+        if widened:
+            theirs[stem] = torch.cat([known, known.new_zeros([known.shape[0], more, *known.shape[2:]])], dim=1)
     misfits = [name for name, value in ours.items() if name not in theirs or theirs[name].shape != value.shape]
     if misfits and not partial:
         listed = ", ".join(f"{n} {_shape(ours[n])} here, {_shape(theirs.get(n))} there" for n in misfits)
@@ -278,7 +303,7 @@ def copy_weights(source: str, net: Precond, *, partial: bool) -> list[str]:
     net.load_state_dict(
         {name: theirs[name].to(value) for name, value in ours.items() if name not in misfits}, strict=False
     )
-    return misfits
+    return misfits, widened
 
 
 def _shape(tensor: torch.Tensor | None) -> str:

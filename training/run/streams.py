@@ -5,7 +5,7 @@ noise it gets depend on p and the run's seed alone: not on the number of process
 rounds of accumulation, and not on whether the run was interrupted. There is no random state to save.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import numpy as np
@@ -64,7 +64,7 @@ class BatchPositions:
 
 
 class NoiseStream:
-    """Standard normal draws on `device` for every position of a run.
+    """Random draws on `device` for every position of a run.
 
     Draws for different `purpose` numbers are independent of each other.
     """
@@ -75,11 +75,20 @@ class NoiseStream:
         self._generator = torch.Generator(device)
 
     def normal(self, start: int, num: int, shape: tuple[int, ...], purpose: int) -> torch.Tensor:
-        """Draws for positions start .. start+num-1: float32 [num, *shape]."""
+        """Standard normal draws for positions start .. start+num-1: float32 [num, *shape]."""
+        return self._draw(torch.randn, start, num, shape, purpose)
+
+    def uniform(self, start: int, num: int, shape: tuple[int, ...], purpose: int) -> torch.Tensor:
+        """Likewise, evenly distributed in [0, 1)."""
+        return self._draw(torch.rand, start, num, shape, purpose)
+
+    def _draw(
+        self, draw: Callable[..., torch.Tensor], start: int, num: int, shape: tuple[int, ...], purpose: int
+    ) -> torch.Tensor:
         first_chunk, last_chunk = start // _CHUNK, (start + num - 1) // _CHUNK
         chunks = []
         for chunk in range(first_chunk, last_chunk + 1):
             self._generator.manual_seed(derive_seed(self._seed, purpose, chunk))
-            chunks.append(torch.randn([_CHUNK, *shape], generator=self._generator, device=self._device))
+            chunks.append(draw([_CHUNK, *shape], generator=self._generator, device=self._device))
         offset = start - first_chunk * _CHUNK
         return torch.cat(chunks)[offset : offset + num]

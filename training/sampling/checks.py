@@ -1,7 +1,7 @@
 """What can be asked of generation: checks of a request before anything is computed, and the classes it asks for."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from training.encoders import Encoder, StandardRGBEncoder
 from training.sampling.guidance import Guidance
 from training.sampling.png_files import require_png_channels
 from training.sampling.sampler import HeunOptions, choose_solver, edm_sampler
+from training.snapshot import label_dropout
 
 
 def image_size(net: Any) -> tuple[int, int]:
@@ -45,6 +46,26 @@ def require_matching_guide(net: Any, gnet: Any) -> None:
             f"the guide knows {gnet.label_dim} classes and the main network {net.label_dim}; "
             "a guide is unconditional or has the same classes"
         )
+    seen, guide_seen = (getattr(n, "cond_channels", 0) for n in (net, gnet))
+    if guide_seen not in (0, seen):
+        raise ConfigError(
+            f"the guide sees conditioning pictures of {guide_seen} channels and the main network of {seen}; "
+            "a guide sees the same ones or none"
+        )
+
+
+def require_label_dropout(label_dim: int, info: Mapping[str, Any] | None, name: Any, use: str) -> None:
+    """Raise ConfigError unless the network called `name`, with labels [N, label_dim], knows zeros, as `use` needs it.
+
+    `info`: what its file says; None where the caller made or loaded it, and knows how it was trained.
+    """
+    if label_dim == 0:
+        raise ConfigError(f"{use} leaves out labels, and the network has none to leave out; give a conditional network")
+    if info is not None and not label_dropout(info):
+        raise ConfigError(
+            f"{use} needs a network that knows images without labels, and {name} does not say that it was trained with"
+            " --label-dropout; train with --label-dropout=0.1, or use an unconditional network beside it"
+        )
 
 
 def require_writable_images(net: Any, encoder: Encoder | None) -> None:
@@ -76,9 +97,17 @@ def check_request(
         choose_solver(sampler_kwargs.get("solver", "heun"), options)
 
 
+def is_none(class_idx: Any) -> bool:
+    """Whether generate_images' `class_idx` asks for images without a class."""
+    return isinstance(class_idx, str) and class_idx == "none"
+
+
 def classes_per_seed(net: Any, seeds: list[int], class_idx: int | Sequence[int] | str | None) -> list[int] | None:
-    """The class of each seed, from generate_images' `class_idx`; None where the seeds draw it. Raises ConfigError."""
-    if class_idx is None:
+    """The class of each seed, from generate_images' `class_idx`; None where the seeds draw it, or none is wanted.
+
+    Raises ConfigError.
+    """
+    if class_idx is None or is_none(class_idx):
         return None
     if net.label_dim == 0:
         raise ConfigError("the network is unconditional and takes no class; leave the class out")

@@ -3,7 +3,7 @@
 Shape legend: N images, C channels, H x W pixels.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -50,9 +50,12 @@ def plan_files(
     *,
     net: Any,
     encoder: Any,
+    notes: Sequence[Mapping[str, Any]] | None = None,
     **made_from: Any,
 ) -> FilePlan:
     """Where the images go, and which of them can be left alone. `made_from`: the rest of `request_record`'s arguments.
+
+    `notes`: what else goes into the record of each image.
 
     With `skip_existing` all processes must call this: the first one looks, so that all know the same. Raises
     ConfigError in all of them where a file was made from something else.
@@ -62,6 +65,8 @@ def plan_files(
     records = [
         image_record(request, seed, None if classes is None else classes[index]) for index, seed in enumerate(seeds)
     ]
+    if notes is not None:
+        records = [{**record, **note} for record, note in zip(records, notes, strict=True)]
     there: list[int] = []
     if skip_existing:
         size = net.img_resolution if not isinstance(net.img_resolution, int) else (net.img_resolution,) * 2

@@ -17,12 +17,18 @@ import torch.distributed
 from dnnlib.errors import ConfigError
 from dnnlib.folders import make_folder, require_folder
 from torch_utils.distributed import World, resolve_device
+from training.condition.conditioning import (
+    Conditioning,
+    Source,
+    conditioning_of,
+    require_one_picture_per_seed,
+)
 from training.encoders import Encoder, StandardRGBEncoder
 from training.sampling.checks import (
     check_request,
     classes_per_seed,
     image_size,
-    require_matching_guide,
+    is_none,
     require_one_image_per_file,
     require_writable_images,
 )
@@ -30,15 +36,11 @@ from training.sampling.dealing import all_batches, deal_on_demand, remaining_bat
 from training.sampling.files import BatchFiles, FilePlan, plan_files
 from training.sampling.guidance import listed
 from training.sampling.image_decoder import DecoderOptions
+from training.sampling.loading import Prepare, load_networks, prepare_networks
 from training.sampling.pipeline import streams_of, two_stages
 from training.sampling.png_files import FAST, require_compression
 from training.sampling.sampler import StackedRandomGenerator, edm_sampler
-from training.snapshot import load_snapshot
 from training.snapshots.code import TrustCode
-
-# Makes a network that is ready to sample from out of one that was loaded, on the device given. It keeps img_channels,
-# img_resolution and label_dim. With `fixed_batch` true, it is always given batches of one size.
-Prepare = Callable[[Any, torch.device], Any]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -77,6 +79,7 @@ class GeneratedImages:
     subdirs: bool
     seeds: list[int]
     classes: list[int] | None  # per seed; None = drawn from the seed
+    unlabelled: bool  # whether a conditional network is given zeros for labels
     one_row_per_class: bool  # whether the seeds were dealt over all classes, the images of one class in succession
     batches: list[np.ndarray]  # positions in `seeds`, of this process; where dealt on demand, of all processes
     encoder_batch_size: int
@@ -87,6 +90,7 @@ class GeneratedImages:
     on_demand: bool  # whether a process takes the next batch when it is free
     files: FilePlan | None  # None: nothing is written
     full_batch: int  # images in the largest batch of any process
+    conditioning: Conditioning | None = None  # the pictures that the network sees, where it sees any
 
     @property
     def there(self) -> frozenset[int]:
@@ -124,12 +128,16 @@ class GeneratedImages:
             random = StackedRandomGenerator(self.device, [self.seeds[i] for i in rows])
             noise = random.randn([len(rows), self.net.img_channels, *image_size(self.net)])
             labels = self._labels(random, rows)
+            seen = {}
+            if self.conditioning is not None:
+                seen["cond_images"] = self.conditioning.images(rows, self.device)
             latents = self.sampler_fn(
                 net=self.net,
                 noise=noise,
                 labels=labels,
                 gnet=self.gnet,
                 randn_like=random.randn_like,
+                **seen,
                 **self.sampler_kwargs,
             )
             noise, labels, latents = (None if x is None else x[: len(seeds)] for x in (noise, labels, latents))
@@ -150,6 +158,8 @@ class GeneratedImages:
             return None
         # Drawn also where it is then overridden, so that the churn noise after it stays the same.
         chosen = random.randint(label_dim, size=[len(indices)])
+        if self.unlabelled:
+            return torch.zeros([len(indices), label_dim], device=self.device)
         if self.classes is not None:
             chosen = torch.tensor([self.classes[i] for i in indices])
             if self.device.type == "cuda":  # from pinned memory the copy does not wait for the work in flight
@@ -163,6 +173,8 @@ class GeneratedImages:
         images = None
         if latents is not None:
             images = torch.cat([self.encoder.decode(part) for part in latents.split(self.encoder_batch_size)])
+            if self.conditioning is not None:
+                images = self.conditioning.finish(images, sampled.indices)
         return ImageBatch(
             images=images,
             labels=sampled.labels,
@@ -185,7 +197,7 @@ def generate_images(
     outdir: str | os.PathLike[str] | None = None,
     subdirs: bool = False,
     seeds: Sequence[int] = range(16, 24),
-    class_idx: int | Sequence[int] | Literal["all"] | None = None,
+    class_idx: int | Sequence[int] | Literal["all", "none"] | None = None,
     max_batch_size: int = 32,
     encoder_batch_size: int = 4,
     verbose: bool = True,
@@ -199,14 +211,19 @@ def generate_images(
     on_demand: bool = False,
     decoder: DecoderOptions | None = None,
     png_compression: int = FAST,
+    source: Source | None = None,
+    masks: str | os.PathLike[str] | None = None,
+    condition: str | None = None,
     **sampler_kwargs: Any,
 ) -> GeneratedImages:
     """Check the request, load the networks, and return an iterable over this process's batches (`ImageBatch`).
 
     `net` and `gnet`: networks, or paths or URLs of snapshots; several guides as a list. A snapshot of `net` brings its
-    encoder, unless one is given; without either, images are grey or RGB. `class_idx`: one class for all, one per seed,
-    or 'all' (see `deal_classes`), instead of those that the seeds draw. `outdir` gets {seed:06d}.png, with `subdirs` in
-    folders of a thousand. `max_batch_size`: images at once per process; `encoder_batch_size`: decoded at once.
+    encoder, unless one is given; without either, images are grey or RGB. The guide 'self' is `net` without labels
+    (`WithoutLabels`); a snapshot must say that it was trained so, of a network the caller has to know. `class_idx`: one
+    class for all, one per seed, 'all' (see `deal_classes`), or 'none' (likewise without labels), instead of those that
+    the seeds draw. `outdir` gets {seed:06d}.png, with `subdirs` in folders of a thousand. `max_batch_size`: images at
+    once per process; `encoder_batch_size`: decoded at once.
     `device`: default the world's, else the best of this machine. `world`: which share of the batches is this process's;
     default torch.distributed's, if it is initialized. `trust_code`: see `load_snapshot`.
     `verbose` is accepted and prints nothing: progress is the caller's. Other keywords go to `sampler_fn`, which is
@@ -218,6 +235,11 @@ def generate_images(
     something else are refused. `on_demand`: a batch goes to whichever process is free, so that batch_idx, num_batches
     and the length count those of all processes, and a process sees some of them; every process must iterate.
     `decoder`: how latents are decoded; default: see DecoderOptions. `png_compression`: see `encode_png`.
+
+    `source`: the pictures for a network that is conditioned on such (docs/condition.md): a file, folder or ZIP file, or
+    an object with the methods of `training.condition.source.Pictures`; `masks`: what to fill, for one that inpaints.
+    The i-th seed gets the i-th picture, and after the last the first again; where `class_idx` is None, images have the
+    classes of pictures with such. `condition`: what the network was trained with, where it is no file that says so.
 
     Image i depends on seed i alone: a generator on the compute device, seeded with the seed modulo 2**32, draws the
     noise [C, H, W], then the class (whether used or not), then churn. Raises ConfigError before anything runs or is
@@ -234,11 +256,17 @@ def generate_images(
         raise ConfigError("--skip-existing looks for files in --outdir, and there is none; give both or neither")
     world = world if world is not None else _current_world(device)
     device = world.device if device is None else torch.device(device)
-    net, own_encoder = load_network(net, device, trust_code)
-    guides = [load_network(guide, device, trust_code)[0] for guide in guides]
+    unlabelled = is_none(class_idx)
+    net, guides, own_encoder, condition = load_networks(
+        net, guides, device, trust_code, unlabelled=unlabelled, condition=condition
+    )
     encoder = encoder or own_encoder or StandardRGBEncoder()
-    for guide in guides:
-        require_matching_guide(net, guide)
+    conditioning = conditioning_of(net, condition, source, masks, num_images=len(seeds))
+    if conditioning is not None and not isinstance(encoder, StandardRGBEncoder):
+        raise ConfigError("the network makes latents, and conditioning on pictures is for networks of pixels")
+    if conditioning is not None and class_idx is None and net.label_dim and conditioning.pictures.classes is not None:
+        known = conditioning.pictures.classes
+        class_idx = [known[conditioning.index_of(position)] for position in range(len(seeds))]
     if outdir is not None:
         require_writable_images(net, encoder)
     classes = classes_per_seed(net, seeds, class_idx)
@@ -247,14 +275,17 @@ def generate_images(
     files = None
     if outdir is not None:
         require_one_image_per_file(seeds, classes)
+        require_one_picture_per_seed(seeds, conditioning)
+        notes = None if conditioning is None else conditioning.notes(len(seeds))
         files = plan_files(
             Path(outdir), subdirs, seeds, classes, skip_existing, png_compression, world,
-            net=net, guides=guides, encoder=encoder, device=device, sampler_fn=sampler_fn,
-            sampler_kwargs=sampler_kwargs, more={**decoder_record, **getattr(prepare, "settings", {})},
+            net=net, guides=guides, encoder=encoder, notes=notes, device=device, sampler_fn=sampler_fn,
+            sampler_kwargs=sampler_kwargs,
+            more={**decoder_record, **getattr(prepare, "settings", {}), "class": "none" if unlabelled else None},
         )  # fmt: skip
         make_folder(Path(outdir))
     if prepare is not None:
-        net, *guides = (prepare(network, device) for network in (net, *guides))
+        net, *guides = prepare_networks(prepare, (net, *guides), device)
     batches = all_batches(len(seeds), max_batch_size, world.size)
     if files is not None and files.there:
         batches = remaining_batches(batches, sorted(files.there), max_batch_size, world.size)
@@ -266,6 +297,7 @@ def generate_images(
         subdirs=subdirs,
         seeds=seeds,
         classes=classes,
+        unlabelled=unlabelled,
         one_row_per_class=class_idx == "all",
         batches=batches if on_demand else batches[world.rank :: world.size],
         encoder_batch_size=encoder_batch_size,
@@ -276,15 +308,8 @@ def generate_images(
         on_demand=on_demand,
         files=files,
         full_batch=max(map(len, batches), default=0),
+        conditioning=conditioning,
     )
-
-
-def load_network(source: Any, device: torch.device, trust_code: TrustCode | None = None) -> tuple[Any, Encoder | None]:
-    """A network on `device`, ready to sample from, and its encoder: from a snapshot's path or URL, or as given."""
-    if isinstance(source, str | os.PathLike):
-        snapshot = load_snapshot(os.fspath(source), trust_code, device=device)
-        return snapshot.net, snapshot.encoder
-    return (source.to(device) if isinstance(source, torch.nn.Module) else source), None
 
 
 def _current_world(device: torch.device | str | None) -> World:

@@ -17,24 +17,61 @@ from dnnlib.errors import ConfigError
 from torch_utils.side_by_side import SideBySide
 from training.sampling.solvers import Denoiser
 
-# A network called as D = net(x, sigma, labels), with sigma a scalar tensor.
+# A network called as D = net(x, sigma, labels), with sigma a scalar tensor; one with cond_channels above 0 gets the
+# keyword cond_images, too.
 Network = Callable[..., torch.Tensor]
 
+# Called as a denoiser; gives the guide's denoised images and the main network's.
+Both = Callable[[torch.Tensor, float, float], Sequence[torch.Tensor]]
 
-def bind_labels(net: Network, labels: torch.Tensor | None) -> Denoiser:
+SELF = "self"  # in place of a guide's file: the main network itself, without labels
+
+
+def bind_labels(net: Network, labels: torch.Tensor | None, cond_images: torch.Tensor | None = None) -> Denoiser:
     """The denoiser of `net` for fixed `labels` [N, L]; its result has the type of the state x.
 
-    A network with a method `bind` (fast/inference_network.py) is given the labels once, here, and not with each
-    evaluation.
+    `cond_images` [N, K, H, W] go to networks that are conditioned on images. A network with a method `bind`
+    (fast/inference_network.py) is given both once, here, and not with each evaluation.
     """
-    bound = net.bind(labels) if hasattr(net, "bind") else None
+    seen = {"cond_images": cond_images} if getattr(net, "cond_channels", 0) else {}
+    bound = net.bind(labels, **seen) if hasattr(net, "bind") else None
 
     def denoise(x: torch.Tensor, sigma: float, step_sigma: float) -> torch.Tensor:
         # Filled on the device: no copy from the host, which would wait for all work in flight.
         level = torch.full((), sigma, dtype=x.dtype, device=x.device)
-        return (net(x, level, labels) if bound is None else bound(x, level)).to(x.dtype)
+        return (net(x, level, labels, **seen) if bound is None else bound(x, level)).to(x.dtype)
 
     return denoise
+
+
+class WithoutLabels:
+    """A conditional network that is told of no label, whatever it is given: zeros, as label dropout has shown them.
+
+    Called like `net`, and sharing its weights. As a guide of `net` itself this is classifier-free guidance with one
+    network (Ho and Salimans, arXiv 2207.12598).
+    """
+
+    def __init__(self, net: Any) -> None:
+        self.net = net
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "net":  # not there yet, as while it is copied
+            raise AttributeError(name)
+        return getattr(self.net, name)  # image size, channels and whatever else callers ask a network for
+
+    def __call__(
+        self, x: torch.Tensor, sigma: torch.Tensor | float, class_labels: torch.Tensor | None = None, **more: Any
+    ) -> torch.Tensor:
+        """The denoised images [N, C, H, W]. `more` goes to `net`."""
+        return self.bind(class_labels, **more)(x, sigma)
+
+    def bind(self, class_labels: torch.Tensor | None, **more: Any) -> Callable[..., torch.Tensor]:
+        """The denoiser D(x, sigma); `class_labels` [N, L] give the shape of the zeros."""
+        if hasattr(self.net, "bind"):
+            bound: Callable[..., torch.Tensor] = self.net.bind(None, **more)  # one row of zeros for all images
+            return bound
+        zeros = None if class_labels is None else torch.zeros_like(class_labels)
+        return lambda x, sigma: self.net(x, sigma, zeros, **more)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,29 +108,58 @@ class Guidance:
                 "each share must be 0 or above, and all together 1"
             )
 
+    def _shares(self) -> Sequence[float]:
+        return self.shares or [1 / max(self.num_guides, 1)] * self.num_guides
+
     def applies(self, step_sigma: float) -> bool:
         """Whether a step that sets out at this noise level of the schedule is guided."""
         low, high = self.interval or (0, math.inf)
         return self.weight != 1 and low < step_sigma <= high
 
-    def wrap(self, main: Denoiser, guides: Sequence[Denoiser]) -> Denoiser:
+    def denoiser(
+        self,
+        net: Network,
+        guides: Sequence[Network],
+        labels: torch.Tensor | None,
+        cond_images: torch.Tensor | None = None,
+    ) -> Denoiser:
+        """The guided denoiser of `net` for fixed `labels` [N, L] and `cond_images`, which go to the guides, too.
+
+        Where the one guide is `net` without labels, both are evaluated as one batch of 2N. A CPU does so for a single
+        image only: it is busy with more (benchmarks/self_guidance.py).
+        """
+        both = None
+        active = [guide for guide, share in zip(guides, self._shares(), strict=True) if share > 0]
+        if len(active) == 1 and isinstance(active[0], WithoutLabels) and active[0].net is net and labels is not None:
+            both = one_batch(net, labels, cond_images) if labels.device.type != "cpu" or len(labels) == 1 else None
+        bound = [bind_labels(network, labels, cond_images) for network in (net, *guides)]
+        return self.wrap(bound[0], bound[1:], both)
+
+    def wrap(self, main: Denoiser, guides: Sequence[Denoiser], both: Both | None = None) -> Denoiser:
         """The guided denoiser. A guide is called in guided steps only, and never if its share is 0; on a CUDA device
-        beside the main network, on a stream of its own.
+        beside the main network, on a stream of its own. `both` takes the place of the two calls in guided steps.
         """
         assert len(guides) == self.num_guides
         if self.weight == 1:
             return main
-        shares = self.shares or (1 / len(guides),) * len(guides)
-        active = [(guide, share) for guide, share in zip(guides, shares, strict=True) if share > 0]
+        active = [(guide, share) for guide, share in zip(guides, self._shares(), strict=True) if share > 0]
         guide = active[0][0] if len(active) == 1 else _weighted_sum(active)
-        both = SideBySide(guide, main)
+        both = SideBySide(guide, main) if both is None else both
 
         def denoise(x: torch.Tensor, sigma: float, step_sigma: float) -> torch.Tensor:
             if not self.applies(step_sigma):
                 return main(x, sigma, step_sigma)
-            return torch.lerp(*both(x, sigma, step_sigma), self.weight)
+            guided_by, denoised = both(x, sigma, step_sigma)
+            return torch.lerp(guided_by, denoised, self.weight)
 
         return denoise
+
+
+def one_batch(net: Network, labels: torch.Tensor, cond_images: torch.Tensor | None = None) -> Both:
+    """`net` without labels and with `labels` [N, L], evaluated together on 2N images."""
+    seen = None if cond_images is None else torch.cat([cond_images, cond_images])
+    denoise = bind_labels(net, torch.cat([torch.zeros_like(labels), labels]), seen)
+    return lambda x, sigma, step_sigma: denoise(torch.cat([x, x]), sigma, step_sigma).chunk(2)
 
 
 def listed(gnet: Any) -> list[Any]:

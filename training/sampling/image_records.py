@@ -18,6 +18,7 @@ import torch
 
 from dnnlib.errors import ConfigError
 from training.encoders import Encoder, StandardRGBEncoder
+from training.sampling.guidance import WithoutLabels
 from training.sampling.png_files import PngHead, read_png_head
 from training.sampling.sampler import edm_sampler
 from training.snapshots.parts import described
@@ -39,6 +40,8 @@ def network_digest(net: Any) -> str | None:
 
     It is the same for the file in either format. None for what is no torch module.
     """
+    if isinstance(net, WithoutLabels):
+        return f"{network_digest(net.net)} without labels"
     if not isinstance(net, torch.nn.Module):
         return None
     tensors = net.state_dict()

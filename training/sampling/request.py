@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from training.sampling.sampler import HeunOptions, choose_solver
 class SamplingRequest:
     """A network, its guides and the sampler's options. Raises ConfigError for what cannot work.
 
-    For use: `generate_images(request.net, request.gnets, ..., prepare=request.prepare(), **request.sampler_kwargs())`.
+    For use: `generate_images(request.net, request.gnets, ..., prepare=request.prepare(), **request.pictures(),
+    **request.sampler_kwargs())`.
     """
 
     net: str  # path or URL
@@ -32,12 +34,27 @@ class SamplingRequest:
     heun: HeunOptions = field(default_factory=HeunOptions)  # noise levels and churn, of every solver
     precision: Precision | None = None  # None = what the network's file says
     compile: bool = False
+    source: Path | None = None  # pictures for a network that is conditioned on such
+    masks: Path | None = None  # what is to be filled of these
     decoder: DecoderOptions = field(default_factory=DecoderOptions)  # of latents
     notes: tuple[str, ...] = ()  # what a user who gave these options should be told
 
     def __post_init__(self) -> None:
         choose_solver(self.solver, self.heun)
         Guidance(weight=self.guidance, num_guides=len(self.gnets), shares=self.shares, interval=self.interval)
+        for option, path in (("source", self.source), ("masks", self.masks)):
+            if path is not None and not path.exists():
+                raise ConfigError(
+                    f"--{option}={path} does not exist; give a picture, or a folder or ZIP file of pictures"
+                )
+        if self.masks is not None and self.source is None:
+            raise ConfigError(
+                f"--masks={self.masks} says what to fill of pictures, and there are none; add --source=PATH"
+            )
+
+    def pictures(self) -> dict[str, Any]:
+        """The keywords for `generate_images` of a network that is conditioned on pictures."""
+        return {"source": self.source, "masks": self.masks}
 
     def sampler_kwargs(self) -> dict[str, Any]:
         """The keywords for `edm_sampler`, apart from the networks, and for `generate_images` to pass on to it."""
@@ -70,6 +87,8 @@ def resolve_sampling(
     solver: str | None = None,
     precision: Precision | None = None,
     compile: bool = False,
+    source: Path | None = None,
+    masks: Path | None = None,
     decoder_precision: str | None = None,
     decoder_tile: int | None = None,
     **heun: float | None,
@@ -100,6 +119,8 @@ def resolve_sampling(
         solver="heun" if solver is None else solver,
         precision=precision,
         compile=compile,
+        source=source,
+        masks=masks,
         decoder=DecoderOptions(precision=decoder_precision or "auto", tile=decoder_tile),
         heun=HeunOptions(**{name: value for name, value in heun.items() if value is not None}),  # type: ignore[arg-type]
     )

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from dnnlib.errors import ConfigError
-from training.sampling.guidance import Guidance, Network, bind_labels, listed
+from training.sampling.guidance import Guidance, Network, listed
 from training.sampling.solvers import CHURNING, SOLVERS, Churn, Solver
 
 Noise = Callable[[torch.Tensor], torch.Tensor]  # standard normal numbers in the shape of its argument
@@ -84,15 +84,19 @@ def edm_sampler(
     interval: tuple[float, float] | None = None,
     shares: Sequence[float] | None = None,
     solver: str = "heun",
+    cond_images: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Turn `noise` [N, C, H, W] of unit variance into images [N, C, H, W] of type `dtype` (Algorithm 2).
 
-    `net` and the guides `gnet`, one or several, are called as D = net(x, sigma, labels); `labels` [N, L] go to all.
+    `net` and the guides `gnet`, one or several, are called as D = net(x, sigma, labels); `labels` [N, L] go to all. The
+    guide `WithoutLabels(net)` is the network itself without labels, for one that was trained with label dropout.
     With guidance 1 no guide is called. `interval` (low, high] restricts guidance to the steps that set out at these
     noise levels of the schedule; in the others no guide is called. `shares` split guidance among several guides; they
     add up to 1 and are equal by default. `solver`: heun (2 * num_steps - 1 evaluations), euler or dpmpp2m (num_steps
     each). `num_steps` = 1 gives D(sigma_max * noise, sigma_max), the mean of all images, since one Euler step to zero
-    is what remains. `randn_like` draws the churn. Raises ConfigError for values that cannot work.
+    is what remains. `randn_like` draws the churn. `cond_images` [N, K, H, W] go to those networks that are conditioned
+    on images (their attribute cond_channels is K), in a keyword of that name. Raises ConfigError for values that cannot
+    work.
     """
     options = HeunOptions(
         num_steps=num_steps,
@@ -112,8 +116,7 @@ def edm_sampler(
         shares=None if shares is None else tuple(shares),
         interval=interval,
     )
-    denoise = guided.wrap(bind_labels(net, labels), [bind_labels(guide, labels) for guide in guides])
-    return solve(denoise, options.sigmas(), noise.to(dtype))
+    return solve(guided.denoiser(net, guides, labels, cond_images), options.sigmas(), noise.to(dtype))
 
 
 def choose_solver(name: str, options: HeunOptions, randn_like: Noise = torch.randn_like) -> Solver:

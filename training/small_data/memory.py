@@ -54,6 +54,9 @@ def saved_bytes(state: TrainingState, num_images: int) -> int:
     images = torch.zeros([num_images, net.img_channels, net.img_resolution, net.img_resolution], device=device)
     labels = torch.zeros([num_images, net.label_dim], device=device)
     noise = torch.ones_like(images)
+    seen = {}
+    if net.cond_channels:
+        seen["cond_images"] = torch.zeros([num_images, net.cond_channels, *images.shape[2:]], device=device)
     sizes: dict[int, int] = {}
     kept = []  # so that no address is used twice
 
@@ -65,5 +68,5 @@ def saved_bytes(state: TrainingState, num_images: int) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        state.loss_fn(state.replica, images, labels, rnd_normal=noise[:, :1, :1, :1], unit_noise=noise)
+        state.loss_fn(state.replica, images, labels, rnd_normal=noise[:, :1, :1, :1], unit_noise=noise, **seen)
     return sum(sizes.values())

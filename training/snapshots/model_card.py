@@ -9,7 +9,7 @@ from typing import Any
 
 from dnnlib.errors import ConfigError
 from training.encoders import StabilityVAEEncoder
-from training.snapshot import Snapshot
+from training.snapshot import Snapshot, label_dropout
 from training.snapshots.parts import network_arguments
 
 PUBLISHED_LICENCE = "cc-by-nc-sa-4.0"
@@ -87,6 +87,17 @@ def _summary(snapshot: Snapshot) -> str:
 def _usage(snapshot: Snapshot, name: str) -> str:
     labels = "class_labels=[0], " if snapshot.net.label_dim else ""
     chosen = " --class=0" if snapshot.net.label_dim else ""
+    both = ""
+    if snapshot.net.label_dim and label_dropout(snapshot.info):
+        both = (
+            f"\n\nIt learned a share of {label_dropout(snapshot.info):g} of the images without labels. So it also makes"
+            " images of no chosen class (`--class=none`), and guides itself (`--gnet=self --guidance=1.5`; in the"
+            ' pipeline `guide="self"`, `guidance_scale=1.5`).'
+        )
+    if snapshot.net.cond_channels:
+        masked = str(snapshot.info.get("condition")).startswith("inpaint")
+        labels += 'image="pictures", ' + ('mask_image="masks", ' if masked else "")
+        chosen += " --source=pictures" + (" --masks=masks" if masked else "")
     return (
         "## Use\n\n"
         "```python\n"
@@ -96,7 +107,7 @@ def _usage(snapshot: Snapshot, name: str) -> str:
         f"image = pipe({labels}generator=torch.Generator().manual_seed(0)).images[0]\n"
         "```\n\n"
         f"```\npython generate_images.py --net={name} --seeds=0{chosen} --outdir=out\n```\n\n"
-        "Both make the same image, on the same kind of device: generators of CPUs and GPUs differ."
+        "Both make the same image, on the same kind of device: generators of CPUs and GPUs differ." + both
     )
 
 

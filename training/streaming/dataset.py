@@ -18,6 +18,7 @@ from dnnlib.errors import ConfigError
 from training.data.files import ZipFiles
 from training.data.items import CONVERT_HINT, ItemDecoder, is_item
 from training.dataset import ImageFolderDataset, ItemDetails
+from training.run.balance import BalancedOrder
 from training.run.streams import DataOrder, Order
 from training.streaming.cache import ReadAhead, ShardCache
 from training.streaming.index import ShardIndex, index_shards, load_table, read_first, require_alike
@@ -110,6 +111,11 @@ class StreamedDataset(ImageFolderDataset):
             image = self._load(raw_idx)
             np.copyto(place, image[:, :, ::-1] if mirrored else image)
         return out, self._labels(np.asarray(indices, dtype=np.int64))
+
+    def item_labels(self) -> np.ndarray:
+        """The label of every item, as stored; as in the base class."""
+        assert self._raw_labels is not None
+        return np.concatenate([self._raw_labels] * self.copies)
 
     def get_details(self, idx: int) -> ItemDetails:
         """Which stored image item `idx` is, whether it is mirrored, and its label as stored."""
@@ -232,8 +238,15 @@ class StreamedDataset(ImageFolderDataset):
 
 
 @contextmanager
-def data_order(dataset: ImageFolderDataset, seed: int) -> Iterator[Order]:
-    """The order in which a run reads `dataset`. While it lasts, shards that are needed soon are fetched beside it."""
+def data_order(dataset: ImageFolderDataset, seed: int, *, balance: bool = False) -> Iterator[Order]:
+    """The order in which a run reads `dataset`. While it lasts, shards that are needed soon are fetched beside it.
+
+    With `balance`, every class comes equally often, for which all images have to be at hand.
+    """
+    if balance:
+        assert not isinstance(dataset, StreamedDataset)
+        yield BalancedOrder(dataset.item_labels(), seed)
+        return
     if not isinstance(dataset, StreamedDataset):
         yield DataOrder(len(dataset), seed)
         return
