@@ -43,6 +43,10 @@ from training.run.samples import check_samples, preferred_std
 from training.run.samples_config import SamplesConfig
 from training.run.sessions import record_session
 from training.run.state import check_network, network_shape
+from training.small_data.estimate import estimate
+from training.small_data.plan import PRESET as SMALL
+from training.small_data.plan import Plan, make_plan
+from training.small_data.table import describe_estimate, describe_plan
 from training.streaming.remote import is_remote
 from training.training_loop import (
     Cause,
@@ -107,7 +111,13 @@ class Log:
 )
 @click.option("--data", metavar="ZIP|DIR|URL", help="The data set  [required, unless the preset brings one]")
 @click.option("--cond", metavar="BOOL", type=bool, help="Train a class-conditional model  [default: True]")
-@click.option("--preset", metavar="STR", default="edm2-img512-s", show_default=True, help="Configuration to start from")
+@click.option(
+    "--preset",
+    metavar="STR",
+    default="edm2-img512-s",
+    show_default=True,
+    help="Configuration to start from; small = by the data",
+)
 @click.option("--duration", metavar="NIMG", type=NIMG, help="Training duration")
 @click.option("--batch", metavar="NIMG", type=NIMG, help="Total batch size, over all processes")
 @click.option("--channels", metavar="INT", type=int, help="Width of the network's first level")
@@ -173,9 +183,14 @@ def train_edm2(
     \b
     # A small network on the shipped data, on whatever this machine has
     python train_edm2.py --outdir=training-runs/fashion --preset=fashion
+
+    \b
+    # Own pictures, with options chosen by the data and printed with their reasons
+    python train_edm2.py --outdir=training-runs/mine --data=datasets/mine.zip --preset=small
     """
     check_loggers(log_names)
-    config = configure(preset, options)
+    plan = plan_for(preset, options)
+    config = configure(preset, options, base=None if plan is None else plan.config)
     dataset = open_dataset(config)
     resolution, _ = network_shape(config, dataset)
     config = dataclasses.replace(config, network=config.network.fitted_to(resolution))
@@ -189,6 +204,10 @@ def train_edm2(
     folder.check(config, allow_changes=allow_changes)
     if dry_run:
         click.echo(_describe(config, folder, dataset))
+        if plan is not None:
+            click.echo(describe_plan(plan, config))
+            measured = estimate(config, dataset, distributed.resolve_device(device), num_ranks)
+            click.echo(describe_estimate(measured))
         click.echo("Dry run; exiting.")
         return 0
 
@@ -213,15 +232,32 @@ def train_edm2(
             on_main(world, functools.partial(loggers.begin, nimg=nimg))
             log = Log(folder, is_main=world.is_main, patient=config.on_disk_full == "wait", loggers=loggers)
             log.say(_describe(config, folder, dataset))
+            if plan is not None and world.is_main and nimg < config.duration:
+                log.say(describe_plan(plan, config))
+                log.say(describe_estimate(estimate(config, dataset, world.device, world.size), nimg=nimg))
             note = precision_note(config.network.precision, world.device)
             if note is not None:
                 log.say(note)
             return _train(run, log)
 
 
-def configure(preset: str, options: dict[str, Any]) -> TrainingConfig:
-    """The preset with every option that was given put in its place. Raises ConfigError for values that cannot work."""
-    base = training_preset(preset)
+def plan_for(preset: str, options: dict[str, Any]) -> Plan | None:
+    """What --preset=small chooses for the data set; None for another preset, which is a row. Raises ConfigError."""
+    if preset != SMALL:
+        return None
+    if not options["data"]:
+        raise ConfigError(f"--data is missing; --preset={SMALL} chooses by the data set")
+    vae = (options["model_url"] or PUBLISHED_VAE) if options["encode_on_the_fly"] else None
+    given = {name: options[name] for name in ("data", "cond", "xflip", "duration", "data_cache", "data_cache_size")}
+    return make_plan(vae=vae, **given)
+
+
+def configure(preset: str, options: dict[str, Any], base: TrainingConfig | None = None) -> TrainingConfig:
+    """The preset with every option that was given put in its place. Raises ConfigError for values that cannot work.
+
+    `base` stands for the preset where it is no row of the table.
+    """
+    base = training_preset(preset) if base is None else base
     metrics, samples = given_metrics(options), given_samples(options)
     take_fp16(options)
     encode, vae = options.pop("encode_on_the_fly"), options.pop("model_url")

@@ -43,6 +43,11 @@ def pictures(path: Path) -> None:
     write_dataset(path, num=12, size=32)
 
 
+def larger_pictures(path: Path) -> None:
+    """A data set of colour pictures of 32x32."""
+    write_dataset(path, num=12, size=32)
+
+
 def latents(path: Path) -> None:
     """A data set of raw latents, as the published VAE makes them."""
     write_dataset(path, num=40, channels=8)
@@ -169,6 +174,7 @@ FILES: dict[str, Callable[[Path], None]] = {
     r"models/fashion(-guide)?\.safetensors": shipped_network,
     r"tiny/pictures\.zip": small_pictures,
     r"((datasets|shared)/)?[\w-]+-(sd|z)\.zip": latents,
+    r"datasets/mine\.zip": larger_pictures,
     r"(datasets/)?[\w-]+\.zip": pictures,
     r"imagenet/train|photos|my-pictures": photographs,
     r"cifar-10-python\.tar\.gz": cifar,

@@ -42,6 +42,9 @@ RULES = [
     Rule(of=r"dataset_tool\.py decode", put="--model-url=./my-vae"),
     Rule(of=r"dataset_tool\.py inspect"),
     Rule(of=r"train_edm2\.py(?!.*--init)", put=_TINY_RUN, instead="--batch-gpu=128"),
+    # The preset for small data takes 32x32 pixels and more.
+    Rule(of=r"dataset_tool\.py convert.*mine\.zip", put="--resolution=32x32"),
+    Rule(of=r"train_edm2\.py.*--preset=small", put="--batch=8 --duration=16 --snapshot=8 --attn-resolutions=16"),
     Rule(of=r"train_edm2\.py.*--preset=fashion(?!.*(--init|--data))", put="--data=tiny/pictures.zip"),
     Rule(of=r"train_edm2\.py.*--encode-on-the-fly", put="--batch=4 --duration=8 --snapshot=0 --attn-resolutions=8"),
     Rule(of=r"train_edm2\.py.*--init", put="--batch=4 --duration=8"),

@@ -58,7 +58,7 @@ __all__ = [
 ]
 
 # Data sets whose decoded items take no more than this are kept in memory where this process reads them itself.
-_CACHE_BYTES = 512 << 20
+CACHE_BYTES = 512 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +105,7 @@ def open_dataset(config: TrainingConfig) -> ImageFolderDataset:
     make_encoder(config, dataset)
     condition_of(config, dataset)
     item_bytes = dataset.num_channels * dataset.resolution**2 * (4 if dataset.holds_latents else 1)
-    if config.workers == 0 and len(dataset) * item_bytes <= _CACHE_BYTES:
+    if config.workers == 0 and len(dataset) * item_bytes <= CACHE_BYTES:
         dataset.keep_items()
     return dataset
 

@@ -1,0 +1,1 @@
+"""What `--preset=small` chooses for a small data set, and what the run will take."""
