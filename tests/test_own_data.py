@@ -163,7 +163,7 @@ def test_the_chain_of_the_page_runs_as_it_is_written(tmp_path, monkeypatch, caps
     for name in ("emoji-data.png", "emoji-nearest.png", "emoji-ema.png", "emoji-guidance.png", "emoji.png"):
         PIL.Image.open(tmp_path / "out" / name).verify()
     assert "9 generated pictures: distance to the nearest training picture" in text
-    assert len(re.findall(r"^fd_efflite0 +12 +[0-9.]+$", text, re.MULTILINE)) == 3  # before, after, real ones
+    assert len(re.findall(r"^fd_efflite0 +12 +[0-9.]+$", text, re.MULTILINE)) == 4  # before, after, real ones twice
 
 
 def test_the_page_names_files_that_the_chain_makes():

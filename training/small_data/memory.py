@@ -51,12 +51,14 @@ def saved_bytes(state: TrainingState, num_images: int) -> int:
     the parameters.
     """
     net, device = state.net, state.world.device
-    images = torch.zeros([num_images, net.img_channels, net.img_resolution, net.img_resolution], device=device)
+    size = net.img_resolution
+    height, width = (size, size) if isinstance(size, int) else size
+    images = torch.zeros([num_images, net.img_channels, height, width], device=device)
     labels = torch.zeros([num_images, net.label_dim], device=device)
     noise = torch.ones_like(images)
     seen = {}
     if net.cond_channels:
-        seen["cond_images"] = torch.zeros([num_images, net.cond_channels, *images.shape[2:]], device=device)
+        seen["cond_images"] = torch.zeros([num_images, net.cond_channels, height, width], device=device)
     sizes: dict[int, int] = {}
     kept = []  # so that no address is used twice
 
