@@ -1,5 +1,6 @@
 # make env     a virtual environment in .venv with what the tests ran with
-# make check   lint, format and types
+# make check   lint, format, types and the documentation's links
+# make docs    the documentation as a site, in out/site; make docs SERVE=1 shows it in a browser while you write
 # make test    env, check, then the whole suite
 # make faults  the long fault suite: a hundred kills and what else may befall a run, with counts; about half an hour
 # make demo    pictures from the shipped network, then from one trained here in about two minutes, in out/demo
@@ -18,7 +19,10 @@ BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 RUN := $(BIN)/python
 DEMO := out/demo
 
-.PHONY: help env check test faults demo clean
+# The theme tells of its successor at every build.
+export NO_MKDOCS_2_WARNING := 1
+
+.PHONY: help env check docs test faults demo clean
 .DELETE_ON_ERROR:
 
 help:
@@ -39,6 +43,11 @@ check: env
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	$(RUN) -m mkdocs build --strict
+
+docs: env
+	$(RUN) -m mkdocs $(if $(SERVE),serve,build --strict)
+	@echo "out/site/index.html"
 
 # One worker per core; tests/conftest.py holds each to one thread.
 test: check

@@ -8,8 +8,10 @@ import torch
 
 from tests import oracle
 from tests.test_fast_network import SMALL, small_network, worst
+from torch_utils.static_call import StaticCall, record_plainly
 from training.fast.inference_network import InferencePrecond
 from training.fast.network import FastPrecond
+from training.fast.prepare import PrepareNetwork
 from training.flops import count_flops, network_of
 from training.loss import EDM2Loss
 from training.networks_edm2 import Precond
@@ -180,8 +182,30 @@ def test_guides_see_the_same_image_or_none():
     torch.testing.assert_close(same, alone, rtol=1e-4, atol=1e-4)
 
 
-def test_published_files_are_still_read_by_their_own_source():
-    """Of networks from before there was an attribute for it, the class has one."""
+def test_networks_from_before_there_was_such_an_image_see_none():
     path = Path(__file__).parent / "golden" / "snapshots" / "rgb-cond.pkl"
     net = load_snapshot(path).net
     assert net.cond_channels == 0 and net.unet.cond_channels == 0 and "cond_channels" not in net.__dict__
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_recorded_network_sees_the_images_of_each_batch():
+    device = torch.device("cuda")
+    net = small_network(cond_channels=3).eval().to(device)
+    recorded = PrepareNetwork(precision="fp32")(net, device)
+    data = {name: value.to(device) for name, value in data_for(net).items() if value is not None}
+    for seen in (data["cond_images"], -data["cond_images"]):  # the second replays what the first recorded
+        options = {"labels": data["labels"], "num_steps": 3, "cond_images": seen}
+        with torch.no_grad():
+            expected = edm_sampler(net, data["unit_noise"], **options)
+        torch.testing.assert_close(edm_sampler(recorded, data["unit_noise"], **options), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_recorded_call_takes_the_images_of_each_batch():
+    """The same without a GPU, where the call itself stands for the recording."""
+    net = small_network(cond_channels=3).eval()
+    recorded = InferencePrecond(net, through=lambda call: StaticCall(call, record_plainly))
+    data = data_for(net)
+    for seen in (data["cond_images"], -data["cond_images"]):
+        expected = bind_labels(InferencePrecond(net), data["labels"], seen)(data["images"], 2.0, 2.0)
+        assert torch.equal(bind_labels(recorded, data["labels"], seen)(data["images"], 2.0, 2.0), expected)
