@@ -37,6 +37,7 @@ env: .venv/.stamp
 	@$(RUN) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo "Making .venv"; $(PYTHON) -m venv --clear .venv; }
 	@echo "Installing what constraints.txt lists into .venv"
 	@$(RUN) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --constraint constraints.txt --editable '.[dev]'
+	@$(RUN) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --constraint constraints.txt --no-deps gradio
 	@touch $@
 
 check: env

@@ -74,7 +74,7 @@ NOT_RUN = {
     r"^(pip|\S*python -m pip) ": "installs packages",
     r"^docker ": "needs docker",
     r"^rclone ": "fetches gigabytes",
-    r"^python explore\.py": "a server that runs until it is stopped; tests/test_explore_page.py starts it",
+    r"^python explore\.py": "a server that runs until it is stopped; tests/test_explore_page.py runs it, in a browser",
     r"^tensorboard ": "a server that runs until it is stopped",
     r"^(OMP_NUM_THREADS=1 )?python (-m benchmarks\.|benchmarks/)": "minutes; benchmarks are no tests",
     r"^python -m http\.server": "a server that runs until it is stopped",
