@@ -7,6 +7,7 @@ from typing import Any
 
 from dnnlib.errors import ConfigError
 
+_MAX_VISITORS = 1024  # of whom is known when they last asked for something
 _INTERVAL_SEC = 0.15  # between two records that a page is given; the last one does not wait
 
 
@@ -104,6 +105,7 @@ class Jobs:
         self._changed = threading.Condition()
         self._waiting: list[Job] = []
         self._running: Job | None = None
+        self._asked: dict[str, float] = {}  # when each visitor last asked for something, the newest ones last
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="explorer", daemon=True)
         self._thread.start()
@@ -118,6 +120,21 @@ class Jobs:
             self._waiting.append(job)
             self._changed.notify_all()
         return job
+
+    def make_way(self, visitor: str, asked: float) -> bool:
+        """End the visitor's job for something that was asked for at the time `asked`, by the visitor's own clock.
+
+        False, and nothing is done, where something newer was asked for already.
+        """
+        with self._changed:
+            if asked < self._asked.get(visitor, asked):
+                return False
+            self._asked.pop(visitor, None)
+            self._asked[visitor] = asked
+            if len(self._asked) > _MAX_VISITORS:
+                del self._asked[next(iter(self._asked))]
+            self._stop(visitor, replaced=True)
+            return True
 
     def stop(self, visitor: str, *, replaced: bool = False) -> None:
         """End the job of a visitor, if there is one."""

@@ -25,6 +25,8 @@ _WELCOME = "Loading the network"
 _NUM_HANDLERS = 32
 _QUEUE = 64
 _QUIETLY: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+# The first value is the time at which the page read the others, which tells newer requests from older ones.
+_STAMPED = "(_, ...values) => [Date.now(), ...values]"
 
 
 class Page:
@@ -45,6 +47,7 @@ class Page:
                 with gr.Row(elem_id="actions"):
                     self._go = gr.Button("Generate", variant="primary", elem_id="go", min_width=90)
                     self._cancel = gr.Button("Cancel", elem_id="cancel", min_width=90)
+                self._stamp = gr.Number(0, visible=False)
                 self._live = gr.Checkbox(True, label="Follow every change at once", elem_id="live", container=False)
                 with gr.Row():
                     self._seed = _slider(0, 9999, 0, "Seed", "first_seed")
@@ -76,20 +79,28 @@ class Page:
 
     def _connect(self) -> None:
         """Touching a control ends the visitor's running work, and then asks for new pictures with the newest values."""
-        inputs = [self._active, self._seed, self._count, self._image, self._frames, *self._a.values, *self._b.values]
+        inputs = [
+            self._stamp,
+            self._live,
+            self._active,
+            self._seed,
+            self._count,
+            self._image,
+            self._frames,
+            *self._a.values,
+            *self._b.values,
+        ]
         outputs = [self._status, *self._views]
-        work: dict[str, Any] = {**_QUIETLY, "outputs": outputs, "trigger_mode": "always_last"}
+        work: dict[str, Any] = {**_QUIETLY, "outputs": outputs, "trigger_mode": "always_last", "js": _STAMPED}
 
         def follow(event: Any) -> None:
-            event.then(self._touched, self._live, None, **AT_ONCE).then(
-                self._follow_change, [self._live, *inputs], **work
-            )
+            event.then(self._touched, self._live, None, **AT_ONCE).then(self._follow_change, inputs, **work)
 
         panels = (self._a, self._b)
         plain = [self._seed, self._count, self._image, self._frames, *self._a.plain, *self._b.plain]
         plain += [control for panel in panels for control in (panel.guide, panel.limited)]
         gr.on([control.input for control in plain], self._touched, self._live, None, **AT_ONCE).then(
-            self._follow_change, [self._live, *inputs], **work
+            self._follow_change, inputs, **work
         )
         for panel in panels:
             follow(panel.net.input(self._look, panel.net, [panel.facts, panel.ema, panel.class_idx], **AT_ONCE))
@@ -122,14 +133,19 @@ class Page:
         facts, ema, class_idx = self._look(net)
         return facts, net, {**ema, "value": length}, {**class_idx, "value": chosen}, *others
 
-    def _follow_change(self, request: gr.Request, live: bool, *values: Any) -> Iterator[dict[Any, Any]]:
+    def _follow_change(self, request: gr.Request, stamp: float, live: bool, *values: Any) -> Iterator[dict[Any, Any]]:
         if live:
-            yield from self._refresh(request, *values)
+            yield from self._refresh(request, stamp, live, *values)
         else:
             yield {self._status: show.status("Something else is chosen now; Generate makes its pictures")}
 
-    def _refresh(self, request: gr.Request, active: str, *values: Any) -> Iterator[dict[Any, Any]]:
+    def _refresh(
+        self, request: gr.Request, stamp: float, live: bool, active: str, *values: Any
+    ) -> Iterator[dict[Any, Any]]:
         """The pictures of the open tab, and how far they are, until they are there. Every mistake is a line of text."""
+        # Requests may overtake each other. What runs for older values ends here, also where these are a mistake.
+        if not self._jobs.make_way(_visitor(request), stamp):
+            return
         try:
             begun = time.monotonic()
             for record in self._jobs.submit(_visitor(request), self._work(active, *values)).follow():

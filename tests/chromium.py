@@ -78,12 +78,20 @@ class Browser:
         self._pointer([self._point(selector, (share, 0.5)) for share in shares])
 
     def type(self, selector: str, text: str) -> None:
-        """Click into an input, replace what it holds by `text`, press Enter, and leave it."""
+        """Click into an input, replace what it holds by `text`, press Enter, and leave it. Where the input proposes
+        something, Enter waits until that fits what was typed, as a user would.
+        """
         self.click(selector)
         self.run("document.querySelector(arguments[0]).select()", selector)
-        keys = [{"type": kind, "value": key} for key in [*text, "\ue007"] for kind in ("keyDown", "keyUp")]
-        self._call("POST", "actions", {"actions": [{"type": "key", "id": "keyboard", "actions": keys}]})
+        self._press(text)
+        fits = "option => option.innerText.toLowerCase().includes(arguments[0].toLowerCase())"
+        self.wait(f"[...document.querySelectorAll('[role=option]')].every({fits})", text)
+        self._press("\ue007")
         self.run("document.activeElement.blur()")
+
+    def _press(self, keys: str) -> None:
+        strokes = [{"type": kind, "value": key} for key in keys for kind in ("keyDown", "keyUp")]
+        self._call("POST", "actions", {"actions": [{"type": "key", "id": "keyboard", "actions": strokes}]})
 
     def devtools(self, command: str, **params: Any) -> Any:
         """A command of the DevTools protocol."""

@@ -106,3 +106,15 @@ def test_a_page_that_is_left_stops_its_job(jobs):
     followed.close()
     work.go.set()
     assert work.ended.wait(60) and work.given <= 2
+
+
+def test_what_was_asked_for_earlier_does_not_replace_what_was_asked_for_later(jobs):
+    work = Work(count=100)
+    assert jobs.make_way("me", 2.0)
+    job = jobs.submit("me", work)
+    assert work.begun.wait(60)
+    assert not jobs.make_way("me", 1.0) and not job._is_stopped()
+    assert jobs.make_way("you", 1.0) and not job._is_stopped()
+    assert jobs.make_way("me", 2.0) and job._is_stopped()  # at the same time: the one that arrives later
+    work.go.set()
+    assert list(job.follow())[-1] == Stopped(replaced=True)
