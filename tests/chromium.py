@@ -69,8 +69,20 @@ class Browser:
         self._call("DELETE", "window")
 
     def click(self, selector: str, *, at: tuple[float, float] = (0.5, 0.5)) -> None:
-        """Press and release the mouse on the first element that is found, at these shares of its width and height."""
-        self._pointer([self._point(selector, at)])
+        """Press and release the mouse on the first element that is found, at these shares of its width and height.
+
+        Where the page has moved it away meanwhile, this is tried again.
+        """
+        listen = """
+        window.pressed = false;
+        const heard = event => { window.pressed = true; };
+        document.querySelector(arguments[0]).addEventListener('pointerdown', heard, {once: true, capture: true});"""
+        for _ in range(10):
+            self.run(listen, selector)
+            self._pointer([self._point(selector, at)])
+            if self.run("return window.pressed"):
+                return
+        raise AssertionError(f"{selector} cannot be clicked")
 
     def drag(self, selector: str, start: float, end: float, *, num_moves: int = 5) -> None:
         """Press at the share `start` of an element's width, move to `end` in some moves, and release."""
@@ -114,13 +126,16 @@ class Browser:
         return base64.b64decode(self.devtools("Page.printToPDF", printBackground=True, preferCSSPageSize=True)["data"])
 
     def _point(self, selector: str, at: tuple[float, float]) -> tuple[int, int]:
-        """Where in the window a share of an element is, after scrolling there."""
-        script = """
-        const found = document.querySelector(arguments[0]);
-        found.scrollIntoView({block: 'center', behavior: 'instant'});
-        const box = found.getBoundingClientRect();
-        return [box.left, box.top, box.width, box.height];"""
-        left, top, width, height = self.run(script, selector)
+        """Where in the window a share of an element is, after scrolling there, once it has come to rest."""
+        still = """(() => {
+            const found = document.querySelector(arguments[0]);
+            found.scrollIntoView({block: 'center', behavior: 'instant'});
+            const {left, top, width, height} = found.getBoundingClientRect();
+            const box = [left, top, width, height], before = window.lastBox;
+            window.lastBox = box;
+            return width > 0 && String(before) === String(box) && box;
+        })()"""
+        left, top, width, height = self.wait(still, selector)
         return round(left + at[0] * width), round(top + at[1] * height)
 
     def _pointer(self, points: list[tuple[int, int]]) -> None:
