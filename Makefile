@@ -31,14 +31,13 @@ help:
 env: .venv/.stamp
 
 # The stamp is written last, so that an interrupted installation is taken up again.
-# Byte code is left to be made when a module is first imported: half of the time, since most modules never are.
 .venv/.stamp: pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "make env: no $(PYTHON) here; install Python 3.11 or newer, or name one: make env PYTHON=..." >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else "make env: $(PYTHON) is Python %d.%d, and 3.11 or newer is needed; name one: make env PYTHON=python3.11" % v[:2])'
 	@$(RUN) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo "Making .venv"; $(PYTHON) -m venv --clear .venv; }
 	@echo "Installing what constraints.txt lists into .venv"
-	@$(RUN) -m pip install --quiet --no-compile --disable-pip-version-check $(PIP_ARGS) --constraint constraints.txt --editable '.[dev]'
-	@$(RUN) -m pip install --quiet --no-compile --disable-pip-version-check $(PIP_ARGS) --constraint constraints.txt --no-deps gradio
+	@$(RUN) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --constraint constraints.txt --editable '.[dev]'
+	@$(RUN) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --constraint constraints.txt --no-deps gradio
 	@touch $@
 
 check: env
