@@ -30,6 +30,7 @@ from dnnlib.cli import main
 from tests.oracle import PlainPrecond, PlainTrainer, plain_loss
 from torch_utils.distributed import World, resolve_device
 from torch_utils.precision import Precision, compute_dtype, numerics
+from torch_utils.saved_tensors import saved_bytes
 from training.config import NetworkConfig, TrainingConfig
 from training.flops import count_flops
 from training.presets import locate, training_preset
@@ -124,23 +125,6 @@ def wait(device: torch.device) -> None:
     """Until the device has done all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
-
-
-def saved_bytes(step: Callable[[], Any]) -> int:
-    """The bytes of all tensors that a step keeps for its backward pass, parameters left out, each counted once."""
-    sizes: dict[int, int] = {}
-    kept = []  # so that no address is used twice
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if not isinstance(tensor, torch.nn.Parameter):
-            storage = tensor.untyped_storage()
-            sizes[storage.data_ptr()] = storage.nbytes()
-            kept.append(tensor.detach())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        step()
-    return sum(sizes.values())
 
 
 def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:

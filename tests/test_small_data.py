@@ -19,7 +19,7 @@ from training.flops import count_flops
 from training.latents import PUBLISHED_VAE
 from training.run.state import TrainingState
 from training.small_data.estimate import Estimate, Speed, estimate
-from training.small_data.memory import Memory, count_memory, saved_bytes
+from training.small_data.memory import Memory, count_memory, loss_bytes
 from training.small_data.mirror import foreign_share, share_of
 from training.small_data.plan import make_plan, value_of
 from training.small_data.rules import IMAGENET, SHAPES, Facts, choose, count_params, remarks
@@ -327,7 +327,7 @@ def test_the_memory_of_activations_is_near_what_a_step_keeps(data, precision, dr
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         state.accumulate_gradients(torch.zeros([6, 3, 32, 32], dtype=torch.uint8), torch.zeros([6, 3]))
     memory = count_memory(state, config, dataset, per_round=6)
-    assert memory.activations == pytest.approx(saved_bytes(state, 6), rel=0.01)  # linear in the number of images
+    assert memory.activations == pytest.approx(loss_bytes(state, 6), rel=0.01)  # linear in the number of images
     assert memory.activations == pytest.approx(sum(sizes.values()), rel=0.1)
 
 

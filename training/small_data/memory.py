@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from torch_utils.saved_tensors import saved_bytes
 from training.config import TrainingConfig
 from training.dataset import ImageFolderDataset
 from training.run.state import TrainingState
@@ -35,7 +36,7 @@ def count_memory(
     """
     weight_bytes = sum(parameter.nbytes for parameter in state.net.parameters())
     kept = 1 + 2 + len(config.ema_stds)  # weights, Adam's moments, averages
-    one, two = (saved_bytes(state, num_images) for num_images in (1, 2))
+    one, two = (loss_bytes(state, num_images) for num_images in (1, 2))
     item_bytes = dataset.num_channels * dataset.resolution**2 * (4 if dataset.holds_latents else 1)
     images = len(dataset) * item_bytes
     return Memory(
@@ -46,7 +47,7 @@ def count_memory(
     )
 
 
-def saved_bytes(state: TrainingState, num_images: int) -> int:
+def loss_bytes(state: TrainingState, num_images: int) -> int:
     """The bytes of all tensors that the loss of `num_images` keeps for its backward pass, each counted once, but for
     the parameters.
     """
@@ -59,16 +60,6 @@ def saved_bytes(state: TrainingState, num_images: int) -> int:
     seen = {}
     if net.cond_channels:
         seen["cond_images"] = torch.zeros([num_images, net.cond_channels, height, width], device=device)
-    sizes: dict[int, int] = {}
-    kept = []  # so that no address is used twice
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if not isinstance(tensor, torch.nn.Parameter):
-            storage = tensor.untyped_storage()
-            sizes[storage.data_ptr()] = storage.nbytes()
-            kept.append(storage)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        state.loss_fn(state.replica, images, labels, rnd_normal=noise[:, :1, :1, :1], unit_noise=noise, **seen)
-    return sum(sizes.values())
+    return saved_bytes(
+        lambda: state.loss_fn(state.replica, images, labels, rnd_normal=noise[:, :1, :1, :1], unit_noise=noise, **seen)
+    )
