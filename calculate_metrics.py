@@ -11,7 +11,9 @@ import torch
 from tqdm import tqdm
 
 import dnnlib.cli
-from dnnlib.cli_metrics import (
+from dnnlib.errors import ConfigError
+from dnnlib.folders import make_folder, require_folder
+from edm2.options.metrics import (
     COUNT,
     batch_option,
     detector_options,
@@ -21,21 +23,19 @@ from dnnlib.cli_metrics import (
     skip_existing_option,
     workers_option,
 )
-from dnnlib.cli_sampling import sampling_options
-from dnnlib.errors import ConfigError
-from dnnlib.folders import make_folder, require_folder
+from edm2.options.sampling import sampling_options
 from torch_utils import distributed
 from torch_utils.distributed import World
 from torch_utils.precision import numerics
-from torch_utils.together import on_main
-from training.detectors import DINOv2Detector, InceptionV3Detector, make_detector
-from training.metrics import report
+from torch_utils.processes.together import on_main
+from training.dataset.image_set import PictureBatches, PictureSet, choose_pictures
+from training.metrics import results as report
+from training.metrics.available import plan_metrics, plan_reference
+from training.metrics.detectors import DINOv2Detector, InceptionV3Detector, make_detector
 from training.metrics.evaluate import StatsPass
-from training.metrics.image_set import PictureBatches, PictureSet, choose_pictures
-from training.metrics.plan import plan_metrics, plan_reference
+from training.metrics.metric_table import DEFAULT, METRICS, parse_metrics
 from training.metrics.reference import Stats, load_stats, require_statistics, require_suffix, save_stats
 from training.metrics.scores import compute_scores, lacking, shared_scores
-from training.metrics.table import DEFAULT, METRICS, parse_metrics
 from training.sampling.generation import generate_images
 from training.sampling.request import resolve_sampling
 

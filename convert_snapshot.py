@@ -7,7 +7,7 @@ import click
 import tqdm
 
 from dnnlib.cli import main
-from training.snapshots.convert import convert_snapshots
+from training.sharing.convert_network import convert_snapshots
 
 
 @click.command()

@@ -9,8 +9,8 @@ import click
 
 import dnnlib.cli
 from dnnlib.atomic import write_text
-from dnnlib.cli_sampling import sampling_options_without
 from dnnlib.errors import ConfigError
+from edm2.options.sampling import sampling_options_without
 from training.flops import FlopCount, RunCost, count_flops, decoder_of, network_of, run_cost
 from training.presets import GENERATION, TRAINING
 from training.sampling.checks import require_label_dropout

@@ -129,7 +129,7 @@ def inspect(path: Path, grid: Path | None, json_file: Path | None) -> None:
 
     from dnnlib.atomic import write_text
     from training.conversion.inspect import Inspection, describe
-    from training.sampling.image_files import require_sheet, write_sheet
+    from training.images.sheet import require_sheet, write_sheet
 
     if grid is not None:
         require_sheet(grid)
@@ -192,7 +192,7 @@ def encode(model_url: str | None, measure: bool | None, pixel_min: float, **opti
     torchrun --standalone --nproc_per_node=8 dataset_tool.py encode \\
         --source=img512.zip --dest=img512-sd.zip --shards=64
     """
-    from training.latents import PUBLISHED_VAE, vae_encoder
+    from training.dataset.latents import PUBLISHED_VAE, vae_encoder
 
     measure = model_url not in (None, PUBLISHED_VAE) if measure is None else measure
     run_transcoding(
@@ -232,8 +232,8 @@ def run_transcoding(
     from torch_utils import distributed
     from torch_utils.precision import numerics
     from training.conversion import transcode
-    from training.dataset import ImageFolderDataset
-    from training.sampling.image_files import require_sheet, write_sheet
+    from training.dataset.image_folder import ImageFolderDataset
+    from training.images.sheet import require_sheet, write_sheet
 
     dataset = ImageFolderDataset(source)
     encoder = make_encoder(dataset, batch)

@@ -55,9 +55,9 @@ def cmdline(
     """
     if importlib.util.find_spec("gradio") is None:
         raise ConfigError("the page needs Gradio, which is not installed; pip install -e '.[explore]' brings it")
-    from edm2_explorer.choices import offered
-    from edm2_explorer.serve import address, listen, quiet_gradio, serve
-    from training.explore.networks import Networks
+    from edm2.explorer.choices import offered
+    from edm2.explorer.networks import Networks
+    from edm2.explorer.serve import address, listen, quiet_gradio, serve
 
     resolved = resolve_device(device)
     networks = Networks(resolved, precision=precision, max_bytes=cache_size)
@@ -66,9 +66,9 @@ def cmdline(
         choices = offered(nets, runs, gnets, networks, typed=loopback)
 
         quiet_gradio()
-        from edm2_explorer.jobs import Jobs
-        from edm2_explorer.page import Page
-        from training.explore.explorer import Explorer
+        from edm2.explorer.backend import Explorer
+        from edm2.explorer.jobs import Jobs
+        from edm2.explorer.page import Page
 
         jobs = Jobs(begin=networks.enter_thread)
         page = Page(Explorer(networks), choices, jobs, given_device=device)

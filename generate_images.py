@@ -10,23 +10,23 @@ import numpy as np
 from tqdm import tqdm
 
 import dnnlib.cli
-from dnnlib.cli_files import file_options
-from dnnlib.cli_sampling import sampling_options
 from dnnlib.errors import ConfigError
 from dnnlib.folders import make_folder, require_folder
 from dnnlib.parse import parse_int_list
+from edm2.options.files import file_options
+from edm2.options.sampling import sampling_options
 from torch_utils import distributed
 from torch_utils.distributed import World
 from torch_utils.precision import numerics
 from training.condition.conditioning import beside_pictures
+from training.images.png_files import FAST, read_png
+from training.images.sheet import require_sheet, write_sheet
 from training.presets import describe_generation_presets
 from training.sampling.checks import require_writable_images
 from training.sampling.generation import GeneratedImages, generate_images
-from training.sampling.image_files import require_sheet, write_sheet
-from training.sampling.png_files import FAST, read_png
 from training.sampling.request import SamplingRequest, resolve_sampling
 from training.sampling.sampler import StackedRandomGenerator, edm_sampler
-from training.snapshots.code import EmbeddedCode
+from training.snapshot.code import EmbeddedCode
 
 _Classes = Literal["all", "none"]
 

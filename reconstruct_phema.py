@@ -14,8 +14,8 @@ from dnnlib.cli import STD_LIST, main
 from dnnlib.errors import ConfigError
 from dnnlib.parse import parse_std_list
 from training.posthoc import reconstruction
-from training.posthoc.plot import check_plot_path, plot_responses
 from training.posthoc.reconstruction import Reconstruction, list_input_pickles
+from training.posthoc.response_plot import check_plot_path, plot_responses
 from training.snapshot import nimg_from_kimg
 
 __all__ = ["list_input_pickles", "parse_std_list", "reconstruct_phema"]

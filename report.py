@@ -9,8 +9,8 @@ import dnnlib.cli
 from dnnlib.atomic import write_text
 from dnnlib.errors import ConfigError
 from dnnlib.folders import make_folder, require_folder
-from training.report.page import render
-from training.report.record import read_run
+from edm2.report.document import render
+from edm2.report.record import read_run
 
 
 @click.command()

@@ -9,23 +9,24 @@ import tqdm
 
 import dnnlib.cli
 from dnnlib.cli import STD_LIST
-from dnnlib.cli_metrics import COUNT, batch_option, detector_options, given_weights, measuring_options
-from dnnlib.cli_sampling import NUMBERS, sampling_options_without
 from dnnlib.errors import ConfigError
 from dnnlib.folders import make_folder, require_folder
+from edm2.options.metrics import COUNT, batch_option, detector_options, given_weights, measuring_options
+from edm2.options.sampling import NUMBERS, sampling_options_without
 from torch_utils import distributed
 from torch_utils.distributed import World
 from torch_utils.precision import numerics
-from torch_utils.together import on_main
-from training.metrics import report, sweep
-from training.metrics.plan import Plan, plan_metrics
+from torch_utils.processes.together import on_main
+from training.metrics import results as report
+from training.metrics.available import Plan, plan_metrics
 from training.metrics.reference import load_stats
-from training.metrics.sweep import Point, Sweep
-from training.metrics.sweep_plot import plot_sweep
 from training.posthoc.inputs import choose_inputs, list_input_pickles
-from training.posthoc.plot import SUFFIXES
+from training.posthoc.response_plot import SUFFIXES
 from training.sampling.request import SamplingRequest, resolve_sampling
 from training.snapshot import nimg_from_kimg
+from training.sweep import settings as sweep
+from training.sweep.settings import Point, Sweep
+from training.sweep.sweep_plot import plot_sweep
 
 
 @click.command()

@@ -15,11 +15,11 @@ from dnnlib.folders import make_folder, require_folder
 from torch_utils.distributed import resolve_device
 from torch_utils.precision import numerics
 from training.presets import locate
-from training.toy.files import load_toy_model
 from training.toy.mixture import gt
 from training.toy.model import ToyModel
-from training.toy.plot import Comparison, compare, draw_comparison, draw_progress
 from training.toy.sample import do_sample
+from training.toy.toy_files import load_toy_model
+from training.toy.toy_plot import Comparison, compare, draw_comparison, draw_progress
 from training.toy.train import ToyConfig, ToyRun, ToyStep
 
 # Names that people's scripts import from here.

@@ -16,37 +16,38 @@ import tqdm
 
 from dnnlib.appending import LineFile
 from dnnlib.cli import INT_LIST, LOSS_SCALE, NIMG, STD_LIST, main
-from dnnlib.cli_condition import condition_option
-from dnnlib.cli_labels import label_options
-from dnnlib.cli_metrics import given_metrics, training_metrics_options
-from dnnlib.cli_saving import saving_options
-from dnnlib.cli_session import session_options
-from dnnlib.cli_speed import take_fp16, training_speed_options
-from dnnlib.cli_streaming import streaming_options
-from dnnlib.cli_watching import given_samples, watching_options
 from dnnlib.errors import ConfigError
 from dnnlib.invocation import invocation
 from dnnlib.parse import format_nimg
-from torch_utils import distributed, failures, stopping
+from edm2.options.condition import condition_option
+from edm2.options.metrics import given_metrics, training_metrics_options
+from edm2.options.training_labels import label_options
+from edm2.options.training_saving import saving_options
+from edm2.options.training_session import session_options
+from edm2.options.training_speed import take_fp16, training_speed_options
+from edm2.options.training_streaming import streaming_options
+from edm2.options.training_watching import given_samples, watching_options
+from torch_utils import distributed
 from torch_utils.distributed import World
 from torch_utils.precision import precision_note
-from torch_utils.together import on_main
+from torch_utils.processes import failures, stopping
+from torch_utils.processes.together import on_main
 from training.condition.spec import parse_condition
 from training.config import MetricsConfig, TrainingConfig
-from training.latents import PUBLISHED_VAE
+from training.dataset.latents import PUBLISHED_VAE
 from training.presets import locate, training_preset
-from training.run.folder import RunFolder
-from training.run.labels import describe_labels
+from training.run.label_dropout import describe_labels
 from training.run.loggers import RunLoggers, check_loggers
-from training.run.metrics import check_metrics
-from training.run.samples import check_samples, preferred_std
+from training.run.run_folder import RunFolder
+from training.run.run_metrics import check_metrics
+from training.run.run_samples import check_samples, preferred_std
 from training.run.samples_config import SamplesConfig
 from training.run.sessions import record_session
 from training.run.state import check_network, network_shape
 from training.small_data.estimate import estimate
 from training.small_data.plan import PRESET as SMALL
 from training.small_data.plan import Plan, make_plan
-from training.small_data.table import describe_estimate, describe_plan
+from training.small_data.plan_text import describe_estimate, describe_plan
 from training.streaming.remote import is_remote
 from training.training_loop import (
     Cause,

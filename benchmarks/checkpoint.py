@@ -31,10 +31,10 @@ import torch
 
 from dnnlib.cli import main
 from dnnlib.errors import ConfigError
-from torch_utils.checkpoint import checkpoint_bytes
+from torch_utils.checkpoints.checkpoint import checkpoint_bytes
 from torch_utils.distributed import World, resolve_device
 from training.config import NetworkConfig, TrainingConfig
-from training.run.folder import RunFolder
+from training.run.run_folder import RunFolder
 from training.run.saving import RunSaver
 from training.run.state import TrainingState
 from training.training_loop import open_dataset

@@ -85,7 +85,7 @@ def loader_batches_per_sec(dataset: Any, num_workers: int) -> float:
     """Batches of a DataLoader, its workers' start left out."""
     import torch
 
-    from training.dataset import BatchReader
+    from training.dataset.image_folder import BatchReader
 
     order = [list(range(i, i + BATCH)) for i in range(0, len(dataset) - BATCH + 1, BATCH)] * 4
     loader = torch.utils.data.DataLoader(
@@ -106,7 +106,7 @@ def loader_batches_per_sec(dataset: Any, num_workers: int) -> float:
 
 def measure(label: str, path: Path, repeats: int) -> None:
     """Print a line of the table."""
-    from training.dataset import ImageFolderDataset
+    from training.dataset.image_folder import ImageFolderDataset
 
     dataset = ImageFolderDataset(path)
     num_items = len(dataset)
@@ -133,8 +133,8 @@ def main(items: int, images: int, repeats: int) -> None:
     """Compare readers on latents and on PNGs, as dataset_tool.py and as Pillow writes them; then convert."""
     import torch
 
-    from training.data.png import encode_plain_png
-    from training.dataset import ImageFolderDataset
+    from training.dataset.image_folder import ImageFolderDataset
+    from training.images.png import encode_plain_png
 
     torch.set_num_threads(1)
     rng = np.random.default_rng(0)

@@ -18,11 +18,11 @@ from pathlib import Path
 import click
 import torch
 
-from training.detectors import DETECTORS, Detector, make_detector
-from training.detectors.common import resize_antialiased
-from training.detectors.efflite0 import EfficientNetLite0, own_name
-from training.detectors.inception import InceptionV3, resize_tf1
-from training.detectors.weights import filled, read_tensors
+from training.metrics.detectors import DETECTORS, Detector, make_detector
+from training.metrics.detectors.common import resize_antialiased
+from training.metrics.detectors.efflite0 import EfficientNetLite0, own_name
+from training.metrics.detectors.inception import InceptionV3, resize_tf1
+from training.metrics.detectors.weights import filled, read_tensors
 
 Loop = Callable[[torch.Tensor], torch.Tensor]
 

@@ -2,7 +2,8 @@
 
     python -m benchmarks.numerics_training
 
-The reference is the plain implementation in tests/oracle.py, in float32. float16 is computed on the CPU where there is
+The reference is the plain implementation in tests/helpers/oracle.py, in float32. float16 is computed on the CPU where
+there is
 no GPU: slowly, and with the CPU's own order of sums.
 """
 
@@ -12,12 +13,12 @@ import click
 import torch
 
 from dnnlib.cli import main
-from tests.oracle import PlainPrecond, plain_loss
+from tests.helpers.oracle import PlainPrecond, plain_loss
 from torch_utils.distributed import resolve_device
 from torch_utils.precision import numerics
-from training.dataset import ImageFolderDataset
+from training.dataset.image_folder import ImageFolderDataset
 from training.encoders import StandardRGBEncoder
-from training.fast.network import FastPrecond
+from training.fast.training_network import FastPrecond
 from training.loss import EDM2Loss
 from training.presets import generation_preset, locate, training_preset
 from training.run.update import normalize_weights

@@ -24,8 +24,8 @@ import numpy as np
 import PIL.Image
 import torch
 
+from training.images.png_files import encode_png, read_png
 from training.sampling.generation import generate_images
-from training.sampling.png_files import encode_png, read_png
 
 
 class GaussianFields(torch.nn.Module):

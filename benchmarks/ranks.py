@@ -23,9 +23,9 @@ import numpy as np
 import torch
 
 from torch_utils import distributed
+from training.images.png_files import read_png
 from training.networks_edm2 import Precond
 from training.sampling.generation import generate_images
-from training.sampling.png_files import read_png
 from training.snapshot import Snapshot, save_snapshot
 
 ROOT = Path(__file__).parents[1]

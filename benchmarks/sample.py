@@ -19,7 +19,7 @@ import click
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from tests.oracle import PlainPrecond, plain_guided, plain_heun_sampler
+from tests.helpers.oracle import PlainPrecond, plain_guided, plain_heun_sampler
 from torch_utils.precision import Precision, numerics
 from training.fast.prepare import PrepareNetwork
 from training.networks_edm2 import Precond

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
-from training.fast.network import FastPrecond
+from training.fast.training_network import FastPrecond
 from training.flops import count_flops
 from training.networks_edm2 import Precond
 

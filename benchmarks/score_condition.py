@@ -17,14 +17,14 @@ import click
 import numpy as np
 
 from dnnlib.cli import main
-from training.condition.pictures import DatasetPictures
-from training.condition.source import RepeatedPictures
+from training.condition.cond_files import DatasetPictures
+from training.condition.cond_source import RepeatedPictures
 from training.condition.spec import LowRes, parse_condition
-from training.dataset import ImageFolderDataset
+from training.dataset.image_folder import ImageFolderDataset
 from training.fast.prepare import PrepareNetwork
-from training.run.condition import pictures_of
+from training.images.sheet import write_sheet
+from training.run.batch_condition import pictures_of
 from training.sampling.generation import GeneratedImages, generate_images
-from training.sampling.image_files import write_sheet
 from training.snapshot import load_snapshot
 
 DATA = Path(__file__).parents[1] / "data" / "fashion-mnist-32-heldout.zip"

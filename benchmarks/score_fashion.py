@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dnnlib.cli import main
-from training.dataset import ImageFolderDataset
+from training.dataset.image_folder import ImageFolderDataset
 from training.sampling.generation import generate_images
 
 DATA = Path(__file__).parents[1] / "data"

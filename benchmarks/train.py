@@ -1,6 +1,7 @@
 """How fast is a training step, beside the plain eager implementation of the papers, and how much memory does it take?
 
-A step is what tests/oracle.py does tensor by tensor and training/run/state.py does fast: noise, forward, backward,
+A step is what tests/helpers/oracle.py does tensor by tensor and training/run/state.py does fast: noise, forward,
+backward,
 Adam, both averages. Both start from the same weights; before anything is timed, loss and gradients are compared. Then
 they take turns. The matrix rate is that of a large matrix product (on a CPU: of 3x3 convolutions), measured in the same
 run; a step's operations are three times the forward pass's.
@@ -27,14 +28,14 @@ import click
 import torch
 
 from dnnlib.cli import main
-from tests.oracle import PlainPrecond, PlainTrainer, plain_loss
+from tests.helpers.oracle import PlainPrecond, PlainTrainer, plain_loss
 from torch_utils.distributed import World, resolve_device
 from torch_utils.precision import Precision, compute_dtype, numerics
 from torch_utils.saved_tensors import saved_bytes
 from training.config import NetworkConfig, TrainingConfig
 from training.flops import count_flops
 from training.presets import locate, training_preset
-from training.run.folder import RunFolder
+from training.run.run_folder import RunFolder
 from training.run.state import TrainingState, make_network
 from training.run.update import normalize_weights
 from training.training_loop import Iteration, TrainingRun

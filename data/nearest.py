@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the checkout, where it is 
 
 from dnnlib.cli import main
 from dnnlib.errors import ConfigError
-from training.dataset import ImageFolderDataset
-from training.sampling.image_files import require_sheet, write_sheet
+from training.dataset.image_folder import ImageFolderDataset
+from training.images.sheet import require_sheet, write_sheet
 
 
 @click.command()

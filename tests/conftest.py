@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 
 # Before torch is imported, here and in the processes that tests start: the suite runs one worker per core, and small
 # tensors gain nothing from threads. It also makes the order of float sums, and so the last digits, repeatable.
@@ -13,9 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-GOLDEN_DIR = Path(__file__).parent / "golden"
-
-Golden = tuple[dict[str, torch.Tensor], dict[str, str]]
+from tests.helpers.paths import GOLDEN_DIR, Golden
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from tests.helpers.paths import GOLDEN_DIR
 from training.snapshot import load_snapshot
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = GOLDEN_DIR
 
 # By module: names with their arguments. `...` stands for any default. Further arguments may follow, with defaults.
 NAMES: dict[str, list[str]] = {

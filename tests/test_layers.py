@@ -1,4 +1,5 @@
-"""The direction dnnlib <- torch_utils <- training <- edm2_diffusers, edm2_explorer <- scripts, from the source text."""
+"""The direction dnnlib <- torch_utils <- training <- edm2 <- scripts, from the source text, and the measures of the
+house."""
 
 import ast
 import sys
@@ -8,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-PACKAGES = ("dnnlib", "torch_utils", "training", "edm2_diffusers", "edm2_explorer")
+from tests.helpers.paths import ROOT
+
+PACKAGES = ("dnnlib", "torch_utils", "training", "edm2")
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")}
 STDLIB = frozenset(sys.stdlib_module_names)
 
@@ -18,8 +20,7 @@ FORBIDDEN = {
     "dnnlib": {"torch", "torchvision", "safetensors"},
     "torch_utils": {"click", "tqdm"},
     "training": {"click", "tqdm"},
-    "edm2_diffusers": {"click", "tqdm"},
-    "edm2_explorer": {"click", "tqdm", "edm2_diffusers"},
+    "edm2": {"tqdm"},
 }
 # Texts that the published reader executes when it opens a snapshot.
 EMBEDDED = ("networks_edm2.py", "loss.py", "encoders.py", "toy/model.py")
@@ -150,7 +151,7 @@ def test_nothing_under_the_packages_imports_the_tests_or_the_benchmarks():
         ("torch_utils", "try:\n    import click\nexcept ImportError:\n    pass"),
         ("training", "import tqdm"),
         ("training", "from click import echo"),
-        ("training", "def f():\n    import edm2_diffusers"),
+        ("training", "def f():\n    import edm2.diffusers"),
         ("training", "import made_up_script"),
         ("", "from made_up_script import main"),
     ],

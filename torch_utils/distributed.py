@@ -18,7 +18,7 @@ import torch.distributed
 from torch.distributed.rendezvous import rendezvous
 
 from dnnlib.errors import ConfigError
-from torch_utils import failures, stopping
+from torch_utils.processes import failures, stopping
 
 T = TypeVar("T")
 

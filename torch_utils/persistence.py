@@ -4,7 +4,7 @@ That is the published layout of network files: every object of a project class i
 `_reconstruct_persistent_obj` with a dictionary of the module's source, the class name and the object's attributes.
 The published reader executes the source. This one never does: it finds the class among those decorated in this
 process, which serves `copy.deepcopy` and spawned workers, and refuses everything else. Files from elsewhere are data,
-and are read by `torch_utils.safe_pickle`.
+and are read by `torch_utils.pickles.safe_pickle`.
 """
 
 import copy

@@ -11,8 +11,8 @@ import torch
 from dnnlib.errors import ConfigError
 from torch_utils.precision import PRECISIONS, Precision
 from training.condition.spec import parse_condition
-from training.metrics.table import parse_metrics
-from training.run.labels import check_options
+from training.metrics.metric_table import parse_metrics
+from training.run.label_dropout import check_options
 from training.run.samples_config import SamplesConfig
 from training.streaming.remote import is_remote
 
@@ -61,9 +61,9 @@ class NetworkConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MetricsConfig:
-    """What is measured while a run trains; see training/run/metrics.py."""
+    """What is measured while a run trains; see training/run/run_metrics.py."""
 
-    names: tuple[str, ...]  # of training.metrics.table, or ("all",)
+    names: tuple[str, ...]  # of training.metrics.metric_table, or ("all",)
     ref: str | None = None  # reference statistics, path or URL
     every: int | None = None  # images between measurements, each with a snapshot; None = whenever one is taken
     num: int = 5000  # images that each average generates, from the seeds 0, 1, ...
@@ -90,7 +90,7 @@ class TrainingConfig:
     shuffle_buffer: int | None = None  # images to shuffle over, for a URL; None = SHUFFLE_BUFFER
     cond: bool = True
     xflip: bool = False
-    balance: bool = False  # every class equally often, see training/run/balance.py
+    balance: bool = False  # every class equally often, see training/dataset/balanced_order.py
     label_dropout: float = 0.0  # probability that an image is learned without its label
     condition: str | None = None  # image that the network sees beside the noisy one, see training/condition/spec.py
     vae: str | None = None  # encode pixels with this VAE while training: hub name or local folder

@@ -123,7 +123,7 @@ class MPConv(nn.Module):
         """`x` [N, C, H, W], or [N, C] for a fully connected layer, to the same with `out_channels`, times `gain`."""
         if self.training:
             # Through `.data`: the same copy under no_grad is silently lost when torch.compile's default backend
-            # compiles the forward pass, and the gradients come out wrong (tests/test_compile.py).
+            # compiles the forward pass, and the gradients come out wrong (tests/torch_utils/cuda/test_compile.py).
             self.weight.data.copy_(normalize(self.weight.detach().to(torch.float32)))
         weight = normalize(self.weight.to(torch.float32))
         weight = weight * (gain / math.sqrt(weight[0].numel()))

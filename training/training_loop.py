@@ -18,30 +18,30 @@ from dnnlib.atomic import write_text
 from dnnlib.errors import ConfigError
 from dnnlib.folders import make_folder
 from torch_utils import distributed
+from torch_utils.checkpoints.stored_checkpoint import read_whole
+from torch_utils.cuda.transfer import on_device
 from torch_utils.distributed import World
 from torch_utils.precision import numerics
-from torch_utils.stopping import prepare_worker, spared_children
-from torch_utils.stored_checkpoint import read_whole
+from torch_utils.processes.stopping import prepare_worker, spared_children
 from torch_utils.training_stats import RunningMeans
-from torch_utils.transfer import on_device
 from training.config import TrainingConfig
-from training.dataset import BatchReader, ImageFolderDataset
+from training.dataset.image_folder import BatchReader, ImageFolderDataset
+from training.dataset.latents import PUBLISHED_VAE, encoder_entry, measured_encoder, read_encoder_file
 from training.encoders import Encoder, StabilityVAEEncoder
-from training.latents import PUBLISHED_VAE, encoder_entry, measured_encoder, read_encoder_file
 from training.loss import EDM2Loss
-from training.run.condition import condition_of
+from training.run.batch_condition import condition_of
 from training.run.consistency import require_same
-from training.run.folder import RunFolder
-from training.run.labels import check_labels, uses_labels
-from training.run.metrics import TrainingMetrics
+from training.run.label_dropout import check_labels, uses_labels
 from training.run.resuming import find_resumption, tick_of
-from training.run.samples import RunSamples
+from training.run.run_folder import RunFolder
+from training.run.run_metrics import TrainingMetrics
+from training.run.run_samples import RunSamples
 from training.run.saving import Notice, RunSaver, Saved
 from training.run.session import Cause, Ended, Session
 from training.run.state import TrainingState, make_encoder
 from training.run.streams import BatchPositions, Order
 from training.schedule import learning_rate_schedule
-from training.streaming.dataset import StreamedDataset, data_order, is_remote
+from training.streaming.streamed import StreamedDataset, data_order, is_remote
 
 __all__ = [
     "Cause",

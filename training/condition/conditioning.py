@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from dnnlib.errors import ConfigError
-from training.condition.source import Pictures, SourcePicture
+from training.condition.cond_source import Pictures, SourcePicture
 from training.condition.spec import Condition, Inpaint, LowRes, parse_condition
 from training.sampling.checks import image_size
 
@@ -141,7 +141,7 @@ def conditioning_of(
     if isinstance(source, str | os.PathLike):
         if net.img_channels not in (1, 3):
             raise ConfigError(f"pictures are grey or RGB; the network is for images of {net.img_channels} channels")
-        from training.condition.pictures import PictureFiles  # whose libraries most requests can do without
+        from training.condition.cond_files import PictureFiles  # whose libraries most requests can do without
 
         source = PictureFiles(source, net.img_channels, masks=masks)
     found = Conditioning(

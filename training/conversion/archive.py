@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from dnnlib.atomic import atomic_path
 from dnnlib.errors import ConfigError
-from training.data.labels import LABELS_FILE, Label
+from training.dataset.label_file import LABELS_FILE, Label
 
 # What a ZIP file needs beside the entries' bytes: for each entry, without its name which is there twice; in all.
 _ENTRY_BYTES = 30 + 46

@@ -18,13 +18,13 @@ from torch_utils.distributed import World
 from training.conversion import archive
 from training.conversion.archive import Part, Writer
 from training.conversion.finished import MADE_KEY, missing_parts, remove_leftovers, request_digest
+from training.conversion.image_source import Source
 from training.conversion.selection import choose_rows
-from training.conversion.source import Source
 from training.conversion.sources import open_source
 from training.conversion.transforms import Size, require_trainable_size, result_size
 from training.conversion.work import Outcome, Work, convert_chunks
-from training.data.files import find_shards
-from training.data.labels import Label
+from training.dataset.item_files import find_shards
+from training.dataset.label_file import Label
 
 # So much of PNGs goes between processes at once: enough to make the way there cheap, little enough for many workers.
 _CHUNK_BYTES = 4 << 20

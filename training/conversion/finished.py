@@ -16,8 +16,8 @@ from typing import Any
 from dnnlib import leftovers
 from dnnlib.errors import ConfigError
 from training.conversion.archive import Part, is_zip
-from training.data.files import FolderFiles, ZipFiles
-from training.data.labels import LABELS_FILE
+from training.dataset.item_files import FolderFiles, ZipFiles
+from training.dataset.label_file import LABELS_FILE
 
 MADE_KEY = "made_from"
 

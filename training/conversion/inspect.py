@@ -18,12 +18,12 @@ import numpy as np
 from dnnlib.errors import ConfigError
 from training.conversion.inspect_report import Report, describe
 from training.conversion.transforms import require_trainable_size
-from training.data.files import Files, FolderFiles, open_files
-from training.data.items import ItemDecoder, Shape, is_item, is_latents
-from training.data.labels import Label, read_file_labels, require_inside
-from training.dataset import ImageFolderDataset
+from training.dataset.image_folder import ImageFolderDataset
+from training.dataset.item_files import Files, FolderFiles, open_files
+from training.dataset.items import ItemDecoder, Shape, is_item, is_latents
+from training.dataset.label_file import Label, read_file_labels, require_inside
+from training.dataset.latents import LatentStatistics, encoder_of
 from training.encoders import StabilityVAEEncoder
-from training.latents import LatentStatistics, encoder_of
 
 __all__ = ["Inspection", "Report", "describe"]
 

@@ -5,9 +5,9 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from dnnlib.errors import ConfigError
-from torch_utils.pickle_machine import Machine, Refused
-from torch_utils.pickle_values import VOCABULARY, build
-from training.data.files import one_line
+from torch_utils.pickles.machine import Machine, Refused
+from torch_utils.pickles.values import VOCABULARY, build
+from training.dataset.item_files import one_line
 
 _WORDS = {name: act for name, act in VOCABULARY.items() if name.startswith(("numpy.", "_codecs.", "__builtin__."))}
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dnnlib.errors import ConfigError
-from training.conversion.source import Source
+from training.conversion.image_source import Source
 
 
 def choose_rows(source: Source, max_images: int | None, *, balanced: bool = False) -> Sequence[int]:

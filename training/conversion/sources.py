@@ -8,10 +8,10 @@ from pathlib import Path
 
 from dnnlib.errors import ConfigError
 from training.conversion import sources_arrays, sources_lmdb, sources_tables, sources_tar
-from training.conversion.pictures import SUFFIXES
-from training.conversion.source import Source
-from training.data.files import ZipFiles, open_files
-from training.data.labels import LABELS_FILE, Label, read_file_labels, require_inside
+from training.conversion.image_source import Source
+from training.dataset.item_files import ZipFiles, open_files
+from training.dataset.label_file import LABELS_FILE, Label, read_file_labels, require_inside
+from training.images.decode import SUFFIXES
 
 
 def open_source(path: Path, *, split: str | None = None, label: str | None = None) -> Source:

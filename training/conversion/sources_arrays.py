@@ -13,9 +13,9 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 
 from dnnlib.errors import ConfigError
-from training.conversion.source import Source, choose_split
-from training.data.files import one_line
-from training.data.labels import check_labels
+from training.conversion.image_source import Source, choose_split
+from training.dataset.item_files import one_line
+from training.dataset.label_file import check_labels
 
 _IDX = re.compile(r"(?P<start>(?:.*-)?(?P<split>train|t10k|test)-)images[-.]idx3-ubyte(?P<gz>\.gz)?")
 _CIFAR_FOLDERS = ("cifar-10-batches-py", "cifar-100-python")

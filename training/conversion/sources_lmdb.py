@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from dnnlib.errors import ConfigError
-from training.conversion.pictures import Unreadable
-from training.conversion.source import Source
-from training.data.files import one_line
+from training.conversion.image_source import Source
+from training.dataset.item_files import one_line
+from training.images.decode import Unreadable
 
 _FILE = "data.mdb"
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from dnnlib.errors import ConfigError
-from training.conversion.pictures import Unreadable
-from training.conversion.source import Source, choose_split
-from training.data.files import one_line
-from training.data.labels import check_labels, require_inside
+from training.conversion.image_source import Source, choose_split
+from training.dataset.item_files import one_line
+from training.dataset.label_file import check_labels, require_inside
+from training.images.decode import Unreadable
 
 _STATE_FILE, _INFO_FILE = "state.json", "dataset_info.json"  # beside the tables of one split
 _SPLITS_FILE = "dataset_dict.json"  # beside the folders of the splits

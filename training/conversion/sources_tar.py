@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from dnnlib.errors import ConfigError
-from training.conversion.pictures import SUFFIXES, Unreadable
-from training.conversion.source import Source
-from training.data.files import one_line
-from training.data.labels import require_inside
-from training.data.tar_labels import all_or_none, sample_label
+from training.conversion.image_source import Source
+from training.dataset.item_files import one_line
+from training.dataset.label_file import require_inside
+from training.dataset.tar_labels import all_or_none, sample_label
+from training.images.decode import SUFFIXES, Unreadable
 
 
 class TarReader:

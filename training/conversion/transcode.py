@@ -34,12 +34,9 @@ from training.conversion.archive import (
     writing,
 )
 from training.conversion.finished import MADE_KEY, missing_parts, remove_leftovers, request_digest
-from training.data.files import find_shards
-from training.data.index import one_line
-from training.data.png import encode_plain_png
-from training.dataset import ImageFolderDataset
-from training.encoders import StabilityVAEEncoder
-from training.latents import (
+from training.dataset.image_folder import ImageFolderDataset
+from training.dataset.item_files import find_shards
+from training.dataset.latents import (
     ENCODER_KEY,
     LatentStatistics,
     encoder_entry,
@@ -49,6 +46,9 @@ from training.latents import (
     rgb,
     vae_geometry,
 )
+from training.dataset.zip_index import one_line
+from training.encoders import StabilityVAEEncoder
+from training.images.png import encode_plain_png
 
 _REQUEST = "request.json"
 _CHUNK_IMAGES = 256  # at most; a multiple of the VAE's batch

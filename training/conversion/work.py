@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dnnlib.errors import ConfigError
-from training.conversion.pictures import Unreadable, decode_rgb, encode_png, rgb_from_array
-from training.conversion.source import Reader
+from training.conversion.image_source import Reader
 from training.conversion.transforms import TRANSFORMS, Size, scale
-from training.data.files import one_line
+from training.dataset.item_files import one_line
+from training.images.decode import Unreadable, decode_rgb, encode_png, rgb_from_array
 
 
 class Outcome(NamedTuple):

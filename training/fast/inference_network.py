@@ -1,7 +1,7 @@
 """The network for sampling: weights normalized, scaled, cast and laid out once, at load, and nothing learned any more.
 
 Samplers call it as they call `Precond` (training/networks_edm2.py), or bind it to the labels of a batch first. What a
-block computes is written once, in training/fast/network.py, for training and for this.
+block computes is written once, in training/fast/training_network.py, for training and for this.
 
 Source: Karras et al., arXiv 2312.02696, Figure 21 and Appendix B.
 
@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from training.fast.network import (
+from training.fast.ops import SILU_MAGNITUDE, balance, effective_weight, packed
+from training.fast.training_network import (
     BlockForm,
     BlockWeights,
     activation_layout,
@@ -25,7 +26,6 @@ from training.fast.network import (
     run_unet,
     scalings,
 )
-from training.fast.ops import SILU_MAGNITUDE, balance, effective_weight, packed
 from training.networks_edm2 import Block, MPConv, Precond, scaled_condition
 
 # Denoised images of x [N, C, H, W] at noise levels [N or 1], with the embedding of the class [N or 1, E] or None; for a

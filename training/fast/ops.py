@@ -1,7 +1,7 @@
 """The pieces of the fast network that save passes over memory: each has the gradient of its plain form, in fewer steps.
 
 Source of the functions themselves: Karras et al., arXiv 2312.02696; equation numbers are that paper's. The plain forms
-are in training/networks_edm2.py and tests/oracle.py.
+are in training/networks_edm2.py and tests/helpers/oracle.py.
 
 Shape legend: N images, C channels, H x W pixels, O rows of a weight, S positions, h heads, d channels per head.
 """

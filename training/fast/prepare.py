@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from torch_utils.compilation import compiled
+from torch_utils.cuda.compilation import compiled
+from torch_utils.cuda.static_call import StaticCall
 from torch_utils.precision import Precision, compute_dtype, numerics
-from torch_utils.static_call import StaticCall
 from training.fast.inference_network import Evaluate, InferencePrecond
 from training.networks_edm2 import Block, Precond
 

@@ -13,11 +13,11 @@ import torch
 
 from dnnlib.errors import ConfigError
 from torch_utils.distributed import World
-from training.detectors import Detector, DetectorOutput
+from training.metrics.detectors import Detector, DetectorOutput
+from training.metrics.metric_table import METRICS, Layer, moments_entry
 from training.metrics.reference import Stats, require_suffix, save_stats
 from training.metrics.scores import Score, shared_scores
 from training.metrics.statistics import Moments, Rows
-from training.metrics.table import METRICS, Layer, moments_entry
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -143,7 +143,8 @@ def evaluate_images(
 ) -> dict[str, Score]:
     """The metrics of the images in `batches` of all processes, in each process; `batches` as for StatsPass.
 
-    To be called by every process of `world`. `metrics` and `detectors` as `training.metrics.plan.plan_metrics` gives
+    To be called by every process of `world`. `metrics` and `detectors` as `training.metrics.available.plan_metrics`
+    gives
     them, `reference` as `load_stats`. Draws from no global random generator. Raises ConfigError in every process.
     """
     stats = None

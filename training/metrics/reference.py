@@ -23,8 +23,8 @@ from safetensors.numpy import save_file
 from dnnlib.atomic import atomic_path
 from dnnlib.download import open_url
 from dnnlib.errors import ConfigError
-from torch_utils.safe_pickle import read_pickle
-from training.metrics.table import DETECTORS, METRICS, moments_entry
+from torch_utils.pickles.safe_pickle import read_pickle
+from training.metrics.metric_table import DETECTORS, METRICS, moments_entry
 
 Stats = dict[str, Any]
 

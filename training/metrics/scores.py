@@ -13,8 +13,8 @@ from training.metrics.frechet import frechet_distance
 from training.metrics.inception_score import inception_score
 from training.metrics.kernel import kid
 from training.metrics.manifold import Manifold, manifold
+from training.metrics.metric_table import METRICS, NEIGHBORS, Metric, moments_entry
 from training.metrics.reference import Stats
-from training.metrics.table import METRICS, NEIGHBORS, Metric, moments_entry
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,11 +20,10 @@ from dnnlib.atomic import atomic_path
 from dnnlib.errors import ConfigError
 from dnnlib.leftovers import remove_leftovers
 from training import phema
-from training.posthoc.files import InputFiles
 from training.posthoc.inputs import Input, choose_inputs, list_input_pickles
+from training.posthoc.stored_averages import InputFiles
 from training.posthoc.sums import NotFinite, WeightedSums
-from training.snapshot import Snapshot, read_header
-from training.snapshots import pickle_file, safetensors_file
+from training.snapshot import Snapshot, pickle_file, read_header, safetensors_file
 
 __all__ = [
     "Input",

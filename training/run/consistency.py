@@ -10,8 +10,8 @@ import torch
 from dnnlib.errors import ConfigError
 from torch_utils.distributed import World
 from training.config import TrainingConfig
-from training.dataset import ImageFolderDataset
-from training.streaming.dataset import StreamedDataset
+from training.dataset.image_folder import ImageFolderDataset
+from training.streaming.streamed import StreamedDataset
 
 # Where a machine keeps its copy of the data is its own affair; what is in it is compared.
 _MAY_DIFFER = ("data", "data_cache")

@@ -11,7 +11,7 @@ from dnnlib.download import make_cache_dir_path
 from torch_utils.distributed import World
 from torch_utils.precision import compute_dtype
 from training.config import TrainingConfig
-from training.fast.network import FastPrecond
+from training.fast.training_network import FastPrecond
 from training.networks_edm2 import Precond
 from training.run.sharding import shard_network
 

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from dnnlib.errors import ConfigError
-from torch_utils.checkpoint import DamagedCheckpoint, set_aside
+from torch_utils.checkpoints.checkpoint import DamagedCheckpoint, set_aside
+from torch_utils.checkpoints.stored_checkpoint import read_checkpoint
 from torch_utils.distributed import World
-from torch_utils.stored_checkpoint import read_checkpoint
-from torch_utils.together import everywhere, on_main
-from training.run.folder import RunFolder
+from torch_utils.processes.together import everywhere, on_main
+from training.run.run_folder import RunFolder
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Which sample grids a run draws while it trains; see training/run/samples.py."""
+"""Which sample grids a run draws while it trains; see training/run/run_samples.py."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

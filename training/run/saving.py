@@ -17,14 +17,14 @@ import torch
 from dnnlib.background import BackgroundWriter, Write
 from dnnlib.disk import DiskFull, write_error
 from dnnlib.errors import ConfigError
-from torch_utils.checkpoint import checkpoint_bytes, remove_older, save_checkpoint
+from torch_utils.checkpoints.checkpoint import checkpoint_bytes, remove_older, save_checkpoint
+from torch_utils.checkpoints.host_copy import HostCopy, on_host
 from torch_utils.distributed import World
-from torch_utils.host_copy import HostCopy, on_host
-from torch_utils.together import on_main
+from torch_utils.processes.together import on_main
 from training.config import TrainingConfig
-from training.run.condition import recorded_condition
-from training.run.folder import RunFolder
-from training.run.labels import recorded_labels
+from training.run.batch_condition import recorded_condition
+from training.run.label_dropout import recorded_labels
+from training.run.run_folder import RunFolder
 from training.run.state import TrainingState
 from training.snapshot import Snapshot, save_snapshot
 
@@ -115,7 +115,7 @@ class RunSaver:
 
     def _save_in_parts(self, nimg: int, data: dict[str, Any]) -> Iterator[Saved | Notice]:
         """Have each process write its part of `data`, while nothing else goes on."""
-        from torch_utils.sharded_checkpoint import save_sharded  # slow to import
+        from torch_utils.checkpoints.sharded import save_sharded  # slow to import
 
         yield from self.settle()
         path, told = self._folder.checkpoint_path(nimg, sharded=True), False

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
-from torch_utils import distributed, stopping
-from torch_utils.agreement import DelayedMaximum
+from torch_utils import distributed
 from torch_utils.distributed import World
+from torch_utils.processes import stopping
+from torch_utils.processes.agreement import DelayedMaximum
 from training.config import TrainingConfig
 
 

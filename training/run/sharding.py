@@ -2,7 +2,8 @@
 
 Before a block computes, its rows are gathered from all processes, in float32, since rows are normalized in float32
 before they are rounded to the number format of the activations; its gradients are averaged and scattered in float32
-too. So a sharded run computes what one without sharding does (tests/test_sharding.py). docs/scaling.md has what is
+too. So a sharded run computes what one without sharding does (tests/training/run/test_sharding.py). docs/scaling.md
+has what is
 sent, and what it takes of memory.
 
 Everything between the passes over the network (forced normalization, Adam, averages) acts on rows alone or element by
@@ -16,9 +17,9 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from torch_utils.checkpoints.stored_tensor import check_same, flatten
 from torch_utils.distributed import World
-from torch_utils.stored_tensor import check_same, flatten
-from training.fast.network import FastPrecond
+from training.fast.training_network import FastPrecond
 from training.networks_edm2 import Precond
 
 

@@ -8,19 +8,19 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from dnnlib.errors import ConfigError
+from torch_utils.checkpoints.stored_checkpoint import read_whole
+from torch_utils.checkpoints.stored_tensor import has_stored
 from torch_utils.distributed import World
 from torch_utils.loss_scale import LossScale
-from torch_utils.stored_checkpoint import read_whole
-from torch_utils.stored_tensor import has_stored
 from training.config import TrainingConfig
-from training.dataset import ImageFolderDataset
+from training.dataset.image_folder import ImageFolderDataset
+from training.dataset.latents import encoder_of, vae_encoder, vae_geometry
 from training.encoders import Encoder, StabilityVAEEncoder
-from training.latents import encoder_of, vae_encoder, vae_geometry
 from training.loss import EDM2Loss
 from training.networks_edm2 import Precond
 from training.phema import PowerFunctionEMA
-from training.run.condition import batch_condition, condition_of
-from training.run.labels import dropped
+from training.run.batch_condition import batch_condition, condition_of
+from training.run.label_dropout import dropped
 from training.run.monitor import Monitor
 from training.run.replica import make_replica
 from training.run.sharding import gathered, hand_over_gradients, own_part, sharded_state, take_rows
@@ -204,7 +204,7 @@ class TrainingState:
             for d in (self.state_dict(), data)
         )
         if has_stored(theirs):
-            from torch_utils.sharded_checkpoint import read_into  # slow to import
+            from torch_utils.checkpoints.sharded import read_into  # slow to import
 
             read_into(theirs, ours)
         else:

@@ -9,8 +9,8 @@ import torch
 
 from dnnlib.errors import ConfigError
 from training.encoders import Encoder, StandardRGBEncoder
+from training.images.png_files import require_png_channels
 from training.sampling.guidance import Guidance
-from training.sampling.png_files import require_png_channels
 from training.sampling.sampler import HeunOptions, choose_solver, edm_sampler
 from training.snapshot import label_dropout
 

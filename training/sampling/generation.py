@@ -18,6 +18,7 @@ import torch.distributed
 from dnnlib.errors import ConfigError
 from dnnlib.folders import make_folder, require_folder
 from torch_utils.distributed import World, resolve_device
+from torch_utils.processes.dealing import all_batches, deal_on_demand, remaining_batches
 from training.condition.conditioning import (
     Conditioning,
     Source,
@@ -25,6 +26,7 @@ from training.condition.conditioning import (
     require_one_picture_per_seed,
 )
 from training.encoders import Encoder, StandardRGBEncoder
+from training.images.png_files import FAST, require_compression
 from training.sampling.checks import (
     check_request,
     classes_per_seed,
@@ -33,15 +35,13 @@ from training.sampling.checks import (
     require_one_image_per_file,
     require_writable_images,
 )
-from training.sampling.dealing import all_batches, deal_on_demand, remaining_batches
-from training.sampling.files import BatchFiles, FilePlan, plan_files
 from training.sampling.guidance import listed
 from training.sampling.image_decoder import DecoderOptions
 from training.sampling.loading import Prepare, load_networks, prepare_networks
-from training.sampling.pipeline import streams_of, two_stages
-from training.sampling.png_files import FAST, require_compression
+from training.sampling.request_files import BatchFiles, FilePlan, plan_files
 from training.sampling.sampler import StackedRandomGenerator, edm_sampler
-from training.snapshots.code import TrustCode
+from training.sampling.two_stages import streams_of, two_stages
+from training.snapshot.code import TrustCode
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -254,7 +254,8 @@ def generate_images(
     `decoder`: how latents are decoded; default: see DecoderOptions. `png_compression`: see `encode_png`.
 
     `source`: the pictures for a network that is conditioned on such (docs/condition.md): a file, folder or ZIP file, or
-    an object with the methods of `training.condition.source.Pictures`; `masks`: what to fill, for one that inpaints.
+    an object with the methods of `training.condition.cond_source.Pictures`; `masks`: what to fill, for one that
+    inpaints.
     The i-th seed gets the i-th picture, and after the last the first again; where `class_idx` is None, images have the
     classes of pictures with such. `condition`: what the network was trained with, where it is no file that says so.
 

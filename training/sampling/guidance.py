@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from dnnlib.errors import ConfigError
-from torch_utils.side_by_side import SideBySide
+from torch_utils.cuda.side_by_side import SideBySide
 from training.sampling.solvers import Denoiser
 
 # A network called as D = net(x, sigma, labels), with sigma a scalar tensor; one with cond_channels above 0 gets the

@@ -18,10 +18,10 @@ import torch
 
 from dnnlib.errors import ConfigError
 from training.encoders import Encoder, StandardRGBEncoder
+from training.images.png_files import PngHead, read_png_head
 from training.sampling.guidance import WithoutLabels
-from training.sampling.png_files import PngHead, read_png_head
 from training.sampling.sampler import edm_sampler
-from training.snapshots.parts import described
+from training.snapshot.parts import described
 
 KEYWORD = "generate_images"
 

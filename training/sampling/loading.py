@@ -11,7 +11,7 @@ from training.encoders import Encoder
 from training.sampling.checks import require_label_dropout, require_matching_guide
 from training.sampling.guidance import SELF, WithoutLabels
 from training.snapshot import load_snapshot
-from training.snapshots.code import TrustCode
+from training.snapshot.code import TrustCode
 
 # Makes a network that is ready to sample from out of one that was loaded, on the device given. It keeps img_channels,
 # img_resolution and label_dim. With `fixed_batch` true, it is always given batches of one size.

@@ -95,7 +95,7 @@ def resolve_sampling(
 ) -> SamplingRequest:
     """Fill what was left open (None) from the preset. `heun`: the fields of HeunOptions.
 
-    Takes what `dnnlib.cli_sampling.sampling_options` gives. Raises ConfigError for what cannot work.
+    Takes what `edm2.options.sampling.sampling_options` gives. Raises ConfigError for what cannot work.
     """
     gnets = tuple(gnet)
     if preset is not None:

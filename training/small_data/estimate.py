@@ -16,7 +16,7 @@ from torch_utils.distributed import World
 from torch_utils.precision import numerics
 from torch_utils.random_state import unchanged_random_state
 from training.config import TrainingConfig
-from training.dataset import ImageFolderDataset
+from training.dataset.image_folder import ImageFolderDataset
 from training.encoders import StabilityVAEEncoder
 from training.flops import count_flops
 from training.run.state import TrainingState, network_shape

@@ -6,7 +6,7 @@ import torch
 
 from torch_utils.saved_tensors import saved_bytes
 from training.config import TrainingConfig
-from training.dataset import ImageFolderDataset
+from training.dataset.image_folder import ImageFolderDataset
 from training.run.state import TrainingState
 from training.training_loop import CACHE_BYTES
 

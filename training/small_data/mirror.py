@@ -5,7 +5,7 @@ Shape legend: N pictures, C channels, H x W pixels.
 
 import numpy as np
 
-from training.dataset import ImageFolderDataset
+from training.dataset.image_folder import ImageFolderDataset
 
 NUM_PICTURES = 2048  # that are looked at, at most, spread evenly over the data set
 NUM_ASKED = 512  # of them whose neighbours are searched, at most

@@ -6,12 +6,12 @@ from typing import Any
 from dnnlib.errors import ConfigError
 from dnnlib.parse import format_nimg
 from training.config import TrainingConfig
-from training.dataset import ImageFolderDataset
+from training.dataset.image_folder import ImageFolderDataset
 from training.run.state import network_shape
 from training.small_data.mirror import foreign_share
 from training.small_data.rules import SHAPES, Choice, Facts, Shape, choose, remarks
-from training.streaming.dataset import StreamedDataset
 from training.streaming.remote import is_remote
+from training.streaming.streamed import StreamedDataset
 from training.training_loop import open_dataset
 
 PRESET = "small"

@@ -193,7 +193,7 @@ def _part_of(path: Path) -> Path:
 
 
 def _index_of(path: Path) -> Path:
-    """What training/data/index.py keeps beside a large archive."""
+    """What training/dataset/zip_index.py keeps beside a large archive."""
     return path.with_name(f"{path.name}.index")
 
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from dnnlib.errors import ConfigError
-from training.data.index import one_line
+from training.dataset.zip_index import one_line
 
 _ATTEMPTS = 6  # without a byte between them
 _FIRST_WAIT_SEC = 0.5  # doubled after every failed attempt

@@ -14,10 +14,10 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from dnnlib.errors import ConfigError
-from training.data.index import NameTable, one_line
-from training.data.items import is_item
-from training.data.labels import LABELS_FILE, Label, read_labels, require_inside
-from training.data.tar_labels import SUFFIXES, all_or_none, sample_label
+from training.dataset.items import is_item
+from training.dataset.label_file import LABELS_FILE, Label, read_labels, require_inside
+from training.dataset.tar_labels import SUFFIXES, all_or_none, sample_label
+from training.dataset.zip_index import NameTable, one_line
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,9 +11,9 @@ import torch
 from dnnlib.errors import ConfigError
 from dnnlib.folders import make_folder
 from training.phema import PowerFunctionEMA
-from training.toy.files import save_toy_model
 from training.toy.mixture import gt
 from training.toy.model import ToyModel
+from training.toy.toy_files import save_toy_model
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,1 @@
+"""The click options of the scripts."""

@@ -1,0 +1,47 @@
+"""The notebook docs/tour.ipynb: it runs from top to bottom, and what it shows is in the file."""
+
+import json
+import os
+from typing import Any
+
+import pytest
+
+from tests.helpers.paths import ROOT
+
+DOCS = ROOT / "docs"
+TOUR = DOCS / "tour.ipynb"
+
+
+def pictures(notebook: dict[str, Any]) -> int:
+    outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
+    return sum("image/png" in output.get("data", {}) for output in outputs)
+
+
+def test_the_file_has_its_outputs_and_is_small() -> None:
+    notebook = json.loads(TOUR.read_text(encoding="utf-8"))
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))  # in one go
+    assert all(output["output_type"] != "error" for cell in code for output in cell["outputs"])
+    text = TOUR.read_text(encoding="utf-8")
+    assert pictures(notebook) >= 6 and len(text) < 500_000
+    assert "/home/" not in text and "/tmp/" not in text
+
+
+@pytest.mark.slow
+def test_it_runs_from_top_to_bottom(monkeypatch: pytest.MonkeyPatch) -> None:
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    monkeypatch.setenv("EDM2_TOUR", "0.1")  # of the training and of the images that are measured
+    monkeypatch.setenv("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))
+    notebook = nbformat.read(TOUR, as_version=4)
+    committed = pictures(notebook)
+    nbclient.NotebookClient(
+        notebook, timeout=1200, kernel_name="python3", resources={"metadata": {"path": str(DOCS)}}
+    ).execute()
+    assert pictures(notebook) == committed
+    printed = "".join(
+        output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []) if "text" in output
+    )
+    scores = [
+        float(line.split()[-1]) for line in printed.splitlines() if line.startswith(("held-out", "trained", "the "))
+    ]
+    assert len(scores) == 5 and min(scores) > 0

@@ -1,0 +1,119 @@
+"""Reads damaged files in a process of its own, so that a crash, a hang or a lack of memory ends that process alone.
+
+python -m tests.helpers.fuzz_run 0 1000            # seeds 0 to 999, a line of JSON for each
+python -m tests.helpers.fuzz_run 17 18             # one of them
+"""
+
+import codecs
+import faulthandler
+import json
+import random
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import torch
+
+from dnnlib.errors import ConfigError
+from tests.helpers.fuzz import damage
+from tests.helpers.fuzz_subjects import Subject, require_one_line, subjects
+from tests.helpers.hostile import record_running
+
+LIMIT_SEC = 60.0  # for one input; those here take a hundredth of a second
+LIMIT_KB = 64 << 10  # by which the memory may grow while an input of these kilobytes is read
+_SPACE_BYTES = 1 << 30  # of addresses that may be asked for beyond what the process has when it starts
+
+
+def main(first: int, last: int) -> None:
+    """Print, for each seed, a line that it begins, and one with what came of it."""
+    torch.set_num_threads(1)
+    PIL.Image.init()
+    for encoding in ("utf-16-be", "utf-16-le", "utf-32-be", "utf-32-le"):  # which JSON may be in
+        codecs.lookup(encoding)
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        (place / "made").mkdir()
+        known = subjects(place / "made")
+        # Much is imported at the first use.
+        originals = {name: _in_folder(place, each.files, each, strict=False) for name, each in known.items()}
+        _limit_space()
+        for seed in range(first, last):
+            _say({"seed": seed})
+            faulthandler.dump_traceback_later(LIMIT_SEC, exit=True)
+            _say({"seed": seed, **one(seed, place, known, originals)})
+            faulthandler.cancel_dump_traceback_later()
+
+
+def one(seed: int, place: Path, known: dict[str, Subject], originals: dict[str, Any]) -> dict[str, Any]:
+    """Damage a file as `seed` says, and read it: what was done, what came of it, and what it took."""
+    rng = random.Random(seed)
+    name = list(known)[seed % len(known)]
+    subject = known[name]
+    target = rng.choice(subject.targets)
+    others = [content for other in known.values() for content in other.files.values()]
+    damaged = damage(subject.files[target], others, rng)
+    about: dict[str, Any] = {"subject": name, "target": target, "damage": damaged.kind}
+    before, start = _reset_peak(), time.perf_counter()
+    try:
+        found = _in_folder(place, {**subject.files, target: damaged.content}, subject)
+        about["outcome"] = subject.judge(found, originals[name], damaged.sealed)
+    except ConfigError as error:
+        about |= {"outcome": "refused", "message": require_one_line(error)}
+    except Exception:
+        about |= {"outcome": "bug", "message": traceback.format_exc()}
+    return about | {"sec": round(time.perf_counter() - start, 3), "grown_kb": _peak_kb() - before}
+
+
+def _in_folder(place: Path, files: dict[str, bytes], subject: Subject, *, strict: bool = True) -> Any:
+    """What the subject's reader gives for these files; if strict, it must not import or run anything."""
+    folder = place / "files"
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    try:
+        with record_running() as ran:
+            return subject.read(folder)
+    finally:
+        shutil.rmtree(folder)
+        assert not (strict and ran), ran
+
+
+def _limit_space() -> None:
+    """Have the system refuse memory far beyond the bound, where it can, before it is touched."""
+    try:
+        import resource
+    except ImportError:
+        return
+    used_kb = _status("VmSize:") if sys.platform == "linux" else 0
+    if used_kb:
+        resource.setrlimit(resource.RLIMIT_AS, (used_kb * 1024 + _SPACE_BYTES,) * 2)
+
+
+def _reset_peak() -> int:
+    """The process's memory in kB, from which the peak is measured; 0 where the system cannot tell."""
+    if sys.platform != "linux":
+        return 0
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    return _status("VmRSS:")
+
+
+def _peak_kb() -> int:
+    return _status("VmHWM:") if sys.platform == "linux" else 0
+
+
+def _status(entry: str) -> int:
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(next(line for line in status.splitlines() if line.startswith(entry)).split()[1])
+
+
+def _say(record: dict[str, Any]) -> None:
+    print(json.dumps(record), flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,166 @@
+"""dataset_tool.py convert as a user calls it: what it prints, and the same files from any number of processes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+import dataset_tool
+from dnnlib.cli import main
+from dnnlib.errors import ConfigError
+from tests.helpers.paths import ROOT
+from torch_utils.distributed import World
+from training.conversion.convert import Conversion, ConvertOptions
+
+REPOSITORY_DIR = ROOT
+RNG = np.random.default_rng(11)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Thirty pictures of two classes."""
+    for i in range(30):
+        path = tmp_path / "pictures" / "ab"[i % 2] / f"{i:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        PIL.Image.fromarray(RNG.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(path)
+    return tmp_path / "pictures"
+
+
+def run(capfd, *args):
+    """Exit code, stdout and stderr of `dataset_tool.py convert`, in this process."""
+    try:
+        main(dataset_tool.cmdline, ["convert", *map(str, args)])
+        code = 0
+    except SystemExit as request:
+        code = request.code
+    return code, *capfd.readouterr()
+
+
+@pytest.fixture(autouse=True)
+def _keep_signals():
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+
+
+def launched(*args, ranks=1):
+    launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    command = [sys.executable, *launcher, REPOSITORY_DIR / "dataset_tool.py", "convert", *args]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(
+        [str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+
+
+def test_a_folder_becomes_a_zip_that_others_open(pictures, tmp_path):
+    process = launched(f"--source={pictures}", f"--dest={tmp_path / 'out.zip'}", "--resolution=16x16", "--workers=2")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert out == f"{tmp_path / 'out.zip'}: 30 images of 16x16\n"
+    with zipfile.ZipFile(tmp_path / "out.zip") as file:
+        assert file.testzip() is None and len(file.namelist()) == 31
+
+
+def test_what_is_left_out_is_listed_and_counted(pictures, tmp_path, capfd):
+    (pictures / "a/bad.png").write_bytes(b"text")
+    PIL.Image.new("RGB", (8, 8)).save(pictures / "b/small.png")
+    code, out, err = run(
+        capfd,
+        f"--source={pictures}",
+        f"--dest={tmp_path / 'out'}",
+        "--resolution=16x8",
+        "--transform=center-crop-wide",
+        "--on-error=skip",
+        "--workers=1",
+    )
+    assert code == 0
+    assert out.endswith("30 images of 16x16; left out 1 that are smaller; left out 1 that cannot be read\n")
+    assert f"Left out: {pictures}: a/bad.png cannot be read: " in err
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        ([], "Missing option '--source'"),
+        (["--source={0}/missing", "--dest={0}/out.zip"], "missing does not exist"),
+        (["--source={0}/pictures", "--dest={0}/out.zip"], "24x20, which is not square; add --resolution=16x16"),
+        (["--source={0}/pictures", "--dest={0}/out.zip", "--resolution=64"], "'64' is no size; write width and height"),
+        (["--source={0}/pictures", "--dest={0}/out.zip", "--resolution=0x0"], "is no size"),
+        (["--source={0}/pictures", "--dest={0}/out.zip", "--shard-size=10XB"], "'10XB' is no size; write bytes"),
+        (["--source={0}/pictures", "--dest={0}/out.zip", "--transform=center-crop"], "add --resolution=WxH"),
+        (["--source={0}/pictures", "--dest={0}/pictures/out", "--resolution=16x16"], "lies inside of --source"),
+        (["--source={0}/pictures", "--dest={0}/out.zip", "--resolution=16x16", "--shards=31"], "try --shards=30"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(pictures, tmp_path, capfd, args, told):
+    before = sorted(tmp_path.rglob("*"))
+    code, out, err = run(capfd, *(arg.format(tmp_path) for arg in args))
+    assert (code, out) == (2, "")
+    assert told in err and err.startswith("Error: ") and len(err.splitlines()) == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_one_worker_for_each_core_of_each_process(monkeypatch):
+    cores = dataset_tool.default_workers()
+    assert 1 <= cores <= os.cpu_count()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(cores))
+    assert dataset_tool.default_workers() == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no SIGTERM")
+def test_a_stopped_conversion_leaves_nothing(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    PIL.Image.fromarray(RNG.integers(0, 256, (1200, 1200, 3), dtype=np.uint8)).save(source / "0.jpg")
+    for i in range(1, 2000):
+        os.link(source / "0.jpg", source / f"{i}.jpg")
+    process = launched(f"--source={source}", f"--dest={tmp_path / 'new/out.zip'}", "--resolution=16x16", "--workers=2")
+    for _ in range(600):
+        time.sleep(0.1)
+        # Workers are there once pictures come from them; one that is stopped while it starts tells of it on stderr.
+        if (tmp_path / "new").exists() and any(path.stat().st_size for path in (tmp_path / "new").iterdir()):
+            break
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, err
+    assert "Traceback" not in err
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+def test_two_processes_write_the_shards_of_one(pictures, tmp_path, capfd):
+    options = [f"--source={pictures}", "--resolution=16x16", "--shards=3", "--workers=1"]
+    process = launched(*options, f"--dest={tmp_path / 'two/set.zip'}", ranks=2)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert out == f"{tmp_path / 'two/set.zip'}: 30 images of 16x16 in 3 files\n"
+    assert run(capfd, *options, f"--dest={tmp_path / 'one/set.zip'}")[0] == 0
+    names = [f"set-{i:05d}.zip" for i in range(3)]
+    for place in ("one", "two"):
+        assert sorted(path.name for path in (tmp_path / place).iterdir()) == names
+    assert all((tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes() for name in names)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+def test_a_mistake_that_one_process_meets_leaves_nothing_of_any(pictures, tmp_path):
+    (pictures / "b/29.png").write_bytes(b"text")  # in the last shard
+    options = [f"--source={pictures}", f"--dest={tmp_path / 'new/set.zip'}", "--resolution=16x16", "--workers=1"]
+    process = launched(*options, "--shards=2", ranks=2)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "Error (process 1): " in err and "b/29.png cannot be read" in err
+    assert not list((tmp_path / "new").glob("*"))
+
+
+def test_several_processes_need_shards(pictures, tmp_path, monkeypatch):
+    options = ConvertOptions(source=pictures, dest=tmp_path / "out.zip", resolution=(16, 16))
+    with pytest.raises(ConfigError, match=r"2 processes cannot write one file together; add --shards=2"):
+        Conversion(options, World(rank=1, size=2))

@@ -1,0 +1,493 @@
+"""What can be converted: every kind of source gives its pictures in order, with labels, or one line of why not."""
+
+import gzip
+import io
+import json
+import pickle
+import struct
+import subprocess
+import sys
+import tarfile
+import zipfile
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from dnnlib.errors import ConfigError
+from training.conversion.sources import open_source
+from training.images.decode import decode_rgb, rgb_from_array
+
+RNG = np.random.default_rng(5)
+
+
+def noise(*shape):
+    return RNG.integers(0, 256, shape, dtype=np.uint8)
+
+
+def png(pixels):
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(pixels).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def write(path, files):
+    """Write {name: bytes or JSON value} to a ZIP or a tar if `path` ends so, to a folder otherwise."""
+    files = {name: data if isinstance(data, bytes) else json.dumps(data).encode() for name, data in files.items()}
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, data in files.items():
+                archive.writestr(name, data)
+    elif ".tar" in path.name:
+        with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as archive:
+            for name, data in files.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+    else:
+        for name, data in files.items():
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            (path / name).write_bytes(data)
+    return path
+
+
+def pixels_of(source):
+    """All pictures, through a pickled copy of the reader as a worker has it."""
+    reader = pickle.loads(pickle.dumps(source.reader))
+    found = []
+    for key in source.keys:
+        data = reader.read(pickle.loads(pickle.dumps(key)))
+        found.append(np.asarray(rgb_from_array(data) if isinstance(data, np.ndarray) else decode_rgb(data)))
+    return found
+
+
+def refused(path, **options):
+    with pytest.raises(ConfigError) as caught:
+        open_source(path, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def same(found, expected):
+    assert len(found) == len(expected)
+    return all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+# Folders and ZIP files.
+
+
+@pytest.mark.parametrize("name", ["set", "set.zip"])
+def test_classes_are_the_top_level_folders_in_sorted_order_at_any_depth(tmp_path, name):
+    pictures = {key: noise(4, 4, 3) for key in ("b/2.png", "a/x/y/1.png", "c/0.png", "a/0.png")}
+    files = {key: png(pixels) for key, pixels in pictures.items()}
+    others = {"a/notes.txt": b"x", "__MACOSX/a/._0.png": b"x", "a/.hidden.png": b"x", "d/readme.md": b"x"}
+    source = open_source(write(tmp_path / name, {**files, **others}))
+    assert source.names == sorted(pictures)
+    assert (source.labels, source.classes) == ([0, 0, 1, 2], ["a", "b", "c"])
+    assert same(pixels_of(source), [pictures[key] for key in sorted(pictures)])
+
+
+def test_folders_that_are_called_like_the_files_of_other_sources(tmp_path):
+    files = {f"{name}/0.png": png(noise(4, 4)) for name in ("train", "test", "meta", "data")}
+    assert open_source(write(tmp_path / "set", {**files, "state.json": {}})).classes == [
+        "data",
+        "meta",
+        "test",
+        "train",
+    ]
+
+
+def test_one_folder_is_no_class(tmp_path):
+    source = open_source(write(tmp_path / "set", {"a/0.png": png(noise(4, 4)), "1.png": png(noise(4, 4))}))
+    assert (source.names, source.labels, source.classes) == (["1.png", "a/0.png"], None, None)
+
+
+@pytest.mark.parametrize("name", ["set", "set.zip"])
+@pytest.mark.parametrize("labels", [[5, 0], [[0.25, 1], [2.5, -3]]])
+def test_a_dataset_json_wins_over_the_folders(tmp_path, name, labels):
+    pairs = list(zip(["a/0.png", "b/0.png"], labels, strict=True))
+    files = {key: png(noise(4, 4)) for key, _ in pairs}
+    assert open_source(write(tmp_path / name, {**files, "dataset.json": {"labels": pairs[::-1]}})).labels == labels
+
+
+def test_a_dataset_json_without_labels_means_none(tmp_path):
+    files = {"a/0.png": png(noise(4, 4)), "b/0.png": png(noise(4, 4))}
+    assert open_source(write(tmp_path / "set", {**files, "dataset.json": {"labels": None}})).labels is None
+
+
+def test_shards_are_one_source(tmp_path):
+    pictures = [noise(4, 4, 3) for _ in range(4)]
+    for i in range(2):
+        files = {f"{j}.png": png(pictures[j]) for j in (2 * i, 2 * i + 1)}
+        labels = {"labels": [[name, 7 + i] for name in files]}
+        write(tmp_path / f"set-{i:05d}.zip", {**files, "dataset.json": labels})
+    for place in (tmp_path, tmp_path / "set.zip", tmp_path / "set-*.zip"):
+        source = open_source(place)
+        assert source.labels == [7, 7, 8, 8]
+        assert same(pixels_of(source), pictures)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"{labels", "dataset.json is not JSON"),
+        ({"labels": [["a.png", 0]]}, "no label for 1 of 2 images, first b.png"),
+        ({"labels": [["a.png", 0], ["b.png", [1.0]]]}, "mixes kinds of labels"),
+        ({"labels": [["a.png", 0], ["b.png", 0], ["../c.png", 0]]}, "'../c.png', which leads out of its folder"),
+    ],
+)
+def test_labels_that_cannot_be_used(tmp_path, content, told):
+    files = {"a.png": png(noise(4, 4)), "b.png": png(noise(4, 4)), "dataset.json": content}
+    assert told in refused(write(tmp_path / "set", files))
+
+
+def test_images_outside_of_the_class_folders_have_no_label(tmp_path):
+    files = {key: png(noise(4, 4)) for key in ("a/0.png", "b/0.png", "stray.png")}
+    assert "1 images outside of them that have no label, first stray.png" in refused(write(tmp_path / "set", files))
+
+
+@pytest.mark.parametrize("name", ["../a.png", "x/../../a.png", "/etc/a.png", "C:\\a.png", "..\\a.png", "c:a.png"])
+def test_names_that_lead_out_of_the_folder(tmp_path, name):
+    for kind in ("set.zip", "set.tar"):
+        message = refused(write(tmp_path / kind, {"ok.png": png(noise(4, 4)), name: png(noise(4, 4))}))
+        assert "leads out of its folder" in message and kind in message
+
+
+def test_places_without_pictures(tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "holds no images; it is empty" in refused(tmp_path / "empty")
+    assert "holds no images; it has 1 other files" in refused(write(tmp_path / "text", {"a.txt": b"x"}))
+    assert "holds no images" in refused(write(tmp_path / "text.zip", {"a.txt": b"x"}))
+    assert "does not exist" in refused(tmp_path / "missing")
+    assert "does not exist" in refused(tmp_path / "missing.zip")
+    assert "give the folder" in refused(write(tmp_path / "one", {"a.png": b""}) / "a.png")
+
+
+def test_truncated_archives(tmp_path):
+    for name, kind in (("set.zip", "ZIP"), ("set.tar", "tar")):
+        path = write(tmp_path / name, {f"{i}.png": png(noise(16, 16, 3)) for i in range(9)})
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        assert f"no readable {kind} file" in refused(path)
+
+
+# CIFAR.
+
+
+def cifar_batch(count, **labels):
+    return {b"data": noise(count, 3072), b"batch_label": b"x", **{k.encode(): v for k, v in labels.items()}}
+
+
+def cifar_pixels(batch):
+    return list(batch[b"data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+
+
+def python2_pickle(pixels, labels):
+    """The opcodes that Python 2 wrote for {'data': uint8 array, 'labels': list}."""
+
+    def text(value):
+        return b"U" + bytes([len(value)]) + value
+
+    rows, columns = pixels.shape
+    shape = b"(K\x01M" + struct.pack("<H", rows) + b"M" + struct.pack("<H", columns) + b"\x86"
+    dtype = (
+        b"cnumpy\ndtype\n"
+        + text(b"u1")
+        + b"K\x00K\x01\x87R(K\x03"
+        + text(b"|")
+        + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+    )
+    raw = b"T" + struct.pack("<I", pixels.size) + pixels.tobytes()
+    array = (
+        b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85"
+        + text(b"b")
+        + b"\x87R"
+        + shape
+        + dtype
+        + b"\x89"
+        + raw
+        + b"tb"
+    )
+    numbers = b"](" + b"".join(b"K" + bytes([label]) for label in labels) + b"e"
+    return b"\x80\x02}(" + text(b"labels") + numbers + text(b"data") + array + b"u."
+
+
+@pytest.fixture
+def cifar10():
+    batches = {f"data_batch_{i}": cifar_batch(3, labels=[i, 0, 9]) for i in range(1, 6)}
+    batches["test_batch"] = cifar_batch(2, labels=[4, 5])
+    files = {name: pickle.dumps(batch, protocol=2) for name, batch in batches.items()}
+    names = {b"label_names": [f"class{i}".encode() for i in range(10)]}
+    return batches, {**files, "batches.meta": pickle.dumps(names, protocol=2), "readme.html": b"<html>"}
+
+
+@pytest.mark.parametrize("name", ["cifar-10-python.tar.gz", "cifar-10.tar", "cifar-10-batches-py"])
+def test_cifar10_in_the_order_of_its_files(tmp_path, cifar10, name):
+    batches, files = cifar10
+    folder = "" if name.endswith("py") else "cifar-10-batches-py/"
+    path = write(tmp_path / name, {folder + key: data for key, data in files.items()})
+    source = open_source(path)
+    train = [batches[f"data_batch_{i}"] for i in range(1, 6)]
+    assert source.labels == [label for batch in train for label in batch[b"labels"]]
+    assert source.classes == [f"class{i}" for i in range(10)]
+    assert same(pixels_of(source), [pixels for batch in train for pixels in cifar_pixels(batch)])
+    test = open_source(path, split="test")
+    assert test.labels == [4, 5] and same(pixels_of(test), cifar_pixels(batches["test_batch"]))
+    assert "no split 'val'; choose one by --split=test|train" in refused(path, split="val")
+
+
+def test_a_single_batch_of_cifar(tmp_path, cifar10):
+    batches, files = cifar10
+    path = write(tmp_path / "set", {"data_batch_3": files["data_batch_3"]}) / "data_batch_3"
+    assert same(pixels_of(open_source(path)), cifar_pixels(batches["data_batch_3"]))
+
+
+def test_cifar100_has_fine_and_coarse_labels(tmp_path):
+    batch = cifar_batch(3, fine_labels=[99, 1, 2], coarse_labels=[19, 0, 1])
+    meta = {b"fine_label_names": [b"f"] * 100, b"coarse_label_names": [b"c"] * 20}
+    files = {"train": batch, "test": cifar_batch(1, fine_labels=[0], coarse_labels=[0]), "meta": meta}
+    path = write(tmp_path / "cifar-100-python", {k: pickle.dumps(v, protocol=2) for k, v in files.items()})
+    assert open_source(path).labels == [99, 1, 2] and len(open_source(path).classes) == 100
+    coarse = open_source(path, label="coarse")
+    assert coarse.labels == [19, 0, 1] and coarse.classes == ["c"] * 20
+    assert "no odd labels; choose by --label=fine|coarse" in refused(path, label="odd")
+
+
+def test_pickles_of_python_2(tmp_path):
+    pixels = noise(2, 3072)
+    data = python2_pickle(pixels, [7, 8])
+    (reference,) = [pickle.loads(data, encoding="bytes")]  # the assembled opcodes are sound
+    assert np.array_equal(reference[b"data"], pixels) and reference[b"labels"] == [7, 8]
+    source = open_source(write(tmp_path / "set", {"train": data}) / "train")
+    assert source.labels == [7, 8]
+    assert same(pixels_of(source), cifar_pixels({b"data": pixels}))
+
+
+class _Runs:
+    def __init__(self, code):
+        self.code = code
+
+    def __reduce__(self):
+        return exec, (self.code,)
+
+
+def test_nothing_in_a_pickle_is_run(tmp_path):
+    bait = tmp_path / "bait"
+    batch = {**cifar_batch(1, labels=[0]), b"x": _Runs(f"open({str(bait)!r}, 'w')")}
+    path = write(tmp_path / "set", {"train": pickle.dumps(batch, protocol=2)}) / "train"
+    assert "not read, and nothing in it was run" in refused(path)
+    assert not bait.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ([1], "holds no CIFAR batch"),
+        ({b"data": np.zeros((2, 3072), np.float32), b"labels": [0, 1]}, "must be uint8"),
+        ({b"data": np.zeros((2, 100), np.uint8), b"labels": [0, 1]}, "must be uint8 [N, 3072]"),
+        ({b"data": np.zeros((2, 3072), np.uint8), b"labels": [0]}, "1 labels for 2 images"),
+        ({b"data": np.zeros((2, 3072), np.uint8)}, "labels"),
+    ],
+)
+def test_pickles_that_are_no_cifar(tmp_path, content, told):
+    assert told in refused(write(tmp_path / "set", {"train": pickle.dumps(content, protocol=2)}) / "train")
+
+
+def test_a_cut_pickle(tmp_path, cifar10):
+    data = cifar10[1]["test_batch"]
+    for size in (len(data) - 9, len(data) // 2, 40):
+        message = refused(write(tmp_path / "set", {"test_batch": data[:size]}) / "test_batch")
+        assert "test_batch" in message and "cut short" in message
+
+
+# MNIST.
+
+
+def idx(array):
+    return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes()
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_idx_files(tmp_path, suffix):
+    images, labels = noise(5, 28, 28), np.array([3, 1, 4, 1, 5], dtype=np.uint8)
+    files = {"train-images-idx3-ubyte": idx(images), "train-labels-idx1-ubyte": idx(labels)}
+    files |= {"t10k-images-idx3-ubyte": idx(images[:2]), "t10k-labels-idx1-ubyte": idx(labels[:2])}
+    if suffix:
+        files = {name + suffix: gzip.compress(data) for name, data in files.items()}
+    path = write(tmp_path / "mnist", files)
+    source = open_source(path)
+    assert source.labels == labels.tolist()
+    assert same(pixels_of(source), [np.stack([image] * 3, axis=2) for image in images])
+    assert len(open_source(path, split="test").names) == 2
+    assert open_source(path / f"t10k-images-idx3-ubyte{suffix}").labels == [3, 1]
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "told"),
+    [
+        (idx(noise(3, 4, 4))[:-1], None, "cut short: 47 of 48 bytes"),
+        (struct.pack(">HBB3I", 0, 8, 3, 2**32 - 1, 2**32 - 1, 2**32 - 1), None, "cut short: 0 of"),
+        (b"text" * 9, None, "does not begin as idx data of 3 axes"),
+        (idx(noise(3, 4, 4)), idx(noise(2)), "2 labels for 3 images"),
+        (idx(noise(0, 4, 4)), None, "is empty"),
+    ],
+)
+def test_idx_files_that_cannot_be_used(tmp_path, images, labels, told):
+    files = {"train-images-idx3-ubyte": images} | ({"train-labels-idx1-ubyte": labels} if labels else {})
+    assert told in refused(write(tmp_path / "mnist", files))
+
+
+# LMDB.
+
+
+def test_lmdb_values_are_pictures_in_the_order_of_their_keys(tmp_path):
+    lmdb = pytest.importorskip("lmdb")
+    pictures = {f"{i:02x}".encode(): noise(4, 4, 3) for i in (200, 3, 77)}
+    with (
+        lmdb.open(str(tmp_path / "bedroom_train_lmdb"), map_size=1 << 20) as database,
+        database.begin(write=True) as txn,
+    ):
+        for key, pixels in pictures.items():
+            txn.put(key, png(pixels))
+    source = open_source(tmp_path / "bedroom_train_lmdb")
+    assert (source.names, source.labels) == (["03", "4d", "c8"], None)
+    assert same(pixels_of(source), [pictures[key] for key in sorted(pictures)])
+    assert same(
+        pixels_of(open_source(tmp_path / "bedroom_train_lmdb" / "data.mdb")), [pictures[k] for k in sorted(pictures)]
+    )
+
+
+def test_lmdbs_that_cannot_be_used(tmp_path):
+    lmdb = pytest.importorskip("lmdb")
+    lmdb.open(str(tmp_path / "empty"), map_size=1 << 20).close()
+    assert "the LMDB is empty" in refused(tmp_path / "empty")
+    assert "no readable LMDB" in refused(write(tmp_path / "text", {"data.mdb": b"text" * 9999}))
+
+
+# Hugging Face data sets.
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory):
+    """Six pictures of two classes, as `datasets` writes them."""
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    pictures = [noise(4, 4, 3) for _ in range(6)]
+    features = {
+        "image": datasets.Image(),
+        "label": datasets.ClassLabel(names=["cat", "dog"]),
+        "id": datasets.Value("int32"),
+    }
+    rows = {"image": [PIL.Image.fromarray(p) for p in pictures], "label": [0, 1, 0, 1, 1, 0], "id": range(6)}
+    data = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+    path = tmp_path_factory.mktemp("tables")
+    data.save_to_disk(path / "arrow", num_shards=2)
+    parts = {"train": data, "test": data.select([5, 2])}
+    datasets.DatasetDict(parts).save_to_disk(path / "dict")
+    for i in range(2):
+        part = data.shard(2, i, contiguous=True)
+        for place in (path / "hub/data", path / "plain"):
+            place.mkdir(parents=True, exist_ok=True)
+        part.to_parquet(path / f"hub/data/train-{i:05d}-of-00002.parquet", batch_size=2)
+        part.to_parquet(path / f"plain/{i}.parquet")
+    parts["test"].to_parquet(path / "hub/data/test-00000-of-00001.parquet")
+    return path, pictures
+
+
+@pytest.mark.parametrize("name", ["arrow", "dict", "dict/train", "hub", "plain"])
+def test_hugging_face_data_sets(tables, name):
+    path, pictures = tables
+    source = open_source(path / name)
+    assert (source.labels, source.classes) == ([0, 1, 0, 1, 1, 0], ["cat", "dog"])
+    assert len(set(source.names)) == 6
+    assert same(pixels_of(source), pictures)
+
+
+@pytest.mark.parametrize("name", ["dict", "hub"])
+def test_splits_of_hugging_face_data_sets(tables, name):
+    path, pictures = tables
+    source = open_source(path / name, split="test")
+    assert source.labels == [0, 0] and same(pixels_of(source), [pictures[5], pictures[2]])
+    assert "no split 'dev'; choose one by --split=" in refused(path / name, split="dev")
+
+
+def test_a_parquet_file_and_another_column_of_labels(tables):
+    path, pictures = tables
+    source = open_source(path / "plain/1.parquet", label="id")
+    assert source.labels == [3, 4, 5] and source.classes is None
+    assert same(pixels_of(source), pictures[3:])
+    assert "no column 'odd'; choose one by --label=image|label|id" in refused(path / "plain", label="odd")
+
+
+def test_tables_that_cannot_be_used(tmp_path, tables):
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    assert "no readable tables" in refused(write(tmp_path / "text", {"a.parquet": b"PAR1 text"}))
+    (tmp_path / "flat").mkdir()
+    parquet.write_table(pa.table({"x": [1, 2]}), tmp_path / "flat/a.parquet")
+    assert "0 columns of pictures among x" in refused(tmp_path / "flat")
+    assert "leads out of its folder" in refused(
+        write(tmp_path / "out", {"state.json": {"_data_files": [{"filename": "../x.arrow"}]}, "dataset_info.json": {}})
+    )
+    assert "is not JSON" in refused(write(tmp_path / "json", {"state.json": b"{", "dataset_info.json": {}}))
+    parquet.write_table(pa.table({"image": [png(noise(4, 4)), None], "label": [0, -1]}), tmp_path / "flat/a.parquet")
+    assert "label of a.parquet[1] is -1" in refused(tmp_path / "flat")
+
+
+# WebDataset tars.
+
+
+@pytest.mark.parametrize("kind", ["cls", "json", "vectors", "none"])
+def test_webdataset_tars(tmp_path, kind):
+    pictures = {f"{i:03d}": noise(4, 4, 3) for i in range(4)}
+    labels = {"cls": [2, 0, 1, 0], "json": [2, 0, 1, 0], "vectors": [[0.5, i] for i in range(4)], "none": None}[kind]
+    for part in range(2):
+        files = {}
+        for i in (2 * part + 1, 2 * part):  # samples come in any order
+            if kind == "cls":
+                files[f"s/{i:03d}.cls"] = str(labels[i]).encode()
+            elif labels is not None:
+                files[f"s/{i:03d}.json"] = {"label": labels[i], "caption": "x"}
+            files[f"s/{i:03d}.seg.txt"] = b"x"
+            files[f"s/{i:03d}.png"] = png(pictures[f"{i:03d}"])
+        (tmp_path / "shards").mkdir(exist_ok=True)
+        write(tmp_path / "shards" / f"train-{part:06d}.tar", files)
+    source = open_source(tmp_path / "shards")
+    assert source.names[0] == "train-000000.tar/s/000.png" and source.labels == labels
+    assert same(pixels_of(source), list(pictures.values()))
+    assert same(pixels_of(open_source(tmp_path / "shards/train-000001.tar")), list(pictures.values())[2:])
+
+
+def test_tars_that_cannot_be_used(tmp_path):
+    picture = png(noise(4, 4))
+    half = {"a.png": picture, "a.cls": b"0", "b.png": picture}
+    assert "no label for 1 of 2 images, first b.png" in refused(write(tmp_path / "half.tar", half))
+    assert "a.cls holds no label" in refused(write(tmp_path / "cls.tar", {"a.png": picture, "a.cls": b"cat"}))
+    assert "2 pictures in the sample" in refused(write(tmp_path / "two.tar", {"a.png": picture, "a.jpg": picture}))
+    assert "holds no images" in refused(write(tmp_path / "none.tar", {"a.txt": b"x"}))
+    assert "run gunzip on it first" in refused(write(tmp_path / "set.tar.gz", {"a.png": picture}))
+    (tmp_path / "text.tar").write_bytes(b"text" * 999)
+    assert "no readable tar file" in refused(tmp_path / "text.tar")
+
+
+def test_links_in_a_tar_are_not_followed(tmp_path):
+    with tarfile.open(tmp_path / "links.tar", "w") as archive:
+        member = tarfile.TarInfo("a.png")
+        member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(member)
+    assert "holds no images" in refused(tmp_path / "links.tar")
+
+
+# Optional packages.
+
+
+@pytest.mark.parametrize(("package", "file"), [("lmdb", "data.mdb"), ("pyarrow", "dataset_dict.json")])
+def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch, package, file):
+    monkeypatch.setitem(sys.modules, package, None)
+    assert "pip install -e '.[formats]'" in refused(write(tmp_path / "set", {file: {"splits": []}}))
+
+
+def test_workers_need_no_torch():
+    code = (
+        "import sys, training.conversion.work; print(sorted({'torch', 'pyarrow', 'lmdb', 'click'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

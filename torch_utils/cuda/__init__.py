@@ -1,0 +1,1 @@
+"""Compilation, CUDA graphs, streams and transfers. Everything works on a CPU, too."""

@@ -1,0 +1,1 @@
+"""Pickle files read as data: a closed machine that can run nothing."""

@@ -1,0 +1,1 @@
+"""The processes of one run: agreement, failures, signals, and who does what."""

@@ -1,0 +1,17 @@
+"""Data sets: the contract, folders and archives, items, labels, and the order in which a run reads them."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from training.dataset.image_folder import BatchReader, ImageFolderDataset, ItemDetails
+
+__all__ = ["BatchReader", "ImageFolderDataset", "ItemDetails"]
+
+
+def __getattr__(name: str) -> Any:
+    # Workers of dataset_tool.py import modules of this package and have no use for torch, which takes seconds.
+    if name in __all__:
+        from training.dataset import image_folder
+
+        return getattr(image_folder, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,264 @@
+"""The network once more, arranged for speed: the same parameters, the same function, other passes over memory.
+
+`Precond` (training/networks_edm2.py) says what is computed, in the paper's terms, and is what files hold. This is what
+training runs: constant factors are folded into weights, activations lie in channels-last order, the norms keep little
+for the backward pass, and attention vectors lie as the attention kernels want them. Differences are rounding alone
+(tests/training/fast/test_fast_network.py).
+
+Source: Karras et al., arXiv 2312.02696, Figure 21 and Appendix B.
+
+Shape legend: N images, C channels, H x W pixels, E embedding width, L classes.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import torch.utils.checkpoint
+from torch import nn
+
+from training.fast.ops import (
+    SILU_MAGNITUDE,
+    add,
+    balance,
+    clip,
+    convolve,
+    cosine_attention,
+    effective_weight,
+    head_order,
+    pixel_norm,
+    scaled_cat,
+)
+from training.fast.silu_conv import silu_convolve
+from training.networks_edm2 import Block, MPConv, Precond, mp_silu, mp_sum, resample, scaled_condition
+
+Layer = Callable[[torch.Tensor], torch.Tensor]
+
+
+def activation_layout(device: torch.device) -> torch.memory_format:
+    """How activations lie in memory: channels last, but for Apple's GPUs, whose convolutions would copy them."""
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockForm:
+    """What a block is, apart from its weights (Figure 21)."""
+
+    is_decoder: bool
+    resample_mode: str
+    resample_filter: tuple[float, ...]
+    num_heads: int  # 0 = no attention
+    res_keep: float  # the share of the input in the sum with the residual branch; that branch's is in its weight
+    attn_keep: float  # likewise, of the input of attention
+    clip_act: float | None
+    dropout: float
+
+    @classmethod
+    def of(cls, block: Block) -> "BlockForm":
+        """The form of `block`."""
+        return cls(
+            is_decoder=block.flavor == "dec",
+            resample_mode=block.resample_mode,
+            resample_filter=tuple(block.resample_filter),
+            num_heads=block.num_heads,
+            res_keep=balance(block.res_balance)[0],
+            attn_keep=balance(block.attn_balance)[0],
+            clip_act=block.clip_act,
+            dropout=block.dropout,
+        )
+
+
+class BlockWeights(NamedTuple):
+    """The kernels [O, I, k, k] of a block as they act on its activations: normalized, with all constant factors."""
+
+    res0: torch.Tensor
+    res1: torch.Tensor
+    skip: torch.Tensor | None
+    qkv: torch.Tensor | None  # rows ordered as `cosine_attention` wants them
+    proj: torch.Tensor | None
+
+
+def block_weights(block: Block, dtype: torch.dtype, layout: torch.memory_format) -> BlockWeights:
+    """The weights of `block` as they act on activations of type `dtype`; differentiable."""
+    skip_gain, res_gain = balance(block.res_balance)
+    # In the encoder the 1x1 convolution comes before the norm; in the decoder it leads to the sum.
+    skip_gain = skip_gain if block.flavor == "dec" else 1.0
+    skip, qkv, proj = block.conv_skip, block.attn_qkv, block.attn_proj
+    return BlockWeights(
+        res0=effective_weight(block.conv_res0.weight, 1 / SILU_MAGNITUDE, dtype, layout),
+        res1=effective_weight(block.conv_res1.weight, res_gain / SILU_MAGNITUDE, dtype, layout),
+        skip=None if skip is None else effective_weight(skip.weight, skip_gain, dtype, layout),
+        qkv=None if qkv is None else effective_weight(head_order(qkv.weight, block.num_heads), 1, dtype, layout),
+        proj=None if proj is None else effective_weight(proj.weight, balance(block.attn_balance)[1], dtype, layout),
+    )
+
+
+def run_block(
+    form: BlockForm, weights: BlockWeights, x: torch.Tensor, scale: torch.Tensor, dropout: float = 0
+) -> torch.Tensor:
+    """The block on `x` [N, C, H, W], with channels modulated by `scale` [N or 1, C'], to [N, C', H', W'].
+
+    `x` is left alone. Without gradients, what is made here is overwritten where that saves memory.
+    """
+    x = resample(x, f=form.resample_filter, mode=form.resample_mode)
+    if not form.is_decoder:
+        if weights.skip is not None:
+            x = convolve(x, weights.skip)
+        x = pixel_norm(x)
+
+    y = silu_convolve(x, weights.res0)
+    y = silu_convolve(y, weights.res1, scale, dropout)
+    if form.is_decoder and weights.skip is not None:
+        x = add(y, convolve(x, weights.skip))
+    else:
+        x = add(y, x, form.res_keep)
+
+    if weights.qkv is not None and weights.proj is not None:
+        y = convolve(cosine_attention(convolve(x, weights.qkv), form.num_heads), weights.proj)
+        x = add(y, x, form.attn_keep)
+    return x if form.clip_act is None else clip(x, form.clip_act)
+
+
+def run_unet(
+    x: torch.Tensor,
+    stem: torch.Tensor,
+    enc: Sequence[Layer],
+    dec: Sequence[Layer],
+    out: torch.Tensor,
+    *,
+    takes_skip: Sequence[bool],
+    concat_balance: float,
+    cond_images: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The raw network (Figure 21) on `x` [N, C, H, W], in the type of its result: first and last convolution by their
+    weights, the blocks between as functions of x. `takes_skip`: which of the decoder's take an encoder's output.
+    `cond_images`: further channels at unit magnitude, of a network that sees such.
+    """
+    x = torch.cat([x, torch.ones_like(x[:, :1]), *([] if cond_images is None else [cond_images])], dim=1)
+    x = convolve(x.contiguous(memory_format=activation_layout(x.device)), stem)
+    skips = [x]
+    for layer in enc:
+        x = layer(x)
+        skips.append(x)
+    for layer, takes in zip(dec, takes_skip, strict=True):
+        x = layer(scaled_cat(x, skips.pop(), concat_balance) if takes else x)
+    return convolve(x, out)
+
+
+def scalings(sigma: torch.Tensor, sigma_data: float) -> tuple[torch.Tensor, ...]:
+    """c_skip, c_out and c_in, [N, 1, 1, 1] each, and c_noise [N], for N noise levels (Eq. 1, arXiv 2206.00364)."""
+    sigma = sigma.reshape(-1, 1, 1, 1)
+    total = (sigma.square() + sigma_data**2).sqrt()
+    return (sigma_data / total).square(), sigma * (sigma_data / total), 1 / total, sigma.flatten().log() / 4
+
+
+class FastBlock(nn.Module):
+    """One block of the U-Net (Figure 21) on the parameters of `block`.
+
+    Its weights are normalized in its call, so that those of one block are all that must be in memory at once.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        assert isinstance(block, Block)
+        self.block = block
+        self.form = BlockForm.of(block)
+
+    def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+        """`x` [N, C, H, W] and `emb` [N, E] to [N, C', H', W']."""
+        block = self.block
+        weights = block_weights(block, x.dtype, activation_layout(x.device))
+        scale = fully_connect(emb, block.emb_linear, block.emb_gain) + 1
+        return run_block(self.form, weights, x, scale.to(x.dtype), self.form.dropout if self.training else 0)
+
+
+class FastPrecond(nn.Module):
+    """Stands for `net`, sharing its parameters; called like it.
+
+    `dtype` is that of the U-Net's activations and of the weights that act on them; everything around it is float32.
+    Training mode leaves the stored weights alone: the caller normalizes them once a step (`normalize_weights`), where
+    a forward pass of `net` does so itself. With `recompute`, a block's inner activations are not kept for the backward
+    pass but computed again there.
+    """
+
+    def __init__(self, net: Precond, *, dtype: torch.dtype = torch.float32, recompute: bool = False) -> None:
+        super().__init__()
+        self.net = net
+        self.dtype = dtype
+        self.recompute = recompute
+        unet = net.unet
+        stem, *enc = unet.enc.values()
+        assert isinstance(stem, MPConv)
+        self.stem = stem
+        self.enc = nn.ModuleList(FastBlock(block) for block in enc)
+        self.dec = nn.ModuleList(FastBlock(block) for block in unet.dec.values())
+        self.takes_skip = ["block" in name for name in unet.dec]
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        sigma: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        return_logvar: bool = False,
+        cond_images: torch.Tensor | None = None,
+    ) -> Any:
+        """As `Precond.forward`: denoised images [N, C, H, W] in float32, with `return_logvar` a pair with u(sigma)."""
+        net = self.net
+        x = x.to(torch.float32)
+        c_skip, c_out, c_in, c_noise = scalings(sigma.to(torch.float32), net.sigma_data)
+        if net.cond_channels:
+            cond_images = scaled_condition(cond_images, net.cond_channels, net.sigma_data).to(self.dtype)
+        else:
+            cond_images = None
+        emb = self._embedding(c_noise, self._labels(class_labels, x.device))
+        raw = self._unet((c_in * x).to(self.dtype), emb, cond_images)
+        denoised = c_skip * x + c_out * raw.to(torch.float32)
+        if not return_logvar:
+            return denoised
+        logvar = fully_connect(net.logvar_fourier(c_noise), net.logvar_linear)
+        return denoised, logvar.reshape(-1, 1, 1, 1)
+
+    def _labels(self, class_labels: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+        if self.net.label_dim == 0:
+            return None
+        if class_labels is None:
+            return torch.zeros([1, self.net.label_dim], device=device)
+        return class_labels.to(torch.float32).reshape(-1, self.net.label_dim)
+
+    def _embedding(self, c_noise: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+        """The embedding [N or 1, E] of noise level and class, in float32."""
+        unet = self.net.unet
+        emb = fully_connect(unet.emb_fourier(c_noise), unet.emb_noise)
+        if unet.emb_label is not None:
+            assert labels is not None
+            emb = mp_sum(emb, fully_connect(labels, unet.emb_label, math.sqrt(labels.shape[1])), t=unet.label_balance)
+        return mp_silu(emb)
+
+    def _unet(self, x: torch.Tensor, emb: torch.Tensor, cond_images: torch.Tensor | None) -> torch.Tensor:
+        unet = self.net.unet
+        layout = activation_layout(x.device)
+        return run_unet(
+            x,
+            effective_weight(self.stem.weight, 1, x.dtype, layout),
+            [partial(self._run, block, emb=emb) for block in self.enc],
+            [partial(self._run, block, emb=emb) for block in self.dec],
+            effective_weight(unet.out_conv.weight, unet.out_gain, x.dtype, layout),
+            takes_skip=self.takes_skip,
+            concat_balance=unet.concat_balance,
+            cond_images=cond_images,
+        )
+
+    def _run(self, block: nn.Module, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+        if self.recompute and self.training:
+            result: torch.Tensor = torch.utils.checkpoint.checkpoint(block, x, emb, use_reentrant=False)
+            return result
+        return block(x, emb)
+
+
+def fully_connect(x: torch.Tensor, layer: MPConv, gain: float | torch.Tensor = 1) -> torch.Tensor:
+    """`x` [N, C] through the normalized weight of a fully connected `layer` times `gain`, in x's dtype."""
+    return F.linear(x, effective_weight(layer.weight, gain, x.dtype, torch.contiguous_format))

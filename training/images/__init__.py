@@ -1,0 +1,1 @@
+"""Image files: decoding, PNG in and out, contact sheets."""

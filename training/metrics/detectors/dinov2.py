@@ -1,0 +1,195 @@
+"""DINOv2 ViT-L/14, the network behind FD_DINOv2 (Stein et al., arXiv 2306.04675; Oquab et al., arXiv 2304.07193)."""
+
+import importlib.util
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import PIL.Image
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dnnlib.errors import ConfigError
+from training.metrics.detectors.common import Detector, DetectorOutput, resize_antialiased
+from training.metrics.detectors.dinov2_names import to_transformers
+from training.metrics.detectors.weights import read_tensors
+
+REPO = "facebook/dinov2-large"
+REVISION = "47b73eefe95e8d44ec3623f8890bd894b6ea2d6c"
+FILES = ("config.json", "model.safetensors")
+SIZE = 224
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+SETTINGS = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "mlp_ratio",
+    "hidden_act",
+    "layer_norm_eps",
+    "image_size",
+    "patch_size",
+    "qkv_bias",
+    "use_swiglu_ffn",
+    "use_mask_token",
+)
+RESIZE_MODES = ("torch", "pil")
+_ADVICE = (
+    f"fetch {' and '.join(FILES)} of https://huggingface.co/{REPO} (revision {REVISION}) into one folder and give it"
+    " by --dinov2-weights=FOLDER; torch.hub's dinov2_vitl14_pretrain.pth works there, too"
+)
+
+
+class DINOv2Detector(Detector):
+    """DINOv2 ViT-L/14: the class token behind the last layer norm, 1024 features.
+
+    resize_mode: to 224x224 by bicubic interpolation with antialiasing: "torch" in floating point, or "pil", slow, image
+                 by image and rounded to whole grey levels, as the dgm-eval code base does.
+    weights:     folder with config.json and model.safetensors, or torch.hub's .pth file; None takes the pinned
+                 revision from Hugging Face or its cache.
+    """
+
+    name: ClassVar[str] = "dinov2"
+    group_cpu: ClassVar[int] = 2
+
+    def __init__(self, resize_mode: str = "torch", weights: str | Path | None = None) -> None:
+        if resize_mode not in RESIZE_MODES:
+            raise ConfigError(f"resize_mode={resize_mode!r}; known are {', '.join(RESIZE_MODES)}")
+        self.resize_mode = resize_mode
+        path = _from_hub() if weights is None else _local_file(Path(weights))
+        net = _load(path)
+        _fix_positions(net, SIZE // net.config.patch_size)
+        super().__init__(net, net.config.hidden_size, path, published=weights is None)
+
+    @classmethod
+    def has_weights(cls) -> bool:
+        """Whether the transformers library is installed and the pinned revision in Hugging Face's cache."""
+        if importlib.util.find_spec("transformers") is None:
+            return False
+        import huggingface_hub
+
+        found = [huggingface_hub.try_to_load_from_cache(REPO, name, revision=REVISION) for name in FILES]
+        return all(isinstance(path, str) for path in found)
+
+    def _compute(self, images: torch.Tensor) -> DetectorOutput:
+        x = _resize_pil(images) if self.resize_mode == "pil" else resize_antialiased(images, SIZE, "bicubic")
+        mean, std = (torch.tensor(values, device=x.device).reshape(1, 3, 1, 1) for values in (MEAN, STD))
+        return DetectorOutput(self._net(pixel_values=(x / 255 - mean) / std).pooler_output)
+
+
+def _resize_pil(images: torch.Tensor) -> torch.Tensor:
+    """uint8 [N, 3, H, W] to float32 [N, 3, 224, 224], the values whole grey levels."""
+    resized = [
+        np.asarray(PIL.Image.fromarray(image).resize((SIZE, SIZE), PIL.Image.Resampling.BICUBIC), dtype=np.float32)
+        for image in images.permute(0, 2, 3, 1).cpu().numpy()
+    ]
+    return torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).to(images.device)
+
+
+def _fix_positions(net: Any, grid: int) -> None:
+    """Bring the position embeddings from the grid they were trained on to grid x grid, as torch.hub's network does.
+
+    That one scales by (grid + 0.1) / trained, which shifts the places read by a little; later versions of transformers
+    scale by grid / trained. What is here decides, then, and not the version that happens to be installed.
+    """
+    table = net.embeddings.position_embeddings.detach()  # [1, 1 + trained * trained, width]
+    trained = round((table.shape[1] - 1) ** 0.5)
+    if trained != grid:
+        places = table[:, 1:].reshape(1, trained, trained, -1).permute(0, 3, 1, 2)
+        places = F.interpolate(places, scale_factor=(grid + 0.1) / trained, mode="bicubic")
+        table = torch.cat([table[:, :1], places.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+        net.embeddings.position_embeddings = nn.Parameter(table)
+
+
+def _from_hub() -> Path:
+    """The pinned weights in Hugging Face's cache, downloaded if they are not there (and HF_HUB_OFFLINE permits)."""
+    _transformers()
+    import huggingface_hub
+
+    try:
+        with _quiet(huggingface_hub):
+            return Path([huggingface_hub.hf_hub_download(REPO, name, revision=REVISION) for name in FILES][-1])
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"the weights of DINOv2 ViT-L/14 are missing: {_ADVICE} [{reason}]") from None
+
+
+def _local_file(path: Path) -> Path:
+    """The weights file that a user means by a file or folder."""
+    if path.is_dir():
+        absent = [name for name in FILES if not (path / name).is_file()]
+        if absent:
+            raise ConfigError(f"--dinov2-weights={path} has no {' and no '.join(absent)}; {_ADVICE}")
+        return path / FILES[-1]
+    if not path.is_file():
+        raise ConfigError(f"--dinov2-weights={path} does not exist; {_ADVICE}")
+    return _local_file(path.parent) if path.name == FILES[-1] else path
+
+
+def _load(path: Path) -> Any:
+    """transformers' network, float32, with the weights at `path`. Raises ConfigError where they don't fit it.
+
+    Files are read here, and of config.json nothing but the SETTINGS, so that no file can make the library run code,
+    fetch kernels or quantize.
+    """
+    transformers = _transformers()
+    tensors = read_tensors(path)
+    if path.name == FILES[-1]:
+        settings = _read_settings(path.with_name(FILES[0]))
+    else:
+        settings, tensors = to_transformers(tensors, path)
+    with _quiet(transformers), torch.random.fork_rng(devices=[]):
+        try:
+            config = transformers.Dinov2Config(**settings)
+            net, report = transformers.Dinov2Model.from_pretrained(
+                None, config=config, state_dict=tensors, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+        except Exception as error:  # the library's own checks, of many kinds
+            raise ConfigError(f"{path} cannot be read as DINOv2: {' '.join(str(error).split())}") from None
+    for kind in ("missing", "unexpected", "mismatched"):
+        names = sorted(str(name) for name in report[f"{kind}_keys"])
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ConfigError(f"{path} holds no weights of DINOv2: {kind} {names[0]}{more}")
+    return net.float()
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """What config.json says of the network's shape."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind != "dinov2":
+        raise ConfigError(f"{path} describes a network of type {kind!r}; 'dinov2' is needed")
+    return {key: config[key] for key in SETTINGS if key in config}
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise ConfigError("fd_dinov2 needs the transformers library; try: pip install -e '.[metrics]'") from None
+    return transformers
+
+
+@contextmanager
+def _quiet(library: Any) -> Iterator[None]:
+    """Keep what `library` logs (the hub's retries, transformers' reports and bar) off the terminal meanwhile."""
+    logging = library.utils.logging
+    verbosity = logging.get_verbosity()
+    has_bar = hasattr(logging, "disable_progress_bar") and logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    if has_bar:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if has_bar:
+            logging.enable_progress_bar()

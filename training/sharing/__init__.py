@@ -1,0 +1,1 @@
+"""Networks to share: conversion between formats, model folders, model cards."""

@@ -1,0 +1,199 @@
+"""Networks from one form to another: published pickle, .safetensors, model folder; from files, URLs and hub names."""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import unquote, urlsplit
+
+from dnnlib import hub
+from dnnlib.download import is_url
+from dnnlib.errors import ConfigError
+from dnnlib.folders import make_folder, require_folder
+from training.run.run_folder import RunFolder
+from training.sharing.model_card import CardFacts, is_published
+from training.sharing.write_folder import require_free, save_folder
+from training.snapshot import SUFFIXES, Snapshot, load_snapshot, save_snapshot
+
+Form = Literal["pkl", "safetensors", "folder"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One network to convert."""
+
+    source: str  # path of a file or folder, http(s) URL, or name on the hub
+    path: Path
+    form: Form
+
+
+@dataclass(frozen=True, kw_only=True)
+class Converted:
+    """One network that was written."""
+
+    source: str
+    path: Path
+    snapshot: Snapshot
+
+
+class Conversion:
+    """Converts the networks while it is iterated over; each is written whole or not at all."""
+
+    def __init__(self, jobs: list[Job], facts: CardFacts) -> None:
+        self.jobs = jobs
+        self._facts = facts  # for model cards, beside what is known of the run
+
+    def __len__(self) -> int:
+        return len(self.jobs)
+
+    def __iter__(self) -> Iterator[Converted]:
+        for job in self.jobs:
+            snapshot = load_snapshot(job.source)
+            make_folder(job.path.parent)
+            if job.form != "pkl":  # readers of the published layout know no such entry
+                snapshot = noting_source(snapshot, job.source)
+            if job.form == "folder":
+                save_folder(snapshot, job.path, facts_of_run(job.source, snapshot, self._facts))
+            else:
+                save_snapshot(snapshot, job.path)
+            yield Converted(source=job.source, path=job.path, snapshot=snapshot)
+
+
+def convert_snapshots(
+    sources: Sequence[str],
+    *,
+    outdir: str | os.PathLike[str] | None = None,
+    out: str | os.PathLike[str] | None = None,
+    to: Form | None = None,
+    licence: str | None = None,
+    metrics: Sequence[str | os.PathLike[str]] = (),
+) -> Conversion:
+    """Check the request, and return the conversion of the networks `sources`: whatever `load_snapshot` takes.
+
+    `to`: what to write. Left out, it is what the suffix of `out` says, or for `outdir` the other of .pkl and
+    .safetensors; .safetensors for what is no file. `out` is the output of a single source. `outdir` gets outputs of the
+    sources' names. `licence` and `metrics`, files of calculate_metrics.py --json, are for the card of a model folder.
+    Everything that the sources hold is kept. Raises ConfigError before a network is read or anything written.
+    """
+    if (outdir is None) == (out is None):
+        raise ConfigError("give either --outdir=DIR or --out=FILE, where to write to")
+    if out is not None and len(sources) != 1:
+        raise ConfigError(f"--out={out} is one file for {len(sources)} inputs; give --outdir=DIR for several")
+    if out is not None:
+        jobs = [Job(source=sources[0], path=Path(out), form=_form_of(Path(out), to))]
+    else:
+        jobs = [_named(source, Path(outdir or ""), to) for source in sources]
+    if (licence is not None or metrics) and all(job.form != "folder" for job in jobs):
+        raise ConfigError("--license and --metrics are for the card of a model folder; add --to=folder")
+    facts = CardFacts(licence=licence, results=tuple(_read_result(Path(path)) for path in metrics))
+    paths = [job.path for job in jobs]
+    for job in jobs:
+        _require_no_input(job, sources)
+        if paths.count(job.path) > 1:
+            raise ConfigError(f"several inputs would be written to {job.path}; convert them one by one with --out=FILE")
+        if job.form == "folder":
+            require_free(job.path)
+        elif job.path.is_dir():
+            raise ConfigError(f"{job.path} is a folder; name a file to write, or add --to=folder")
+        require_folder(job.path.parent)
+    return Conversion(jobs, facts)
+
+
+def noting_source(snapshot: Snapshot, source: str) -> Snapshot:
+    """The snapshot with its origin noted where that is a published file, since its licence goes with it."""
+    if not is_published(source, snapshot) or "source" in snapshot.info:
+        return snapshot
+    return replace(snapshot, info={**snapshot.info, "source": source if is_url(source) else Path(source).name})
+
+
+def facts_of_run(source: str, snapshot: Snapshot, facts: CardFacts) -> CardFacts:
+    """`facts` with the options and scores of the training run in whose folder the file `source` lies, if it does."""
+    run = RunFolder(Path(source).parent)
+    if is_url(source) or hub.is_hub_url(source) or not Path(source).is_file() or not run.options_file.is_file():
+        return facts
+    try:
+        options = json.loads(run.options_file.read_text("utf-8"))
+    except (OSError, ValueError):
+        return facts
+    return replace(facts, training_options=options, scores=_scores_of_run(run, snapshot))
+
+
+def _scores_of_run(run: RunFolder, snapshot: Snapshot) -> dict[str, float]:
+    """What the run measured for this very snapshot."""
+    if snapshot.nimg is None or snapshot.ema_std is None:
+        return {}
+    prefix, suffix = "Metrics/", f"-{snapshot.ema_std:.3f}"
+    scores: dict[str, float] = {}
+    for line in run.recorded_stats(snapshot.nimg):
+        if round(line["Progress/kimg"] * 1e3) != snapshot.nimg:
+            continue
+        for key, value in line.items():
+            if key.startswith(prefix) and key.endswith(suffix) and isinstance(value, float):
+                scores[key.removeprefix(prefix).removesuffix(suffix)] = value
+    return scores
+
+
+def _form_of(path: Path, to: Form | None) -> Form:
+    """What to write to `path`."""
+    if to == "folder":
+        if path.suffix in SUFFIXES:
+            raise ConfigError(f"--out={path} has the suffix of a file; name a folder for --to=folder")
+        return to
+    if path.suffix not in SUFFIXES:
+        raise ConfigError(
+            f"--out={path} has none of the suffixes {' and '.join(SUFFIXES)} of network files; add --to=folder for a"
+            " model folder"
+        )
+    form: Form = "pkl" if path.suffix == ".pkl" else "safetensors"
+    if to not in (None, form):
+        raise ConfigError(f"--out={path} and --to={to} contradict each other; leave --to out")
+    return form
+
+
+def _named(source: str, outdir: Path, to: Form | None) -> Job:
+    """The job for an output in `outdir` of the name of `source`."""
+    name, may_be_folder = _name_of(source)
+    suffix = Path(name).suffix if Path(name).suffix in SUFFIXES else ""
+    if not suffix and not may_be_folder:
+        raise ConfigError(f"{source} has none of the suffixes {' and '.join(SUFFIXES)}; name its output by --out=FILE")
+    form: Form = to if to is not None else "pkl" if suffix == ".safetensors" else "safetensors"
+    stem = name.removesuffix(suffix)
+    return Job(source=source, path=outdir / (stem if form == "folder" else f"{stem}.{form}"), form=form)
+
+
+def _name_of(source: str) -> tuple[str, bool]:
+    """The last part of the name of `source`, and whether it can be a model folder or a repository."""
+    if hub.is_hub_url(source):
+        name = hub.parse_hub_url(source)
+        return Path(name.file or name.repo).name, name.file is None
+    if is_url(source):
+        return Path(unquote(urlsplit(source).path)).name, False
+    repository = None if Path(source).exists() else hub.parse_repository(source)
+    if repository is not None and Path(source).suffix not in SUFFIXES:
+        return Path(repository.repo).name, True
+    return Path(os.path.abspath(source)).name, Path(source).is_dir()
+
+
+def _require_no_input(job: Job, sources: Sequence[str]) -> None:
+    for other in sources:
+        if not is_url(other) and not hub.is_hub_url(other) and _is_same(job.path, Path(other)):
+            raise ConfigError(f"{job.source} would be written to {job.path}, which is an input; choose another place")
+
+
+def _is_same(path: Path, other: Path) -> bool:
+    return path.resolve() == other.resolve() or (path.exists() and other.exists() and path.samefile(other))
+
+
+def _read_result(path: Path) -> dict[str, Any]:
+    """What calculate_metrics.py --json wrote."""
+    try:
+        record = json.loads(path.read_text("utf-8"))
+        for entry in record["results"].values():
+            float(entry["minimum"])
+    except OSError as error:
+        raise ConfigError(f"cannot read --metrics={path}: {error.strerror or error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ConfigError(f"--metrics={path} is no result of calculate_metrics.py --json") from None
+    return dict(record)

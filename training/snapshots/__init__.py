@@ -1,1 +1,0 @@
-"""Network files and folders: their forms, their parts, where a name leads."""

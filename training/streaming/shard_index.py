@@ -1,0 +1,282 @@
+"""What has to be known of every shard before a run can read any: how many items, their labels, shape and encoder.
+
+Of a ZIP file that is read through its table of contents, without the items. A tar has none: it is downloaded once. The
+index of each version of a shard is kept in the cache folder, so that this happens once.
+"""
+
+import contextlib
+import dataclasses
+import json
+import zipfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import filelock
+import numpy as np
+
+from dnnlib.atomic import atomic_path
+from dnnlib.errors import ConfigError
+from training.dataset.items import CONVERT_HINT, Shape, is_item, is_latents, read_shape
+from training.dataset.label_file import LABELS_FILE, Label, labels_array, read_labels, require_inside
+from training.dataset.zip_index import NameTable, one_line, require_all_entries
+from training.streaming.cache import ShardCache, cache_name
+from training.streaming.remote import RemoteFile, RemoteReader, find_file, suffix_of
+from training.streaming.tar import TarIndex, index_tar
+
+_THREADS = 8  # shards looked at at a time
+_OPEN_ATTEMPTS = 10
+_FORMAT = 2  # of the files below
+_MAX_ENTRY_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardIndex:
+    """One shard, without its items."""
+
+    file: RemoteFile
+    count: int
+    first: str  # name of the first item; empty where there is none
+    shape: Shape | None  # [C, H, W] of the first item
+    labels: np.ndarray | None  # int64 [count] or float32 [count, label_dim]
+    encoder: dict[str, Any] | None  # of latents, as dataset.json has it
+    number: tuple[int, int] | None  # which shard of how many
+    tar: TarIndex | None  # of a tar, as load_index gives it
+
+
+def index_shards(urls: Sequence[str], folder: Path, cache: ShardCache) -> list[ShardIndex]:
+    """The index of each shard, in order, out of `folder` where it is known. Raises ConfigError for what is wrong.
+
+    The tables of tars are left out, which would need much memory for many of them.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        tasks = [pool.submit(_index_shard, url, folder, cache) for url in urls]
+        try:
+            return [task.result() for task in tasks]
+        finally:
+            for task in tasks:
+                task.cancel()
+
+
+def index_path(file: RemoteFile, folder: Path) -> Path:
+    """Where the index of a shard is kept."""
+    return folder / f"{cache_name(file)}.npz"
+
+
+def _index_shard(url: str, folder: Path, cache: ShardCache) -> ShardIndex:
+    file = find_file(url)
+    path = index_path(file, folder)
+    index = load_index(file, path)
+    if index is None:
+        with filelock.FileLock(path.with_name(f".{path.name}.lock"), thread_local=False):
+            index = load_index(file, path)  # another process may have made it
+            if index is None:
+                index = _index_tar(file, cache) if suffix_of(url) == ".tar" else _index_zip(file)
+                _save_index(index, path)
+    return dataclasses.replace(index, tar=None)
+
+
+def _index_zip(file: RemoteFile) -> ShardIndex:
+    try:
+        with zipfile.ZipFile(RemoteReader(file)) as archive:
+            require_all_entries(archive)
+            entries = {entry.filename for entry in archive.infolist() if not entry.is_dir()}
+            require_inside(entries, file.url)
+            names = sorted(name for name in entries if is_item(name))
+            text = _read_entry(archive, LABELS_FILE, file) if LABELS_FILE in entries else None
+            first = _read_entry(archive, names[0], file) if names else None
+    except ConfigError:
+        raise
+    except Exception as error:  # zipfile and what it decompresses with raise a dozen kinds
+        raise ConfigError(f"{file.url} is no readable ZIP file: {one_line(error)}") from None
+    labels = None if text is None else read_labels(text, names, f"{file.url}: {LABELS_FILE}")
+    return _make_index(file, names, first, labels, text, None)
+
+
+def _read_entry(archive: zipfile.ZipFile, name: str, file: RemoteFile) -> bytes:
+    size = archive.getinfo(name).file_size
+    if size > _MAX_ENTRY_BYTES:
+        raise ConfigError(f"{file.url}: {name} claims {size} bytes unpacked, more than any picture has")
+    return archive.read(name)
+
+
+def _index_tar(file: RemoteFile, cache: ShardCache) -> ShardIndex:
+    with _open_here(file, cache) as stream:
+        tar, labels, text = index_tar(stream, file.url)
+        first = None
+        if len(tar.names):
+            stream.seek(int(tar.starts[0]))
+            first = stream.read(int(tar.sizes[0]))
+    return _make_index(file, tar.names, first, labels, text, tar)
+
+
+def _open_here(file: RemoteFile, cache: ShardCache) -> BinaryIO:
+    """The file on the local disk, which once it is open cannot be lost to others that need room."""
+    for _ in range(_OPEN_ATTEMPTS):
+        path = cache.fetch(file)
+        assert path is not None
+        with contextlib.suppress(FileNotFoundError):
+            return open(path, "rb")
+    raise ConfigError(
+        f"--data-cache-size={cache.limit} is too small for the shards that are read at a time; allow more"
+    )
+
+
+def _make_index(
+    file: RemoteFile,
+    names: Sequence[str],
+    first: bytes | None,
+    labels: list[Label] | None,
+    text: bytes | None,
+    tar: TarIndex | None,
+) -> ShardIndex:
+    num_latents = sum(map(is_latents, names))
+    if num_latents not in (0, len(names)):
+        raise ConfigError(
+            f"{file.url} mixes {num_latents} .npy files and {len(names) - num_latents} pictures; "
+            f"give a data set of one kind"
+        )
+    content = {} if text is None else json.loads(text.decode("utf-8"))  # which read_labels has found to be JSON
+    encoder, number = content.get("encoder"), content.get("shard")
+    if not isinstance(encoder, dict | None):
+        raise ConfigError(f'{file.url} has an "encoder" that is no dictionary; leave it out or encode anew')
+    known = isinstance(number, list) and len(number) == 2 and all(type(each) is int for each in number)
+    if not known:  # written by something else than dataset_tool.py
+        number = None
+    return ShardIndex(
+        file=file,
+        count=len(names),
+        first=names[0] if names else "",
+        shape=None if first is None else read_shape(first, f"{file.url}: {names[0]}"),
+        labels=None if labels is None else labels_array(labels),
+        encoder=encoder,
+        number=None if number is None else (number[0], number[1]),
+        tar=tar,
+    )
+
+
+def _save_index(index: ShardIndex, path: Path) -> None:
+    about = {
+        "format": _FORMAT,
+        "count": index.count,
+        "first": index.first,
+        "shape": index.shape,
+        "encoder": index.encoder,
+        "number": index.number,
+    }
+    arrays: dict[str, np.ndarray] = {}
+    if index.labels is not None:
+        arrays["labels"] = index.labels
+    if index.tar is not None:
+        arrays["text"] = np.frombuffer(index.tar.names.text, dtype=np.uint8)
+        arrays |= {"ends": index.tar.names.ends, "starts": index.tar.starts, "sizes": index.tar.sizes}
+    about["arrays"] = sorted(arrays)
+    arrays["about"] = np.frombuffer(json.dumps(about).encode(), dtype=np.uint8)
+    try:
+        with atomic_path(path) as temp, open(temp, "wb") as out:
+            np.savez(out, **arrays)  # type: ignore[arg-type]
+    except OSError as error:
+        raise ConfigError(f"cannot write to {path.parent}: {error.strerror}; give another --data-cache") from None
+
+
+def load_index(file: RemoteFile, path: Path) -> ShardIndex | None:
+    """The index kept at `path`; None where there is none that can be read."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            about = json.loads(stored["about"].tobytes())
+            if about["format"] != _FORMAT or sorted({*stored.files} - {"about"}) != about["arrays"]:
+                return None
+            tar = None
+            if "starts" in stored:
+                names = NameTable.packed(stored["text"].tobytes(), stored["ends"])
+                tar = TarIndex(names=names, starts=stored["starts"], sizes=stored["sizes"])
+            index = ShardIndex(
+                file=file,
+                count=int(about["count"]),
+                first=str(about["first"]),
+                shape=None if about["shape"] is None else (*map(int, about["shape"]),),  # type: ignore[arg-type]
+                labels=stored.get("labels"),
+                encoder=about["encoder"],
+                number=None if about["number"] is None else (*about["number"],),
+                tar=tar,
+            )
+            return index if _is_sound(index) else None
+    except Exception:  # whatever NumPy and zipfile raise on damaged bytes; it is made anew
+        return None
+
+
+def _is_sound(index: ShardIndex) -> bool:
+    """Whether the parts of a stored index fit each other and the file."""
+    labels, tar = index.labels, index.tar
+    if labels is not None:
+        kind = (np.dtype(np.int64), 1) if labels.ndim == 1 else (np.dtype(np.float32), 2)
+        if (labels.dtype, labels.ndim) != kind or len(labels) != index.count:
+            return False
+    if tar is None:
+        return True
+    ends = tar.names.ends
+    return (
+        len(ends) - 1 == len(tar.starts) == len(tar.sizes) == index.count
+        and all(column.dtype == np.int64 and column.ndim == 1 for column in (ends, tar.starts, tar.sizes))
+        and bool(ends[0] == 0 and ends[-1] == len(tar.names.text) and (np.diff(ends) >= 0).all())
+        and bool(((tar.starts >= 0) & (tar.sizes >= 0) & (tar.sizes <= index.file.size - tar.starts)).all())
+    )
+
+
+def read_first(index: ShardIndex, folder: Path) -> bytes:
+    """The first item of a shard, by a request for that part of it."""
+    reader = RemoteReader(index.file)
+    if suffix_of(index.file.url) == ".tar":
+        table = load_table(index.file, folder)
+        reader.seek(int(table.starts[0]))
+        return reader.read(int(table.sizes[0])) or b""
+    try:
+        with zipfile.ZipFile(reader) as archive:
+            return _read_entry(archive, index.first, index.file)
+    except ConfigError:
+        raise
+    except Exception as error:  # as above
+        raise ConfigError(f"{index.file.url}: {index.first} cannot be read: {one_line(error)}") from None
+
+
+def load_table(file: RemoteFile, folder: Path) -> TarIndex:
+    """Where the items of a tar lie that index_shards has seen."""
+    index = load_index(file, index_path(file, folder))
+    if index is None or index.tar is None:
+        raise ConfigError(f"the index of {file.url} in {folder} has been removed; start again, and it is made anew")
+    return index.tar
+
+
+def require_alike(shards: Sequence[ShardIndex], where: str) -> None:
+    """Raise ConfigError unless the shards make up one data set: all there, of one kind, shape and encoder."""
+    filled = [shard for shard in shards if shard.count]
+    if not filled:
+        raise ConfigError(f"data set {where} holds no images")
+    wanted = shards[-1].number
+    if wanted is not None and len(shards) > 1 and wanted[1] != len(shards):
+        raise ConfigError(f"{where}: there are {len(shards)} of {wanted[1]} shards; name or upload all")
+    first = filled[0]
+    for shard in filled:
+        if shard.shape != first.shape or is_latents(shard.first) != is_latents(first.first):
+            raise ConfigError(
+                f"{shard.file.url} begins with {shard.first} of {shard.shape}, and {first.file.url} with {first.first} "
+                f"of {first.shape} (channels, height, width); all must be alike: {CONVERT_HINT}"
+            )
+        if shard.encoder != first.encoder:
+            both = f"{first.file.url} and {shard.file.url}"
+            raise ConfigError(f"{both} were encoded in different ways; encode them alike")
+        if (shard.labels is None) != (first.labels is None):
+            bare, other = (shard, first) if shard.labels is None else (first, shard)
+            raise ConfigError(f"{bare.file.url} has no labels, and {other.file.url} has; label all shards or none")
+        if shard.labels is not None and first.labels is not None and _kind(shard.labels) != _kind(first.labels):
+            raise ConfigError(
+                f"{shard.file.url} has {_kind(shard.labels)} as labels, and {first.file.url} {_kind(first.labels)}; "
+                f"give labels of one kind"
+            )
+
+
+def _kind(labels: np.ndarray) -> str:
+    return "class indices" if labels.dtype == np.int64 else f"vectors of {labels.shape[1]}"

@@ -1,0 +1,1 @@
+"""Scores over EMA lengths and guidance weights."""
