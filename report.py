@@ -7,7 +7,7 @@ import click
 
 import dnnlib.cli
 from dnnlib.atomic import write_text
-from dnnlib.errors import ConfigError
+from dnnlib.errors import ConfigError, reason_of
 from dnnlib.folders import make_folder, require_folder
 from edm2.report.document import render
 from edm2.report.record import read_run
@@ -45,7 +45,7 @@ def cmdline(run_dir: Path, out: Path | None, sweeps: tuple[Path, ...]) -> None:
     try:
         write_text(dest, page)
     except OSError as error:
-        raise ConfigError(f"{dest} cannot be written: {error.strerror or error}") from None
+        raise ConfigError(f"{dest} cannot be written: {reason_of(error)}") from None
     for note in record.notes:
         click.echo(note)
     click.echo(f"Wrote {dest} ({len(page.encode()) / 1e6:.1f} MB)")

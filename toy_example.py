@@ -10,7 +10,7 @@ import tqdm
 
 from dnnlib.atomic import atomic_path
 from dnnlib.cli import main
-from dnnlib.errors import ConfigError
+from dnnlib.errors import ConfigError, reason_of
 from dnnlib.folders import make_folder, require_folder
 from torch_utils.distributed import resolve_device
 from torch_utils.precision import numerics
@@ -64,7 +64,7 @@ class Picture:
             with atomic_path(self.path) as temp:
                 self.figure.savefig(temp, format=self.path.suffix[1:].lower())
         except OSError as error:
-            raise ConfigError(f"cannot write {self.path}: {error.strerror or error}") from error
+            raise ConfigError(f"cannot write {self.path}: {reason_of(error)}") from error
 
     def finish(self) -> None:
         """Keep a window open until it is closed."""

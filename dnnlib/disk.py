@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from dnnlib.errors import ConfigError
+from dnnlib.errors import ConfigError, reason_of
 
 _FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
@@ -19,7 +19,7 @@ def write_error(path: str | os.PathLike[str], error: OSError, *, kept: str = "")
     """What to raise where writing `path` failed with `error`; `kept` tells what is still there."""
     path = Path(path)
     kind = DiskFull if error.errno in _FULL else ConfigError
-    reason = error.strerror or str(error)
+    reason = reason_of(error)
     if error.errno == errno.ENOENT and not path.parent.is_dir():
         reason = f"the folder {path.parent} is gone"
     return kind(f"cannot write {path}: {reason}{kept}")

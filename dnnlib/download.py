@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from dnnlib import fetch, hub
 from dnnlib.atomic import write_text
-from dnnlib.errors import ConfigError
+from dnnlib.errors import ConfigError, reason_of
 from dnnlib.fetch import Version
 
 _POLL_SEC = 0.2  # how often a waiting process looks whether the download is over
@@ -69,7 +69,7 @@ def open_url(
             _fill(path, url, num_attempts, verbose)
         except OSError as error:
             raise ConfigError(
-                f"cannot write to the download cache {path.parent}: {error.strerror or error};"
+                f"cannot write to the download cache {path.parent}: {reason_of(error)};"
                 " set DNNLIB_CACHE_DIR to a folder that can be written"
             ) from None
     return str(path) if return_filename else open(path, "rb")

@@ -23,3 +23,8 @@ class ConfigError(ValueError):
 
 class LostContactError(RuntimeError):
     """Another process of the run is gone or does not answer; nobody knows why. One line, exit code 1."""
+
+
+def reason_of(error: BaseException) -> str:
+    """Return why `error` happened, without the errno and file names that an OSError adds to its text."""
+    return getattr(error, "strerror", None) or str(error)

@@ -10,7 +10,7 @@ from typing import Any
 
 import PIL.Image
 
-from dnnlib.errors import ConfigError
+from dnnlib.errors import ConfigError, reason_of
 from edm2.report.series import Stats, read_stats
 from training.run.run_samples import FORMAT as GRID_FORMAT
 from training.run.run_samples import TEXT_KEY
@@ -112,7 +112,7 @@ def _readable(path: Path, read: Callable[[Path], Stats]) -> Stats:
     try:
         return read(path)
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from None
+        raise ConfigError(f"{path} cannot be read: {reason_of(error)}") from None
 
 
 def _numbers(name: str) -> list[float]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from dnnlib.atomic import atomic_path
-from dnnlib.errors import ConfigError
+from dnnlib.errors import ConfigError, reason_of
 from torch_utils.checkpoints.digest import DigestWriter, digest_of, read_digest
 
 # Said in the file itself, so that one that lost its digest is not taken for one that never had any.
@@ -63,9 +63,9 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist") from None
     except PermissionError as error:
-        raise ConfigError(f"{path} cannot be read as a checkpoint: {error.strerror or error}") from None
+        raise ConfigError(f"{path} cannot be read as a checkpoint: {reason_of(error)}") from None
     except OSError as error:
-        raise DamagedCheckpoint(f"{path} cannot be read as a checkpoint: {error.strerror or error}") from None
+        raise DamagedCheckpoint(f"{path} cannot be read as a checkpoint: {reason_of(error)}") from None
     except DamagedCheckpoint:
         raise
     except Exception as error:

@@ -25,7 +25,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from dnnlib.disk import forget_cached, sync_folder
-from dnnlib.errors import ConfigError
+from dnnlib.errors import ConfigError, reason_of
 from torch_utils.checkpoints.checkpoint import MANIFEST, DamagedCheckpoint
 from torch_utils.checkpoints.stored_tensor import StoredTensor, check_same, flatten
 from torch_utils.distributed import World
@@ -99,7 +99,7 @@ def open_sharded(path: str | os.PathLike[str], *, verify: bool = True) -> dict[s
             raise ConfigError(f"{path} does not exist") from None
         raise _damaged(path) from error
     except PermissionError as error:
-        raise ConfigError(f"{path} cannot be read as a checkpoint: {error.strerror or error}") from None
+        raise ConfigError(f"{path} cannot be read as a checkpoint: {reason_of(error)}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, pickle.UnpicklingError, EOFError) as error:
         raise _damaged(path) from error
     return result
@@ -242,7 +242,7 @@ def _together(world: World, work: Callable[[], T]) -> list[T]:
     try:
         result = work()
     except OSError as error:
-        failure = (error.errno, error.strerror or str(error), error.filename and str(error.filename))
+        failure = (error.errno, reason_of(error), error.filename and str(error.filename))
     gathered = world.all_gather_objects((result, failure))
     for _, problem in gathered:
         if problem is not None:
@@ -265,7 +265,7 @@ def _dcp_errors(path: Path) -> Iterator[None]:
 
 def _raise_plain(path: Path, cause: BaseException, whole: BaseException) -> NoReturn:
     if isinstance(cause, OSError):
-        raise OSError(cause.errno, cause.strerror or str(cause), str(path)) from whole
+        raise OSError(cause.errno, reason_of(cause), str(path)) from whole
     if isinstance(cause, RuntimeError | pickle.UnpicklingError | ValueError | KeyError | EOFError):
         raise _damaged(path) from whole
     raise whole

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dnnlib.errors import ConfigError
+from dnnlib.errors import ConfigError, reason_of
 from torch_utils.pickles.machine import Machine, Refused, StoredObject, Word
 from torch_utils.pickles.tree import require_tree
 from torch_utils.pickles.values import SHAPES_VOCABULARY, VOCABULARY, build
@@ -31,7 +31,7 @@ def read_pickle(source: str | os.PathLike[str] | BinaryIO, name: str | None = No
         with open(source, "rb") as file:
             return _read(file, name or str(source), values)
     except OSError as error:
-        raise ConfigError(f"cannot read {Path(source)}: {error.strerror or error}") from None
+        raise ConfigError(f"cannot read {Path(source)}: {reason_of(error)}") from None
 
 
 def _read(file: BinaryIO, name: str, values: bool) -> Any:

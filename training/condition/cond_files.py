@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 
-from dnnlib.errors import ConfigError
+from dnnlib.errors import ConfigError, reason_of
 from training.condition.cond_source import SourcePicture
 from training.dataset.image_folder import ImageFolderDataset
 from training.dataset.item_files import Files, open_files
@@ -131,7 +131,7 @@ class _FileList:
         try:
             return self._path.read_bytes()
         except OSError as error:
-            raise ConfigError(f"{self._path} cannot be read: {error.strerror or error}") from None
+            raise ConfigError(f"{self._path} cannot be read: {reason_of(error)}") from None
 
     def classes(self) -> list[int] | None:
         if self._files is None:

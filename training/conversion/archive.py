@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dnnlib.atomic import atomic_path
-from dnnlib.errors import ConfigError
+from dnnlib.errors import ConfigError, reason_of
 from training.dataset.label_file import LABELS_FILE, Label
 
 # What a ZIP file needs beside the entries' bytes: for each entry, without its name which is there twice; in all.
@@ -107,7 +107,7 @@ def writing(
             yield [_writer(part, head, item_name, stack) for part in parts]
     except OSError as error:
         where = parts[0].path if parts else "the data set"
-        raise ConfigError(f"{where} cannot be written: {error.strerror or error}") from None
+        raise ConfigError(f"{where} cannot be written: {reason_of(error)}") from None
 
 
 def is_zip(dest: Path) -> bool:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from dnnlib.atomic import atomic_path, write_text
-from dnnlib.errors import ConfigError
+from dnnlib.errors import ConfigError, reason_of
 from dnnlib.folders import make_folder, require_folder
 from torch_utils.distributed import World
 from training.conversion.archive import (
@@ -133,7 +133,7 @@ class Transcoding:
             world.barrier()
         except OSError as error:
             raise ConfigError(
-                f"{self._dest} cannot be written: {error.strerror or error}; what is done stays in {self.workdir}, and"
+                f"{self._dest} cannot be written: {reason_of(error)}; what is done stays in {self.workdir}, and"
                 " the same command again goes on from there"
             ) from None
         self._tidy_up()

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from dnnlib.errors import ConfigError
+from dnnlib.errors import ConfigError, reason_of
 from training.dataset.zip_index import STORED, NameTable, one_line, read_index
 
 __all__ = ["Files", "FolderFiles", "ShardedFiles", "ZipFiles", "one_line", "open_files"]
@@ -48,7 +48,7 @@ class FolderFiles:
         try:
             return (self.path / self.names[row]).read_bytes()
         except OSError as error:
-            raise ConfigError(f"{self.describe(row)} cannot be read: {error.strerror or error}") from None
+            raise ConfigError(f"{self.describe(row)} cannot be read: {reason_of(error)}") from None
 
     def fingerprint(self) -> int:
         """A number made of the names, since the content would take long."""

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from dnnlib.atomic import atomic_path
-from dnnlib.errors import ConfigError
+from dnnlib.errors import ConfigError, reason_of
 from training.images.png import HEADER, KIND, SIGNATURE, chunk
 
 FAST = 1  # the level of compression that is used where none is asked for
@@ -56,7 +56,7 @@ def write_png(path: Path, image: np.ndarray, *, compression: int = FAST, texts: 
         with atomic_path(path, sync=False) as temp:
             temp.write_bytes(data)
     except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror or error}") from None
+        raise ConfigError(f"{path} cannot be written: {reason_of(error)}") from None
 
 
 def encode_png(image: np.ndarray, *, compression: int = FAST, texts: dict[str, str] | None = None) -> bytes:

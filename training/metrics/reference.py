@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 
 from dnnlib.atomic import atomic_path
 from dnnlib.download import open_url
-from dnnlib.errors import ConfigError
+from dnnlib.errors import ConfigError, reason_of
 from torch_utils.pickles.safe_pickle import read_pickle
 from training.metrics.metric_table import DETECTORS, METRICS, moments_entry
 
@@ -54,7 +54,7 @@ def load_stats(path: str | os.PathLike[str]) -> Stats:
         else:
             stats = read_pickle(local, name)
     except OSError as error:
-        raise ConfigError(f"cannot read {name}: {error.strerror or error}") from None
+        raise ConfigError(f"cannot read {name}: {reason_of(error)}") from None
     except ConfigError as error:
         message = str(error)
         raise ConfigError(message if message.startswith(name) else f"{name}: {message[:400]}") from None
@@ -80,7 +80,7 @@ def save_stats(stats: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
             else:
                 _write_safetensors(temp, count, moments, stats.get("features", {}))
     except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror or error}") from None
+        raise ConfigError(f"{path} cannot be written: {reason_of(error)}") from None
 
 
 def require_suffix(path: Path) -> None:

@@ -18,7 +18,7 @@ import torch
 
 from dnnlib.atomic import write_text
 from dnnlib.download import is_url, open_url
-from dnnlib.errors import ConfigError
+from dnnlib.errors import ConfigError, reason_of
 from torch_utils.distributed import World
 from training.metrics.available import Plan
 from training.metrics.detectors import Detector
@@ -124,7 +124,7 @@ def write_json(path: Path, record: Mapping[str, Any]) -> None:
     try:
         write_text(path, json.dumps(for_json(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror or error}") from None
+        raise ConfigError(f"{path} cannot be written: {reason_of(error)}") from None
 
 
 def read_results(path: Path, request: Mapping[str, Any]) -> dict[str, float] | None:

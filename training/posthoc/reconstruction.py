@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from dnnlib.atomic import atomic_path
-from dnnlib.errors import ConfigError
+from dnnlib.errors import ConfigError, reason_of
 from dnnlib.leftovers import remove_leftovers
 from training import phema
 from training.posthoc.inputs import Input, choose_inputs, list_input_pickles
@@ -281,4 +281,4 @@ def _write(snapshot: Snapshot, paths: Sequence[Path]) -> None:
                 else:
                     safetensors_file.write(temp, **parts, **more)
         except OSError as error:
-            raise ConfigError(f"cannot write {path}: {error.strerror or error}") from None
+            raise ConfigError(f"cannot write {path}: {reason_of(error)}") from None

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dnnlib.errors import ConfigError
+from dnnlib.errors import ConfigError, reason_of
 from torch_utils.precision import cpu_threads
 
 A = TypeVar("A")
@@ -67,7 +67,7 @@ class Float16File:
             self._file.seek(self._begin[name] + 2 * start)
             count = self._file.readinto(numbers.view(np.uint8).data)
         except OSError as error:
-            raise ConfigError(f"{self._file.name} cannot be read: {error.strerror or error}") from None
+            raise ConfigError(f"{self._file.name} cannot be read: {reason_of(error)}") from None
         if count != numbers.nbytes:
             raise ConfigError(f"{self._file.name} has become shorter while it was read")
         row.copy_(torch.from_numpy(numbers))

@@ -17,7 +17,7 @@ import PIL.Image
 import torch
 
 from dnnlib.atomic import write_text
-from dnnlib.errors import ConfigError
+from dnnlib.errors import ConfigError, reason_of
 from torch_utils.random_state import unchanged_random_state
 from training.config import TrainingConfig
 
@@ -57,7 +57,7 @@ class TensorBoardLogger:
         try:
             self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=nimg + 1)
         except OSError as error:
-            raise ConfigError(f"--log=tensorboard cannot write to {folder}: {error.strerror or error}") from None
+            raise ConfigError(f"--log=tensorboard cannot write to {folder}: {reason_of(error)}") from None
         self._writer.add_text("options", "    " + config.to_json().replace("\n", "\n    "), nimg)
 
     def scalars(self, stats: Mapping[str, float], texts: Mapping[str, str], nimg: int) -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dnnlib.errors import ConfigError
+from dnnlib.errors import ConfigError, reason_of
 from torch_utils.checkpoints.checkpoint import DamagedCheckpoint, set_aside
 from torch_utils.checkpoints.stored_checkpoint import read_checkpoint
 from torch_utils.distributed import World
@@ -92,7 +92,7 @@ def _put_away(path: Path, instead: Path) -> str:
     try:
         name = set_aside(path).name
     except OSError as error:
-        raise ConfigError(f"{path} is damaged and cannot be renamed: {error.strerror or error}") from None
+        raise ConfigError(f"{path} is damaged and cannot be renamed: {reason_of(error)}") from None
     return f"{path.name} is damaged: it is called {name} now, and the run goes on from {instead.name}."
 
 

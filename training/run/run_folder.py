@@ -11,7 +11,7 @@ from typing import Any
 
 from dnnlib.atomic import write_text
 from dnnlib.disk import write_error
-from dnnlib.errors import ConfigError
+from dnnlib.errors import ConfigError, reason_of
 from dnnlib.folder_lock import FolderLock
 from dnnlib.folders import make_folder, require_folder
 from torch_utils.checkpoints.checkpoint import numbered
@@ -124,7 +124,7 @@ class RunFolder:
         try:
             return [json.loads(line) for line in self._stats_lines(nimg)] if self.stats_file.exists() else []
         except OSError as error:
-            raise ConfigError(f"{self.stats_file} cannot be read: {error.strerror or error}") from None
+            raise ConfigError(f"{self.stats_file} cannot be read: {reason_of(error)}") from None
 
     def _stats_lines(self, nimg: int) -> list[str]:
         lines = self.stats_file.read_text(encoding="utf-8", errors="replace").splitlines()

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dnnlib.errors import ConfigError
+from dnnlib.errors import ConfigError, reason_of
 from torch_utils.distributed import World
 
 SESSIONS_FILE = "sessions.jsonl"
@@ -32,4 +32,4 @@ def record_session(folder: Path, *, nimg: int, command: str, world: World) -> No
         with open(folder / SESSIONS_FILE, "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
     except OSError as error:
-        raise ConfigError(f"{folder / SESSIONS_FILE} cannot be written: {error.strerror or error}") from None
+        raise ConfigError(f"{folder / SESSIONS_FILE} cannot be written: {reason_of(error)}") from None

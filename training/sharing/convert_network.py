@@ -10,7 +10,7 @@ from urllib.parse import unquote, urlsplit
 
 from dnnlib import hub
 from dnnlib.download import is_url
-from dnnlib.errors import ConfigError
+from dnnlib.errors import ConfigError, reason_of
 from dnnlib.folders import make_folder, require_folder
 from training.run.run_folder import RunFolder
 from training.sharing.model_card import CardFacts, is_published
@@ -193,7 +193,7 @@ def _read_result(path: Path) -> dict[str, Any]:
         for entry in record["results"].values():
             float(entry["minimum"])
     except OSError as error:
-        raise ConfigError(f"cannot read --metrics={path}: {error.strerror or error}") from None
+        raise ConfigError(f"cannot read --metrics={path}: {reason_of(error)}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ConfigError(f"--metrics={path} is no result of calculate_metrics.py --json") from None
     return dict(record)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dnnlib.atomic import atomic_folder, write_text
-from dnnlib.errors import ConfigError
+from dnnlib.errors import ConfigError, reason_of
 from training.encoders import StabilityVAEEncoder
 from training.sampling.sampler import HeunOptions
 from training.sharing.model_card import CardFacts, model_card
@@ -64,7 +64,7 @@ def save_folder(snapshot: Snapshot, folder: str | os.PathLike[str], facts: CardF
             _write_json(temp / INDEX_FILE, _index(vae is not None))
             write_text(temp / CARD_FILE, model_card(snapshot, folder.name, facts or CardFacts()))
     except OSError as error:
-        raise ConfigError(f"cannot write {folder}: {error.strerror or error}") from error
+        raise ConfigError(f"cannot write {folder}: {reason_of(error)}") from error
 
 
 def require_free(folder: Path) -> None:

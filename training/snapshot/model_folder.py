@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from dnnlib.errors import ConfigError
+from dnnlib.errors import ConfigError, reason_of
 from training.encoders import Encoder, StabilityVAEEncoder
 from training.snapshot import safetensors_file
 from training.snapshot.locate import CONFIG_FILE, NETWORK_FOLDER, VAE_FOLDER, WEIGHTS_FILE, network_files
@@ -78,7 +78,7 @@ def _read_json(path: Path) -> dict[str, Any]:
             raise ConfigError(f"{path.name} is larger than a configuration can be")
         value = json.loads(path.read_text("utf-8"))
     except OSError as error:
-        raise ConfigError(f"cannot read {path.name}: {error.strerror or error}") from None
+        raise ConfigError(f"cannot read {path.name}: {reason_of(error)}") from None
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path.name} is no JSON: {error}") from None
     if not isinstance(value, dict):

@@ -11,7 +11,7 @@ import torch
 
 from dnnlib.atomic import atomic_path
 from dnnlib.disk import write_error
-from dnnlib.errors import ConfigError
+from dnnlib.errors import ConfigError, reason_of
 from torch_utils.pickles.safe_pickle import printable, read_pickle
 from training.encoders import Encoder
 from training.loss import EDM2Loss
@@ -102,7 +102,7 @@ def _read_fields(
         format_name = "folder" if path.is_dir() else _format_of(path)
         tree = read_pickle(path, name, values=values) if format_name == "pickle" else None
     except OSError as error:
-        raise ConfigError(f"cannot read {name}: {error.strerror or error}") from None
+        raise ConfigError(f"cannot read {name}: {reason_of(error)}") from None
     try:
         if format_name == "pickle":
             fields = pickle_file.parts_of(tree, path.stat().st_size, trust_code)

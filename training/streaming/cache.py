@@ -11,7 +11,7 @@ from pathlib import Path
 
 import filelock
 
-from dnnlib.errors import ConfigError
+from dnnlib.errors import ConfigError, reason_of
 from training.streaming.remote import RemoteFile, download
 
 _POLL_SEC = 0.1
@@ -67,7 +67,7 @@ class ShardCache:
                     part.unlink(missing_ok=True)
         except OSError as error:
             raise ConfigError(
-                f"cannot write to the data cache {self.folder}: {error.strerror or error}; "
+                f"cannot write to the data cache {self.folder}: {reason_of(error)}; "
                 f"give another --data-cache, or a --data-cache-size that the disk holds"
             ) from None
         return path

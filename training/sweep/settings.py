@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from dnnlib.errors import ConfigError
+from dnnlib.errors import ConfigError, reason_of
 from torch_utils.distributed import World
 from torch_utils.processes.dealing import split_batches
 from training.metrics import results as report
@@ -317,7 +317,7 @@ def _ends_sha256(path: str) -> str:
             file.seek(max(os.path.getsize(path) - _END_BYTES, 0))
             return hashlib.sha256(first + file.read()).hexdigest()
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from None
+        raise ConfigError(f"{path} cannot be read: {reason_of(error)}") from None
 
 
 def _short(value: Any) -> str:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from dnnlib.atomic import atomic_path
 from dnnlib.download import open_url
-from dnnlib.errors import ConfigError
+from dnnlib.errors import ConfigError, reason_of
 from torch_utils.pickles.safe_pickle import StoredObject, printable, read_pickle
 from training.snapshot.parts import arguments_of, plain
 from training.snapshot.pickle_file import flatten
@@ -47,7 +47,7 @@ def load_toy_model(source: str | os.PathLike[str], *, device: torch.device | str
         parts = _read_safetensors(path) if is_safetensors else _parts_of(read_pickle(path, name))
         return _build(*parts, file_bytes=path.stat().st_size).to(device)
     except OSError as error:
-        raise ConfigError(f"cannot read {name}: {error.strerror or error}") from None
+        raise ConfigError(f"cannot read {name}: {reason_of(error)}") from None
     except ConfigError as error:
         text = printable(error)[:400]  # names in the file may be anything
         raise ConfigError(text if text.startswith(name) else f"{name}: {text}") from error
@@ -74,7 +74,7 @@ def save_toy_model(net: ToyModel, path: str | os.PathLike[str], *, info: Mapping
                 metadata = {key: json.dumps(plain(value, key), sort_keys=True) for key, value in entries.items()}
                 save_file(tensors, temp, {"format": FORMAT, "format_version": VERSION} | metadata)
     except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror or error}") from error
+        raise ConfigError(f"cannot write {path}: {reason_of(error)}") from error
 
 
 def _parts_of(tree: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

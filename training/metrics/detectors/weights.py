@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from dnnlib.errors import ConfigError
+from dnnlib.errors import ConfigError, reason_of
 
 Net = TypeVar("Net", bound=nn.Module)
 
@@ -21,7 +21,7 @@ def file_sha256(path: Path) -> str:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from None
+        raise ConfigError(f"{path} cannot be read: {reason_of(error)}") from None
 
 
 def is_published(path: Path, digest: str) -> bool:
@@ -46,7 +46,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         else:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from None
+        raise ConfigError(f"{path} cannot be read: {reason_of(error)}") from None
     except SafetensorError as error:
         raise ConfigError(f"{path} is damaged or no .safetensors file: {error}") from None
     except Exception:
