@@ -1,6 +1,6 @@
-"""What the code base needs beside torch: configuration values, errors, files, downloads, the command line."""
+"""General helpers without torch: errors, files, downloads, text, the command line."""
 
 from dnnlib import util
-from dnnlib.easydict import EasyDict
+from dnnlib.util import EasyDict
 
 __all__ = ["EasyDict", "util"]

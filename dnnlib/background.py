@@ -1,4 +1,4 @@
-"""Files written by a thread of their own while the program goes on."""
+"""Files written by a thread while the program continues."""
 
 import threading
 from collections.abc import Callable
@@ -8,25 +8,25 @@ from typing import Any
 
 from dnnlib.disk import DiskFull, require_space, write_error
 
-_POLL_SEC = 5.0  # between looks at a full disk
+_POLL_SEC = 5.0  # between two attempts to write to a full disk
 
 
 @dataclass(frozen=True, kw_only=True)
 class Write:
-    """A file to be written."""
+    """A file to write."""
 
     path: Path
-    num_bytes: int  # room that it needs, about
-    work: Callable[[Path], None]  # writes it, whole or not at all; may raise OSError
+    num_bytes: int  # approximate size
+    work: Callable[[Path], None]  # writes the file atomically; may raise OSError
     tag: Any = None  # for the caller
 
 
 class BackgroundWriter:
-    """Writes files one after the other, in a thread that lives while there are some.
+    """Writes files one after the other, in a thread that ends when all are written.
 
-    With `wait_for_space`, a full disk is waited for; otherwise it is a failure, as everything else is. After a failure
-    nothing more is written. The interpreter doesn't end before the thread does. `before` is called before each file,
-    and may raise. `advice` is what to do about a full disk.
+    With `wait_for_space`, the thread waits until a full disk has room; otherwise a full disk is a failure like any
+    other. After a failure nothing more is written. The interpreter does not exit before the thread ends. `before` is
+    called before each file and may raise. `advice` is appended to the error about a full disk.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class BackgroundWriter:
         self._failure: BaseException | None = None
 
     def submit(self, write: Write) -> None:
-        """Have the file written, after those before."""
+        """Queue a file."""
         with self._change:
             if self._failure is not None:
                 return
@@ -59,12 +59,12 @@ class BackgroundWriter:
                 self._thread.start()
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until everything is written, or has failed; False where that takes longer than `timeout` seconds."""
+        """Wait until everything is written or has failed; return False after `timeout` seconds."""
         with self._change:
             return self._change.wait_for(lambda: self._thread is None, timeout)
 
     def news(self) -> tuple[list[str], list[Write]]:
-        """What there is to tell, and the files that were written, since the last call."""
+        """Return the messages for the user and the files written since the last call."""
         with self._change:
             notes, self._notes = self._notes, []
             finished, self._finished = self._finished, []
@@ -72,7 +72,7 @@ class BackgroundWriter:
 
     @property
     def failure(self) -> BaseException | None:
-        """What went wrong, if something did."""
+        """The exception that ended the work, if any."""
         with self._change:
             return self._failure
 
@@ -85,7 +85,7 @@ class BackgroundWriter:
                     return
                 write = self._waiting.pop(0)
             try:
-                self._patiently(write)
+                self._write(write)
             except BaseException as error:
                 with self._change:
                     self._failure = error
@@ -94,8 +94,9 @@ class BackgroundWriter:
                 with self._change:
                     self._finished.append(write)
 
-    def _patiently(self, write: Write) -> None:
-        told = False
+    def _write(self, write: Write) -> None:
+        """Write one file, after waiting for room if that is wanted; tell about the wait once."""
+        waited = False
         while True:
             try:
                 self._before()
@@ -107,12 +108,12 @@ class BackgroundWriter:
             except DiskFull as error:
                 if not self._wait_for_space:
                     raise DiskFull(f"{error}{self._advice}") from error
-                if not told:
+                if not waited:
                     self._note(f"{error}; waiting for room.")
-                told = True
+                waited = True
                 threading.Event().wait(self._poll_sec)
             else:
-                if told:
+                if waited:
                     self._note(f"There is room again: wrote {write.path.name}.")
                 return
 

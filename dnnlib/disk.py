@@ -1,4 +1,4 @@
-"""What a disk can do to a program: to be full, read-only or gone; told in one line."""
+"""Disks that are full, read-only or gone, explained in one line; output folders; flushing."""
 
 import contextlib
 import errno
@@ -7,16 +7,17 @@ import shutil
 from pathlib import Path
 
 from dnnlib.errors import ConfigError, reason_of
+from dnnlib.text import format_bytes
 
 _FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
 class DiskFull(ConfigError):
-    """There is no room for a file; with room, the same would work."""
+    """The disk has no room for a file; the same write would succeed with more room."""
 
 
 def write_error(path: str | os.PathLike[str], error: OSError, *, kept: str = "") -> ConfigError:
-    """What to raise where writing `path` failed with `error`; `kept` tells what is still there."""
+    """Return the exception to raise if writing `path` failed with `error`; `kept` says what is still intact."""
     path = Path(path)
     kind = DiskFull if error.errno in _FULL else ConfigError
     reason = reason_of(error)
@@ -26,31 +27,25 @@ def write_error(path: str | os.PathLike[str], error: OSError, *, kept: str = "")
 
 
 def require_space(path: Path, num_bytes: int) -> None:
-    """Raise DiskFull where the disk of the future file `path` has no room for `num_bytes`.
+    """Raise DiskFull if the disk has no room for a file `path` of `num_bytes`.
 
-    A quota is not seen here: it shows when the file is written.
+    This does not see quotas: they show when the file is written.
     """
     try:
         free = shutil.disk_usage(path.parent).free
     except OSError:
-        return  # then writing it tells what is wrong
+        return  # writing the file will tell the reason
     if free < num_bytes:
-        raise DiskFull(f"cannot write {path}: it needs {in_units(num_bytes)}, and the disk has {in_units(free)} left")
-
-
-def in_units(num_bytes: int) -> str:
-    """Bytes as people read them: 900 bytes, 12.3 MB, 2.51 GB."""
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if num_bytes >= size:
-            return f"{num_bytes / size:.3g} {unit}"
-    return f"{num_bytes} bytes"
+        raise DiskFull(
+            f"cannot write {path}: it needs {format_bytes(num_bytes)}, and the disk has {format_bytes(free)} left"
+        )
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush the names in `folder` to disk, so that a rename outlives a power cut. Does nothing where no system can."""
+    """Flush the names in `folder` to disk, so that a rename survives a power cut; does nothing on Windows."""
     if os.name == "nt":
-        return  # folders cannot be opened there
-    with contextlib.suppress(OSError):  # some network file systems refuse; they have their own promises
+        return  # it cannot open folders
+    with contextlib.suppress(OSError):  # some network file systems refuse, and guarantee something else
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -59,7 +54,37 @@ def sync_folder(folder: Path) -> None:
 
 
 def forget_cached(handle: int) -> None:
-    """Have the system drop its copy of the open file's content, which must be flushed: reading then asks the disk."""
+    """Drop the system's cached content of the open file, which must be flushed, so that reading asks the disk."""
     if hasattr(os, "posix_fadvise"):
         with contextlib.suppress(OSError):
             os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def require_folder(path: Path) -> None:
+    """Raise ConfigError if `path` is not a folder and cannot become one; creates nothing."""
+    try:
+        nearest = next(folder for folder in (path, *path.parents) if folder.exists())
+        for name in path.parts[len(nearest.parts) :]:
+            (nearest / name).exists()  # raises if the file system forbids the name
+    except OSError as error:
+        raise ConfigError(f"the output folder {path} cannot be made: {error.strerror}") from None
+    if not nearest.is_dir():
+        raise ConfigError(f"the output folder {path} cannot be made: {nearest} is a file")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(f"the output folder {path} cannot be written to: no permission for {nearest}")
+
+
+def require_file_place(path: Path) -> None:
+    """Raise ConfigError if no file can be written to `path`; creates nothing."""
+    require_folder(path.parent)
+    if path.is_dir():
+        raise ConfigError(f"{path} cannot be written: it is a folder; name a file")
+
+
+def make_folder(path: Path) -> None:
+    """Create the folder `path` and its missing parents. Raises ConfigError if that fails."""
+    require_folder(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"the output folder {path} cannot be made: {error.strerror}") from None

@@ -1,4 +1,4 @@
-"""Files from the web, kept in a cache folder that all processes of a machine or a cluster may share."""
+"""Files from the web, in a cache folder that all processes of a machine or a cluster may share."""
 
 import contextlib
 import hashlib
@@ -17,19 +17,24 @@ from dnnlib.atomic import write_text
 from dnnlib.errors import ConfigError, reason_of
 from dnnlib.fetch import Version
 
-_POLL_SEC = 0.2  # how often a waiting process looks whether the download is over
+_POLL_SEC = 0.2  # between looks of a process that waits for the download of another one
 
 
 def make_cache_dir_path(*paths: str) -> str:
-    """Path below the cache folder: $DNNLIB_CACHE_DIR, else $HOME/.cache/dnnlib. Nothing is created."""
+    """Return a path below the cache folder: $DNNLIB_CACHE_DIR, else $HOME/.cache/dnnlib. Creates nothing."""
     root = os.environ.get("DNNLIB_CACHE_DIR")
     base = Path(root) if root else Path.home() / ".cache" / "dnnlib"
     return str(base.joinpath(*paths))
 
 
 def is_url(source: str | os.PathLike[str]) -> bool:
-    """Whether `source` is an http(s) URL rather than a path."""
+    """Return True if `source` is an http(s) URL."""
     return re.match(r"https?://", str(source), re.IGNORECASE) is not None
+
+
+def is_remote(path: str) -> bool:
+    """Return whether `path` is a URL such as s3://bucket/set.zip or file:///set.zip, not a local path."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+(::[^:]+)*://", path) is not None
 
 
 def open_url(
@@ -40,22 +45,22 @@ def open_url(
     return_filename: bool = False,
     cache: bool = True,
 ) -> Any:
-    """Open an http(s) URL or a local path for reading bytes; downloads are kept in the cache and reused.
+    """Open an http(s) URL or a local path for reading bytes; downloads are cached.
 
-    hf://user/name/file is a file on the Hugging Face hub, kept in huggingface_hub's own cache (`dnnlib.hub`).
+    hf://user/name/file is a file on the Hugging Face hub, in the cache of huggingface_hub (`dnnlib.hub`).
 
-    `return_filename` gives the local file's path (a str) in place of an open file. `cache=False` reads the whole file
-    into memory and keeps nothing. `cache_dir` takes the place of `make_cache_dir_path("downloads")`. `verbose` shows a
-    progress bar where standard error is a terminal.
+    `return_filename` returns the local file's path (a str) instead of an open file. `cache=False` reads the whole file
+    into memory and keeps nothing. `cache_dir` replaces `make_cache_dir_path("downloads")`. `verbose` shows a progress
+    bar if standard error is a terminal.
 
-    Of all processes that want a file, one downloads it and the others wait. What was downloaded before an interruption
-    is kept, and continued by the next call. Failed attempts are repeated up to `num_attempts` times, waiting longer
-    each time. Raises ConfigError with one line where the file cannot be had.
+    If several processes want a file, one downloads it and the others wait. An interrupted download is resumed by the
+    next call. Up to `num_attempts` attempts are made, with longer and longer waits. Raises ConfigError with one line if
+    all fail.
     """
     if num_attempts < 1:
-        raise ConfigError(f"num_attempts={num_attempts}; at least 1 is needed")
+        raise ConfigError(f"num_attempts={num_attempts} must be at least 1")
     if return_filename and not cache:
-        raise ConfigError("return_filename=True needs cache=True: there is no file to name otherwise")
+        raise ConfigError("return_filename=True needs cache=True: without the cache, no file has a name")
     if hub.is_hub_url(url):
         return _open_from_hub(url, return_filename)
     if not is_url(url):
@@ -76,7 +81,7 @@ def open_url(
 
 
 def cached_path(url: str, cache_dir: str | None = None) -> Path:
-    """Where `open_url` keeps the file of `url`: a hash of the URL, then the file's own name."""
+    """Return the path of `url` in the cache: a hash of the URL, then the file's own name."""
     name = re.sub(r"[^0-9A-Za-z._-]", "_", urlsplit(url).path.rsplit("/", 1)[-1])[-128:] or "file"
     digest = hashlib.sha256(url.encode()).hexdigest()[:16]
     return Path(cache_dir or make_cache_dir_path("downloads")) / f"{digest}_{name}"
@@ -98,7 +103,7 @@ def _open_local(source: str, return_filename: bool) -> Any:
         )
     path = Path(source)
     if not path.is_file():
-        raise ConfigError(f"'{source}' is no file" if path.exists() else f"'{source}' does not exist")
+        raise ConfigError(f"'{source}' is not a file" if path.exists() else f"'{source}' does not exist")
     return str(path) if return_filename else open(path, "rb")
 
 
@@ -106,12 +111,7 @@ def _read_into_memory(url: str, num_attempts: int, verbose: bool) -> io.BytesIO:
     buffer = io.BytesIO()
     with _progress_bar(url, verbose) as progress:
         fetch.fetch(
-            url,
-            buffer,
-            num_attempts=num_attempts,
-            version=Version(),
-            remember=lambda version: None,
-            progress=progress,
+            url, buffer, num_attempts=num_attempts, version=Version(), remember=lambda _: None, progress=progress
         )
     buffer.seek(0)
     return buffer
@@ -119,13 +119,13 @@ def _read_into_memory(url: str, num_attempts: int, verbose: bool) -> io.BytesIO:
 
 def _fill(path: Path, url: str, num_attempts: int, verbose: bool) -> None:
     """Download `url` to `path`, or wait until another process has. Raises ConfigError and OSError."""
-    asked = time.time()
-    failure = _beside(path, "failed")
-    with _locked(_beside(path, "lock"), url, verbose) as waited:
+    start = time.time()
+    failure = _next_to(path, "failed")
+    with _locked(_next_to(path, "lock"), url, verbose) as waited:
         if path.is_file():
             return
-        if waited and failure.is_file() and failure.stat().st_mtime > asked:
-            # Many processes that try one after the other would take many times as long to say the same.
+        if waited and failure.is_file() and failure.stat().st_mtime > start:
+            # If each of many processes tried by itself, one after the other, the same error would take far longer.
             raise ConfigError(failure.read_text("utf-8"))
         failure.unlink(missing_ok=True)
         try:
@@ -137,8 +137,8 @@ def _fill(path: Path, url: str, num_attempts: int, verbose: bool) -> None:
 
 
 def _download_part(path: Path, url: str, num_attempts: int, verbose: bool) -> None:
-    """Download to a file of another name, which stays if the rest can be had later, and give it its name."""
-    part, about = _beside(path, "part"), _beside(path, "version")
+    """Download to a file of another name, and rename it at the end; a download that can be resumed stays."""
+    part, about = _next_to(path, "part"), _next_to(path, "version")
     part.touch()
     version = Version.load(about)
     try:
@@ -163,13 +163,13 @@ def _download_part(path: Path, url: str, num_attempts: int, verbose: bool) -> No
             about.unlink(missing_ok=True)
 
 
-def _beside(path: Path, kind: str) -> Path:
+def _next_to(path: Path, kind: str) -> Path:
     return path.with_name(f".{path.name}.{kind}")
 
 
 @contextlib.contextmanager
 def _locked(path: Path, url: str, verbose: bool) -> Iterator[bool]:
-    """Hold the lock; the system frees it if the process is killed. Gives whether another process had it before."""
+    """Hold the lock, which the system frees if the process is killed. Yields True if another process had it before."""
     import filelock
 
     lock = filelock.FileLock(path)
@@ -189,7 +189,7 @@ def _locked(path: Path, url: str, verbose: bool) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def _progress_bar(url: str, verbose: bool) -> Iterator[fetch.Progress]:
-    """A function to call with the bytes that are there and those that shall be."""
+    """Show a progress bar; yields the function to call with the bytes received and the bytes of the whole file."""
     from tqdm import tqdm
 
     name = urlsplit(url).path.rsplit("/", 1)[-1] or url

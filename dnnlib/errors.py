@@ -1,17 +1,17 @@
-"""The one exception that users see as a single line."""
+"""Exceptions that users see as a single line, and the text of errors."""
 
 
 class ConfigError(ValueError):
-    """What the user asked for or gave cannot work: options, files, data.
+    """A mistake of the user: options, files or data that cannot work.
 
     The message says what is wrong, with the values, and what would be right. Scripts print it in one line and exit
-    with code 2 (`dnnlib.cli.main`); programs that use the modules directly catch it as a ValueError.
+    with code 2 (`dnnlib.cli.main`); programs that use the modules catch it as a ValueError.
 
-    It may quote names out of files, which can be anything: as text it is one line that can be printed, with spaces for
-    line breaks and question marks for other signs that have no face.
+    The message may quote names out of files, which can be anything. Its text is therefore one printable line: line
+    breaks become spaces, other unprintable characters question marks.
 
-    Among several processes, every one that was given the same command makes the same mistake, and only the first one
-    on each machine speaks; `only_here` says that the error is this process's alone, or that it is to speak for all.
+    Several processes with the same command make the same mistake, and only the first one on each machine prints it.
+    `only_here` is set if the error concerns this process alone, or if this process speaks for all.
     """
 
     only_here = False
@@ -22,9 +22,18 @@ class ConfigError(ValueError):
 
 
 class LostContactError(RuntimeError):
-    """Another process of the run is gone or does not answer; nobody knows why. One line, exit code 1."""
+    """Another process of the run is gone or does not answer, for an unknown reason. One line, exit code 1."""
 
 
 def reason_of(error: BaseException) -> str:
     """Return why `error` happened, without the errno and file names that an OSError adds to its text."""
     return getattr(error, "strerror", None) or str(error)
+
+
+def one_line(error: BaseException) -> str:
+    """Return the text of `error` as one printable line of at most 400 characters; its class name if it has no text.
+
+    Errors about the content of files may quote it at any length.
+    """
+    text = " ".join(str(error).split())[:400] or type(error).__name__
+    return "".join(sign if sign.isprintable() else "?" for sign in text)

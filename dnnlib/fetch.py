@@ -1,8 +1,9 @@
-"""One file over HTTP: in pieces where it has to be, checked, and without following a server to anywhere else.
+"""One file over HTTP: resumed where the connection broke, checked, and without following a server anywhere else.
 
 Source: RFC 9110 (HTTP semantics), sections 13.1.5 (If-Range), 14 (ranges) and 15.4 (redirection).
 """
 
+import contextlib
 import json
 import re
 import socket
@@ -14,59 +15,59 @@ from typing import IO, Any
 from urllib.parse import urljoin, urlsplit
 
 from dnnlib.atomic import write_text
-from dnnlib.errors import ConfigError
+from dnnlib.errors import ConfigError, one_line
 
-_CHUNK_BYTES = 1 << 16  # what a break-off may cost
+_CHUNK_BYTES = 1 << 16  # the most that a broken connection can lose
 _TIMEOUT_SEC = 30.0  # without a single byte
-_FIRST_WAIT_SEC = 0.5  # doubled after every failed attempt
-_LONGEST_WAIT_SEC = 30.0
+_FIRST_WAIT_SEC = 0.5  # doubled after every failed attempt; the second attempt follows at once
+_LONGEST_WAIT_SEC = 30.0  # also where the server asks for more
 _MAX_REDIRECTS = 10
-_MAX_LOOKUPS = 3  # of a host's name that fail
-_MAY_PASS = (408, 416, 425, 429)  # of the 4xx answers, those worth another attempt
+_MAX_LOOKUPS = 3  # failed lookups of a host's name
+_TRANSIENT = (408, 416, 425, 429)  # the 4xx answers that are worth another attempt
 
-# Called with the bytes that are there and the bytes of the whole file, None where the server does not say.
+# Called with the bytes received and the bytes of the whole file, None if the server does not say.
 Progress = Callable[[int, int | None], None]
 
 
 class Stopped(Exception):
-    """Another attempt would end the same way."""
+    """The attempt failed, and another one would fail the same way."""
 
 
 class Broken(Exception):
-    """The attempt failed; the next one may not. `wait_sec`, where the server asks for a pause."""
+    """The attempt failed; the next one may not. `response` may ask for a pause (Retry-After)."""
 
-    def __init__(self, reason: str, wait_sec: float = 0.0) -> None:
+    def __init__(self, reason: str, response: Any = None) -> None:
         super().__init__(reason)
-        self.wait_sec = wait_sec
+        self.response = response
 
 
 @dataclass(frozen=True, kw_only=True)
 class Version:
-    """Which version of a file the bytes are of, and how long it is."""
+    """The version of a file that the received bytes belong to, and its length."""
 
-    validator: str | None = None  # a strong ETag, else the date of change; None = bytes cannot be added to
+    validator: str | None = None  # a strong ETag, else the date of change; None: the download cannot be resumed
     length: int | None = None
 
     @property
     def by_tag(self) -> bool:
-        """Whether the validator is an ETag, which is in quotes, and not a date."""
+        """True if the validator is an ETag, which is quoted, and not a date."""
         return (self.validator or "").startswith('"')
 
     @classmethod
     def of(cls, headers: Any) -> "Version":
-        """What a whole answer says of itself."""
+        """Version that the headers of a complete answer describe."""
         tag = headers.get("ETag")
         if tag is not None and tag.startswith("W/"):
             tag = None  # two versions may share a weak one
         return cls(validator=tag or headers.get("Last-Modified"), length=_integer(headers.get("Content-Length")))
 
     def save(self, path: Path) -> None:
-        """Write it beside the bytes."""
+        """Write it to `path`."""
         write_text(path, json.dumps(asdict(self)))
 
     @classmethod
     def load(cls, path: Path) -> "Version":
-        """What `save` wrote; a version that fits nothing where that is missing or damaged."""
+        """Read what `save` wrote; without a validator if the file is missing or damaged."""
         try:
             fields = json.loads(path.read_text("utf-8"))
             return cls(validator=str(fields["validator"]), length=_integer(fields["length"]))
@@ -83,93 +84,99 @@ def fetch(
     remember: Callable[[Version], None],
     progress: Progress,
 ) -> None:
-    """Make `file` (open for update) the body of `url`; what it holds already is kept if it is of the same `version`.
+    """Make `file` (open for update) the body of `url`; bytes that it already has are kept if they are of `version`.
 
-    `remember` gets the version as soon as it is known, for a later continuation. Raises ConfigError, with one line,
-    where all attempts fail; OSError where `file` cannot be written.
+    `remember` gets the version as soon as it is known, so that a later call can resume. Raises ConfigError, with one
+    line, if all attempts fail; OSError if `file` cannot be written.
     """
     import requests  # here, because most programs never download
+    from urllib3.exceptions import MaxRetryError
+    from urllib3.util import Retry
 
-    wait_sec, reason = _FIRST_WAIT_SEC, ""
+    retry = Retry(num_attempts - 1, backoff_factor=_FIRST_WAIT_SEC, backoff_max=_LONGEST_WAIT_SEC)
     with requests.Session() as session:
         work = _Fetch(session, url, file, version, remember, progress)
-        for attempt in range(num_attempts):
-            asked_sec = 0.0
+        while True:
+            response = None
             try:
-                work.attempt()
-                return
+                return work.attempt()
             except Stopped as error:
                 raise ConfigError(f"cannot download {url}: {error}") from None
             except Broken as error:
-                reason, asked_sec = str(error), error.wait_sec
+                reason, response = str(error), error.response
             except requests.RequestException as error:
                 origin = _innermost(error)
-                reason = " ".join(str(origin).split()) or type(origin).__name__
-                if isinstance(origin, socket.gaierror) and attempt >= _MAX_LOOKUPS - 1:
+                reason = one_line(origin)
+                if isinstance(origin, socket.gaierror) and len(retry.history) >= _MAX_LOOKUPS - 1:
                     break  # no such host, or no network at all: waiting for minutes would not help
-            if attempt + 1 < num_attempts:
-                time.sleep(min(max(wait_sec, asked_sec), _LONGEST_WAIT_SEC))
-                wait_sec = min(wait_sec * 2, _LONGEST_WAIT_SEC)
+            try:
+                retry = retry.increment()
+            except MaxRetryError:
+                break
+            _wait(retry, response)
     raise ConfigError(f"cannot download {url}: {reason}; check the address and the network connection")
 
 
+def _wait(retry: Any, response: Any) -> None:
+    """Wait as long as the server asks, or twice as long as the last time, within a bound."""
+    from urllib3.exceptions import InvalidHeader
+
+    asked = None
+    if response is not None:
+        with contextlib.suppress(InvalidHeader):
+            asked = retry.get_retry_after(response)
+    time.sleep(min(asked or retry.get_backoff_time(), _LONGEST_WAIT_SEC))
+
+
+@dataclass
 class _Fetch:
     """A file on its way, over several attempts."""
 
-    def __init__(
-        self,
-        session: Any,
-        url: str,
-        file: IO[bytes],
-        version: Version,
-        remember: Callable[[Version], None],
-        progress: Progress,
-    ) -> None:
-        self._session = session
-        self._url = url
-        self._file = file
-        self._version = version
-        self._remember = remember
-        self._progress = progress
+    session: Any
+    url: str
+    file: IO[bytes]
+    version: Version
+    remember: Callable[[Version], None]
+    progress: Progress
 
     def attempt(self) -> None:
         """Fetch the whole file, or what is missing of it. Raises Stopped, Broken and requests' own errors."""
-        present = self._file.seek(0, 2)
-        headers = {"Accept-Encoding": "identity"}  # bytes as they are stored; else their number would be another
-        asked_for_rest = present > 0 and self._version.validator is not None
-        if asked_for_rest and present == self._version.length:
-            return  # all was there when the program was killed
-        if asked_for_rest:
-            headers |= {"Range": f"bytes={present}-", "If-Range": str(self._version.validator)}
-        with _get(self._session, self._url, headers) as response:
-            if response.status_code == 206 and asked_for_rest:
+        present = self.file.seek(0, 2)
+        headers = {"Accept-Encoding": "identity"}  # the bytes as stored: a compressed body has another length
+        resumes = present > 0 and self.version.validator is not None
+        if resumes and present == self.version.length:
+            return  # complete when the program was killed
+        if resumes:
+            headers |= {"Range": f"bytes={present}-", "If-Range": str(self.version.validator)}
+        with _get(self.session, self.url, headers) as response:
+            if response.status_code == 206 and resumes:
                 self._require_continuation(response.headers, present)
             elif response.status_code == 200:
                 self._start_over()
-                self._version = Version.of(response.headers)
-                if self._version.validator is not None:
-                    self._remember(self._version)
+                self.version = Version.of(response.headers)
+                if self.version.validator is not None:
+                    self.remember(self.version)
             else:
                 self._refuse(response)
             self._copy(response)
 
     def _copy(self, response: Any) -> None:
-        """Add the body to the file, and check that all of it is there."""
+        """Add the body to the file, and check that all of it arrived."""
         pieces = response.iter_content(_CHUNK_BYTES)
-        length = self._version.length
-        present, complete = self._file.tell(), True
+        length = self.version.length
+        present, complete = self.file.tell(), True
         while True:
-            try:  # around the reading alone: errors of writing are of another kind
+            try:  # around the reading alone: an OSError of writing is about the disk
                 piece = next(pieces, b"")
             except OSError:  # all of requests' errors
                 complete = False
                 break
             if not piece:
                 break
-            self._file.write(piece)
+            self.file.write(piece)
             present += len(piece)
-            self._progress(present, length)
-        self._file.flush()
+            self.progress(present, length)
+        self.file.flush()
         if not complete or length not in (None, present):
             if length is not None and present > length:
                 self._start_over()
@@ -178,17 +185,17 @@ class _Fetch:
             raise Broken("the file is empty")
 
     def _start_over(self) -> None:
-        self._file.seek(0)
-        self._file.truncate()
+        self.file.seek(0)
+        self.file.truncate()
 
     def _require_continuation(self, headers: Any, present: int) -> None:
-        """Raise Broken, with what is there given up, unless the answer goes on where the bytes end."""
+        """Start over and raise Broken unless the answer continues where the bytes end."""
         match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", headers.get("Content-Range", ""))
         total = _integer(match[3]) if match else None
-        other_length = total is not None and self._version.length not in (None, total)
-        # A server may heed Range and not If-Range; what it says of itself then tells that the file is another now.
-        validator = headers.get("ETag" if self._version.by_tag else "Last-Modified")
-        other_version = validator is not None and validator != self._version.validator
+        other_length = total is not None and self.version.length not in (None, total)
+        # A server may heed Range but not If-Range; its own headers then tell that the file has changed.
+        validator = headers.get("ETag" if self.version.by_tag else "Last-Modified")
+        other_version = validator is not None and validator != self.version.validator
         if match is None or int(match[1]) != present or other_length or other_version:
             self._start_over()
             raise Broken("the server continues with another part of the file than was asked for")
@@ -197,15 +204,15 @@ class _Fetch:
         """Raise for an answer that is not the file."""
         status = response.status_code
         reason = f"the server answers {status} {response.reason}".rstrip()
-        if status == 416:  # what is there is not a beginning of the file
+        if status == 416:  # the bytes received are not a beginning of the file
             self._start_over()
-        if status >= 500 or status in _MAY_PASS:
-            raise Broken(reason, wait_sec=_integer(response.headers.get("Retry-After")) or 0.0)
+        if status >= 500 or status in _TRANSIENT:
+            raise Broken(reason, response)
         raise Stopped(f"{reason}; check the address")
 
 
 def _get(session: Any, url: str, headers: dict[str, str]) -> Any:
-    """The answer for `url`, redirections followed within HTTP and not from a secured to an open connection."""
+    """Response for `url`, with redirections followed within HTTP and never from https to http."""
     for _ in range(_MAX_REDIRECTS + 1):
         response = session.get(url, stream=True, timeout=_TIMEOUT_SEC, headers=headers, allow_redirects=False)
         target = response.headers.get("Location")
@@ -225,7 +232,7 @@ def _integer(text: Any) -> int | None:
 
 
 def _innermost(error: BaseException) -> BaseException:
-    """Where a failed request began."""
+    """First cause of a failed request."""
     while (inner := error.__cause__ or error.__context__) is not None:
         error = inner
     return error

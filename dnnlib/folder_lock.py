@@ -1,8 +1,10 @@
-"""One process at a time on a folder: a file in it that says who, and whose age says whether that one still lives.
+"""One process at a time on a folder: a lock file that names its holder, and whose age tells whether that one is alive.
 
-The holder touches the file every few seconds. On the same machine a process is known to be gone at once; of another
-machine, when the file has not been touched for `STALE_SEC`. Locks of the operating system would do the first part, but
-many network file systems have none, or keep those of a machine that was taken away.
+The holder touches the file every few seconds. On the same machine, a process that ended is noticed at once; on another
+machine, when the file has not been touched for `STALE_SEC`. A lock of the operating system (filelock.FileLock) would do
+for one machine, but many network file systems have none, or keep the locks of a machine that was taken away. The leases
+of filelock (SoftFileLease) expire too. But a newcomer waits for the whole term even if the lock was left hours ago, and
+learns that a holder is alive only at the end of it.
 """
 
 import contextlib
@@ -20,27 +22,27 @@ from typing import Any
 
 import psutil
 
-from dnnlib.disk import write_error
+from dnnlib.disk import make_folder, write_error
 from dnnlib.errors import ConfigError
-from dnnlib.folders import make_folder
 
 REFRESH_SEC = 10.0
-STALE_SEC = 120.0  # on another machine, without a sign of life
+STALE_SEC = 120.0  # without a touch from another machine
 
 _NAME = "run.lock"
-_SETTLE_SEC = 0.05  # in which others that took the same stale lock away put back what they should not have
+# After this time, processes that took the same stale lock away have put back a new one that they took by mistake.
+_SETTLE_SEC = 0.05
 _COUNTS_TICKS = Path("/proc/self/stat").exists()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Holder:
-    """Who holds a folder."""
+    """The process that holds a folder."""
 
     host: str
     pid: int
-    started: float  # when the process began, see `_started`: process numbers are used again
-    machine: str  # where process numbers mean the same: the boot of a machine, and a container in it
-    token: str  # of this one lock
+    started: float  # start of the process, see `_started`: process numbers are reused
+    machine: str  # process numbers are comparable within it: a boot of a machine and a container
+    token: str  # identifies this one lock
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}"
@@ -49,7 +51,7 @@ class Holder:
 class FolderLock:
     """Holds `folder` from `acquire` to `release`; both may be called once.
 
-    `say` is told, in a line, where a stale lock is taken over or another machine's is watched.
+    `say` gets a line of text when a stale lock is taken over or another machine's lock is watched.
     """
 
     def __init__(
@@ -73,13 +75,13 @@ class FolderLock:
             token=uuid.uuid4().hex,
         )
         self._spare = self.path.with_name(f".{_NAME}.{self._me.token[:12]}.tmp")
-        self._made: list[Path] = []  # folders
+        self._made: list[Path] = []  # folders created for the lock
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
     def acquire(self) -> None:
-        """Take the folder, which is made if missing. Raises ConfigError where another process holds it."""
-        self._made = [place for place in (self.folder, *self.folder.parents) if not place.exists()]
+        """Take the folder, which is created if missing. Raises ConfigError if another process holds it."""
+        self._made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
         make_folder(self.folder)
         try:
             while not self._create():
@@ -97,7 +99,7 @@ class FolderLock:
         self._thread.start()
 
     def release(self) -> None:
-        """Let go of the folder, and remove it if it was made for the lock and is empty."""
+        """Give the folder up, and remove it if it was created for the lock and is empty."""
         self._ended.set()
         if self._thread is not None:
             self._thread.join()
@@ -109,15 +111,15 @@ class FolderLock:
                 folder.rmdir()
 
     def require_held(self) -> None:
-        """Raise ConfigError where another process has taken the folder over, as it may if this one stood still."""
+        """Raise ConfigError if another process took the folder over, as it may after this one was suspended."""
         holder = self._read()
         if holder is not None and holder.token != self._me.token:
             raise ConfigError(
-                f"{self.folder} was taken over by {holder} while this process gave no sign of life; it writes no more"
+                f"{self.folder} was taken over by {holder} while this process gave no sign of life; it stops writing"
             )
 
     def _create(self) -> bool:
-        """Make the file, with its content from the start; False where it is there already."""
+        """Create the file, complete from the start; False if it exists."""
         text = json.dumps(asdict(self._me)) + "\n"
         try:
             self._spare.write_text(text, encoding="utf-8")
@@ -127,7 +129,7 @@ class FolderLock:
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EROFS):
                 raise
-            try:  # a file system without links
+            try:  # a file system without hard links
                 with open(self.path, "x", encoding="utf-8") as file:
                     file.write(text)
             except FileExistsError:
@@ -137,7 +139,7 @@ class FolderLock:
         return True
 
     def _read(self) -> Holder | None:
-        """Who holds the lock; None where the file is gone. One that says nothing is watched, as another machine's."""
+        """Return the holder of the lock, None if the file is gone. An unreadable file counts as another machine's."""
         try:
             text = self.path.read_text("utf-8", errors="replace")
         except FileNotFoundError:
@@ -145,18 +147,18 @@ class FolderLock:
         return _parse(text)
 
     def _require_stale(self, holder: Holder) -> None:
-        """Return when the holder is gone; raise ConfigError when it is seen to be alive."""
+        """Return if the holder is gone; raise ConfigError if it is alive."""
         if holder.host == self._me.host and holder.machine == self._me.machine:
             if _is_alive(holder):
                 raise self._held(holder)
-            self._say(f"{self.path} is of {holder}, which is gone; taking over.")
+            self._say(f"{self.path} belongs to {holder}, which is gone; taking over.")
             return
         last = self._touched()
         if last is None:
             return
         age = (self._now() - last) / 1e9
         if age < self._stale_sec:
-            self._say(f"{self.path} is of {holder}; waiting to see whether it lives, {self._stale_sec:.0f} s at most.")
+            self._say(f"{self.path} belongs to {holder}; waiting up to {self._stale_sec:.0f} s for a sign of life.")
         deadline = time.monotonic() + self._stale_sec - age
         while time.monotonic() < deadline:
             if self._ended.wait(min(self._refresh_sec, 1.0)):
@@ -166,15 +168,15 @@ class FolderLock:
                 return
             if touched != last:
                 raise self._held(holder)
-        self._say(f"{self.path} is of {holder}, without a sign of life for {self._stale_sec:.0f} s; taking over.")
+        self._say(f"{self.path} belongs to {holder}, without a sign of life for {self._stale_sec:.0f} s; taking over.")
 
     def _held(self, holder: Holder) -> ConfigError:
         return ConfigError(
-            f"--outdir={self.folder} is in use by {holder}; wait for its end, stop it, or choose another folder"
+            f"--outdir={self.folder} is in use by {holder}; wait until it ends, stop it, or choose another folder"
         )
 
     def _take_away(self, holder: Holder) -> None:
-        """Remove the lock of `holder`, unless it is another's by now: two processes may find it stale."""
+        """Remove the lock of `holder`, unless it has a new holder by now: two processes may find it stale."""
         try:
             os.replace(self.path, self._spare)
         except FileNotFoundError:
@@ -185,14 +187,14 @@ class FolderLock:
             os.replace(self._spare, self.path)
 
     def _touched(self) -> int | None:
-        """When the holder gave the last sign of life, ns; None where the file is gone."""
+        """Return the time of the last touch in ns, None if the file is gone."""
         try:
             return self.path.stat().st_mtime_ns
         except FileNotFoundError:
             return None
 
     def _now(self) -> int:
-        """The time by the clock of the disk, ns: that of another machine may be wrong by minutes."""
+        """Return the time in ns by the disk's clock: the clocks of two machines may differ by minutes."""
         try:
             self._spare.touch()
             return self._spare.stat().st_mtime_ns
@@ -201,7 +203,7 @@ class FolderLock:
 
     def _refresh(self) -> None:
         while not self._ended.wait(self._refresh_sec):
-            with contextlib.suppress(OSError, ConfigError):  # a disk may be gone for a while
+            with contextlib.suppress(OSError, ConfigError):  # a network disk may be away for a while
                 self.require_held()
                 os.utime(self.path)
 
@@ -221,7 +223,7 @@ def _parse(text: str) -> Holder:
 
 
 def _is_alive(holder: Holder) -> bool:
-    """Whether the process is there, on this machine, and is not another one with the same number."""
+    """Return True if the process runs on this machine, and is not a new one with the same number."""
     try:
         if psutil.Process(holder.pid).status() == psutil.STATUS_ZOMBIE:
             return False
@@ -229,12 +231,14 @@ def _is_alive(holder: Holder) -> bool:
     except psutil.NoSuchProcess:
         return False
     except (psutil.Error, ValueError, OverflowError):
-        return True  # it cannot be looked at, so it is there
+        return True  # it may not be inspected, so it exists
 
 
 def _started(pid: int) -> float:
-    """When a process of this machine began: in ticks since the boot, which no clock that is set changes (Linux), or in
-    seconds since 1970, which move with the clock. Raises psutil.Error where there is no such process."""
+    """Return the start time of a process of this machine. Raises psutil.Error if it does not exist.
+
+    On Linux in ticks since the boot, which setting the clock does not change; elsewhere in seconds since 1970.
+    """
     if not _COUNTS_TICKS:
         return psutil.Process(pid).create_time()
     try:
@@ -244,7 +248,7 @@ def _started(pid: int) -> float:
 
 
 def _machine() -> str:
-    """A text that is the same where process numbers mean the same: not after a reboot, nor in another container."""
+    """Return a text that names the boot and the container: process numbers are comparable where it is the same."""
     parts = []
     with contextlib.suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip())

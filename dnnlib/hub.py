@@ -1,7 +1,7 @@
-"""Files on the Hugging Face hub, by name: hf://user/name[@revision][/file], in the cache of huggingface_hub.
+"""Files on the Hugging Face hub by name, hf://user/name[@revision][/file], in the cache of huggingface_hub.
 
-That library finds the endpoint, the token and the cache, and whether to stay offline, in its own environment variables
-(HF_ENDPOINT, HF_TOKEN, HF_HUB_CACHE, HF_HUB_OFFLINE, ...). It is an extra, and imported where a name is first used.
+That library reads the endpoint, the token, the cache folder and offline mode from its own environment variables
+(HF_ENDPOINT, HF_TOKEN, HF_HUB_CACHE, HF_HUB_OFFLINE, ...). It is an optional dependency, imported on first use.
 """
 
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from dnnlib.errors import ConfigError
+from dnnlib.errors import ConfigError, one_line
 
 INSTALL_HINT = 'pip install "edm2[hub]"'
 
@@ -23,7 +23,7 @@ _SYNTAX = "write hf://user/name, hf://user/name/file, or hf://user/name@revision
 
 @dataclass(frozen=True, kw_only=True)
 class HubName:
-    """A repository of models on the hub, or one file of it."""
+    """A model repository on the hub, or one file of it."""
 
     repo: str  # user/name
     revision: str | None = None  # branch, tag or commit; None = the main branch
@@ -35,23 +35,23 @@ class HubName:
 
 
 def is_hub_url(source: str | os.PathLike[str]) -> bool:
-    """Whether `source` is written as hf://..."""
+    """Return True if `source` starts with hf://."""
     return str(source).lower().startswith(_SCHEME)
 
 
 def parse_hub_url(source: str) -> HubName:
-    """The name behind hf://user/name[@revision][/file]. Raises ConfigError for anything else.
+    """Parse hf://user/name[@revision][/file]. Raises ConfigError for anything else.
 
     A slash within a revision is written %2F, as in refs%2Fpr%2F1.
     """
     match = _NAME.fullmatch(source[len(_SCHEME) :].rstrip("/")) if is_hub_url(source) else None
     if match is None:
-        raise ConfigError(f"'{source}' is no name on the hub; {_SYNTAX}")
+        raise ConfigError(f"'{source}' is not a name on the hub; {_SYNTAX}")
     return _name_of(match, source)
 
 
 def parse_repository(source: str) -> HubName | None:
-    """The repository behind a plain user/name or user/name@revision; None where `source` cannot be one."""
+    """Parse a plain user/name or user/name@revision; None if `source` is anything else."""
     match = _NAME.fullmatch(source)
     return None if match is None or match["file"] is not None else _name_of(match, source)
 
@@ -59,25 +59,25 @@ def parse_repository(source: str) -> HubName | None:
 def _name_of(match: re.Match[str], source: str) -> HubName:
     file = match["file"]
     if file is not None and any(part in ("", ".", "..") for part in re.split(r"[/\\]", file)):
-        raise ConfigError(f"'{source}' names no file within a repository; {_SYNTAX}")
+        raise ConfigError(f"'{source}' does not name a file within a repository; {_SYNTAX}")
     return HubName(repo=match["repo"], revision=unquote(match["revision"]) if match["revision"] else None, file=file)
 
 
 def fetch_file(name: HubName) -> Path:
-    """The file in huggingface_hub's cache, after a download where it is not there. Raises ConfigError in one line.
+    """Return the path of the file in huggingface_hub's cache, downloaded if missing. Raises ConfigError.
 
-    A link to the contents; its folder and those above it lie as in the repository, under the commit's name.
+    The path is a link to the contents; it ends like the path in the repository, in a folder named by the commit.
     """
     assert name.file is not None
     library = _library(name)
     try:
         return Path(library.hf_hub_download(name.repo, name.file, revision=name.revision))
-    except Exception as error:  # of this library, of its HTTP library, of the disk
+    except Exception as error:  # of huggingface_hub, its HTTP library or the disk
         raise _explained(error, name) from None
 
 
 def list_files(name: HubName) -> list[str]:
-    """The files of a repository; of those in the cache, where the hub cannot be asked. Raises ConfigError."""
+    """List the files of a repository; those in the cache if the hub cannot be reached. Raises ConfigError."""
     library = _library(name)
     try:
         if library.constants.HF_HUB_OFFLINE:
@@ -94,7 +94,7 @@ def list_files(name: HubName) -> list[str]:
 
 
 def pinned(name: HubName, path: Path) -> HubName:
-    """`name` at the very commit that `path`, what `fetch_file` gave for it, belongs to."""
+    """Return `name` with the commit of `path`, the result of `fetch_file`, as its revision."""
     assert name.file is not None
     snapshot = path.parents[len(name.file.split("/")) - 1]
     return replace(name, revision=snapshot.name)
@@ -114,7 +114,7 @@ def _library(name: HubName) -> Any:
 
 
 def _cached_files(library: Any, name: HubName) -> list[str]:
-    """The files of the repository in the cache: refs/{revision} names a commit, snapshots/{commit} has its files."""
+    """List the cached files: refs/{revision} has the name of a commit, snapshots/{commit} its files."""
     folder = Path(library.constants.HF_HUB_CACHE) / "--".join(["models", *name.repo.split("/")])
     revision = name.revision or library.constants.DEFAULT_REVISION
     try:
@@ -122,29 +122,29 @@ def _cached_files(library: Any, name: HubName) -> list[str]:
         commit = reference.read_text("utf-8").strip() if reference.is_file() else revision
         snapshot = folder / "snapshots" / commit
         return sorted(path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file())
-    except (OSError, ValueError):  # names that no folder can have
+    except (OSError, ValueError):  # the name of a revision may be impossible for a file
         return []
 
 
 def _explained(error: Exception, name: HubName) -> ConfigError:
-    """What to tell the user, in one line, of an exception that huggingface_hub raised for `name`."""
+    """Turn an exception that huggingface_hub raised for `name` into one line for the user."""
     import huggingface_hub.constants as constants
     import huggingface_hub.utils as utils
 
     if isinstance(error, utils.GatedRepoError):
         return ConfigError(
-            f"{name.repo} gives its files to users who accepted its terms: do so at {constants.ENDPOINT}/{name.repo},"
+            f"{name.repo} asks users to accept its terms first: do so at {constants.ENDPOINT}/{name.repo},"
             " then log in with `hf auth login` or set HF_TOKEN"
         )
     if isinstance(error, utils.RepositoryNotFoundError):
         return ConfigError(
-            f"there is no model repository {name.repo} at {constants.ENDPOINT}, or it is private: check the name, or"
+            f"no model repository {name.repo} at {constants.ENDPOINT}, or it is private: check the name, or"
             " log in with `hf auth login` or HF_TOKEN"
         )
     if isinstance(error, utils.RevisionNotFoundError):
         return ConfigError(f"{name.repo} has no revision {name.revision!r}; name a branch, a tag or a commit")
     if isinstance(error, utils.HFValidationError):
-        return ConfigError(f"'{name}' is no name on the hub: {_one_line(error)}")
+        return ConfigError(f"'{name}' is not a name on the hub: {one_line(error)}")
     offline = isinstance(error, utils.OfflineModeIsEnabled)
     if isinstance(error, utils.LocalEntryNotFoundError) or offline:
         if offline or constants.HF_HUB_OFFLINE:
@@ -155,12 +155,8 @@ def _explained(error: Exception, name: HubName) -> ConfigError:
     elif isinstance(error, utils.EntryNotFoundError):
         where = "" if name.revision is None else f" at revision {name.revision}"
         return ConfigError(f"{name.repo} has no file {name.file}{where}")
-    reason = _one_line(error.__cause__ or error)
+    reason = one_line(error.__cause__ or error)
     return ConfigError(
-        f"'{name}' is not in the cache and cannot be had from {constants.ENDPOINT}: {reason};"
+        f"'{name}' is not in the cache and cannot be downloaded from {constants.ENDPOINT}: {reason};"
         " check the network connection"
     )
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,7 +1,7 @@
-"""The processes of one run: who this one is, what it computes on, and how it talks to the others.
+"""The processes of one run: the number and device of this one, and communication with the others.
 
-One process on a CPU is the normal case; under torchrun, or any launcher that sets its environment variables, the
-same code runs over NCCL on GPUs and over gloo elsewhere.
+One process on a CPU is the normal case. Under torchrun, or any launcher that sets its environment variables, the same
+code runs over NCCL on GPUs and over gloo elsewhere.
 """
 
 import datetime
@@ -22,36 +22,38 @@ from torch_utils.processes import failures, stopping
 
 T = TypeVar("T")
 
-# How a run ends before its time. Training calls the four functions below by their names in this module, so that a
-# cluster with a protocol of its own can put its functions in their place: `distributed.should_suspend = mine` before
-# the run starts, or by editing them here. docs/clusters.md has an example.
+# Training calls the four functions below by their names in this module, so that a cluster with its own protocol can
+# replace them: `distributed.should_suspend = mine` before the run starts, or by editing them here. docs/clusters.md has
+# an example.
 
 
 def should_stop() -> bool:
-    """Whether the run is to end here for good, as if --duration had been reached: with last snapshots and a checkpoint.
+    """Return True to end the run for good, as if --duration were reached: with last snapshots and a checkpoint.
 
-    Asked by every process after every iteration, so it should take microseconds; when one process says yes, all of them
-    end after the same iteration. Nobody asks for this unless the function is replaced.
+    Every process calls this after every iteration, so it should take microseconds. If one returns True, all end after
+    the same iteration. Always False unless the function is replaced.
     """
     return False
 
 
 def should_suspend() -> bool:
-    """Whether the run is to be suspended: a checkpoint, and an end of the processes; the same command continues it.
+    """Return True to suspend the run: it saves a checkpoint and ends, and the same command continues it.
 
-    Asked as `should_stop`. True once `request_suspend` was called or, under `stopping.handled_signals`, a signal came.
+    Called like `should_stop`. True after `request_suspend` or, under `stopping.handled_signals`, after a signal.
     """
     return stopping.REQUEST.asked
 
 
 def request_suspend() -> None:
-    """Ask for a suspension after the running iteration; one process is enough, and any of its threads."""
+    """Ask to suspend the run after the current iteration; any thread of one process may call this."""
     stopping.REQUEST.ask()
 
 
 def update_progress(cur: int, total: int) -> None:
-    """Told by the main process how far the run is: `cur` of `total` images, at the start, at every status interval and
-    at the end. Does nothing unless it is replaced, by what reports to a cluster's scheduler or dashboard."""
+    """Report the progress of the run: `cur` of `total` images. Does nothing unless it is replaced.
+
+    The main process calls this at the start, at every status interval and at the end.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,21 +63,21 @@ class World:
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    # What the processes share beside their collectives, where `init` made the group.
+    # Key-value store of all processes, if `init` made the group.
     store: torch.distributed.Store | None = field(default=None, compare=False, repr=False)
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that prints and writes files."""
+        """True for the process that prints and writes files."""
         return self.rank == 0
 
     def barrier(self) -> None:
-        """Wait until every process is here."""
+        """Wait until every process has called this."""
         if self.size > 1:
             torch.distributed.barrier()
 
     def all_gather_objects(self, value: T) -> list[T]:
-        """Every process's `value`, in the order of ranks, in every process."""
+        """Return the `value` of every process, by rank."""
         if self.size == 1:
             return [value]
         gathered: list[Any] = [None] * self.size
@@ -83,7 +85,7 @@ class World:
         return gathered
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum of `tensor` over all processes, in place."""
+        """Sum `tensor` over all processes, in place, and return it."""
         if self.size > 1:
             torch.distributed.all_reduce(tensor)
         return tensor
@@ -95,16 +97,16 @@ class World:
 
 
 def resolve_device(name: str | None = None) -> torch.device:
-    """The device called `name` (cpu, cuda, cuda:1, mps), or the best one of this machine: CUDA, then MPS, then CPU.
+    """Return the device `name` (cpu, cuda, cuda:1, mps); by default the best of this machine: CUDA, MPS, CPU.
 
-    Under torchrun, 'cuda' is this process's own GPU. Raises ConfigError where the device does not exist.
+    Under torchrun, 'cuda' is this process's own GPU. Raises ConfigError if the device does not exist.
     """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ConfigError(f"--device={name} is no device; use cpu, cuda, cuda:N or mps") from None
+        raise ConfigError(f"--device={name} is not a device; use cpu, cuda, cuda:N or mps") from None
     if device.type not in ("cpu", "cuda", "mps"):
         raise ConfigError(f"--device={name} is not supported; use cpu, cuda, cuda:N or mps")
     if device.type == "mps" and not torch.backends.mps.is_available():
@@ -121,9 +123,9 @@ def resolve_device(name: str | None = None) -> torch.device:
 def init(device: str | None = None, *, patience_hours: float = 0.5) -> World:
     """Join the run that torchrun's environment variables describe; without them, be the only process.
 
-    `device` as in `resolve_device`. A process that waits for the others longer than `patience_hours` gives up: they
-    have failed, or were dealt much more work. Call `close` on the result before the program ends. Raises ConfigError
-    where the processes don't find each other, or are on different kinds of devices.
+    `device` as in `resolve_device`. A process that waits for the others longer than `patience_hours` gives up. Call
+    `close` on the result before the program ends. Raises ConfigError if the processes don't find each other, or are on
+    different kinds of devices.
     """
     resolved = resolve_device(device)
     if resolved.type == "cuda":
@@ -140,10 +142,9 @@ def init(device: str | None = None, *, patience_hours: float = 0.5) -> World:
 
 @contextmanager
 def joined(device: str | None = None, *, patience_hours: float = 0.5) -> Iterator[World]:
-    """The World of `init` for the length of a block, closed at its end.
+    """Yield the World of `init`, closed at the end of the block.
 
-    When the block fails in one process, the others end too, and the first cause is the one on the screen: see
-    `failures.fail`.
+    If the block fails in one process, all end, and only the first cause is printed: see `failures.fail`.
     """
     world = init(device, patience_hours=patience_hours)
     try:
@@ -156,19 +157,19 @@ def joined(device: str | None = None, *, patience_hours: float = 0.5) -> Iterato
 
 
 def _join(device: torch.device, timeout: datetime.timedelta) -> torch.distributed.Store:
-    """Make the default process group; the store by which the processes found each other."""
+    """Create the default process group; return the store through which the processes met."""
     backend = "gloo"
     if device.type == "cuda":
         backend = "nccl"
-        # A process that fails takes down the communicators of the others, which would wait for it otherwise: the first
-        # ends a process whose communication fails or takes longer than the time-out, the second tells the others.
+        # Without these, the others would wait for a process that failed. The first ends a process whose communication
+        # fails or times out, the second takes down the communicators of the others.
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
         os.environ.setdefault("TORCH_NCCL_PROPAGATE_ERROR", "1")
     where = f"{os.environ.get('MASTER_ADDR', '(no MASTER_ADDR)')}:{os.environ.get('MASTER_PORT', '(no MASTER_PORT)')}"
     try:
         shared, rank, size = next(iter(rendezvous("env://", timeout=timeout)))
         shared.set_timeout(timeout)
-        store = _unused_part(shared, rank, size, timeout)
+        store = _private_store(shared, rank, size, timeout)
         store.set(f"device/{rank}", device.type)
         first = store.get("device/0").decode()
         if first != device.type:
@@ -194,30 +195,30 @@ def _join(device: torch.device, timeout: datetime.timedelta) -> torch.distribute
     return store
 
 
-def _unused_part(
+def _private_store(
     store: torch.distributed.Store, rank: int, size: int, timeout: datetime.timedelta
 ) -> torch.distributed.Store:
-    """A part of `store` that only these processes know.
+    """Agree on a prefix of `store` that only these processes use.
 
-    torchrun keeps its store when it restarts the processes (seen with PyTorch 2.13), and what killed ones left there,
-    their addresses first of all, would be taken for that of the new ones: these then fail to connect, or wait for ever.
-    So every process introduces itself with a word that nobody can have used, and learns by it where to meet.
+    torchrun keeps its store when it restarts the processes (seen with PyTorch 2.13). The new ones would read what the
+    killed ones left there, such as their addresses, and fail to connect or wait forever. So every process sends a
+    unique word, and gets the prefix under that word.
     """
     word = uuid.uuid4().hex
     if rank > 0:
         store.set(f"hello/{rank}", word)
-        place = store.get(f"welcome/{word}").decode()
-        store.set(f"{place}/here/{rank}", "")
-        return torch.distributed.PrefixStore(place, store)
-    place, missing = word, set(range(1, size))
+        prefix = store.get(f"welcome/{word}").decode()
+        store.set(f"{prefix}/here/{rank}", "")
+        return torch.distributed.PrefixStore(prefix, store)
+    prefix, missing = word, set(range(1, size))
     end = time.monotonic() + timeout.total_seconds()
     while missing:
         for other in sorted(missing):
-            if store.check([f"{place}/here/{other}"]):
+            if store.check([f"{prefix}/here/{other}"]):
                 missing.discard(other)
-            elif store.check([f"hello/{other}"]):  # its word, or one of a process that is gone, which does no harm
-                store.set(f"welcome/{store.get(f'hello/{other}').decode()}", place)
+            elif store.check([f"hello/{other}"]):  # of a killed process, perhaps: it does no harm
+                store.set(f"welcome/{store.get(f'hello/{other}').decode()}", prefix)
         if time.monotonic() > end:
             raise RuntimeError(f"no word from process {', '.join(map(str, sorted(missing)))} of {size}")
         time.sleep(0.01 if missing else 0)
-    return torch.distributed.PrefixStore(place, store)
+    return torch.distributed.PrefixStore(prefix, store)

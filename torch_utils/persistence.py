@@ -1,10 +1,10 @@
 """Classes whose instances are pickled together with the source text of the module that defines them.
 
-That is the published layout of network files: every object of a project class is one call of
-`_reconstruct_persistent_obj` with a dictionary of the module's source, the class name and the object's attributes.
-The published reader executes the source. This one never does: it finds the class among those decorated in this
-process, which serves `copy.deepcopy` and spawned workers, and refuses everything else. Files from elsewhere are data,
-and are read by `torch_utils.pickles.safe_pickle`.
+This is the published layout of network files: each object of a project class is one call of
+`_reconstruct_persistent_obj` with a dictionary of the module's source, the class name and the object's attributes. The
+published reader executes the source. This one never does: it finds the class among those decorated in this process,
+which is enough for `copy.deepcopy` and spawned workers, and refuses everything else. Files from elsewhere are read as
+data by `torch_utils.pickles.safe_pickle`.
 """
 
 import copy
@@ -12,27 +12,34 @@ import functools
 import inspect
 import pickle
 import sys
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
-from dnnlib.easydict import EasyDict
 from dnnlib.errors import ConfigError
+from dnnlib.util import EasyDict
 
 C = TypeVar("C", bound=type)
 
+
+class Persistent(Protocol):
+    """An instance of a class decorated with `persistent_class`: it records its constructor arguments."""
+
+    _init_args: tuple[Any, ...]
+    _init_kwargs: dict[str, Any]
+
+
 VERSION = 6  # of the published layout
 
-# The decorated classes and the source text of their modules as it was when they were defined. It has to be module
-# state: a pickle names a class by that text alone, and pickle calls `_reconstruct_persistent_obj` with nothing else.
+# The decorated classes with the source text of their modules at the time of definition. This is module state, because
+# a pickle identifies a class by that text, and pickle calls `_reconstruct_persistent_obj` without other arguments.
 _sources: dict[type, str | None] = {}
 
 
 def persistent_class(cls: C) -> C:
-    """Class decorator: instances record their constructor arguments, and pickles of them carry their module's source.
+    """Class decorator: instances record their constructor arguments, and their pickles carry the module's source.
 
-    The class stays itself (no wrapper class), so that isinstance, super(), deepcopy and torch.compile see nothing
-    unusual. Instances get `_init_args` and `_init_kwargs` (deep copies, taken before the constructor runs), also as
-    the properties `init_args` and `init_kwargs`, which return copies. Subclasses that are not decorated themselves
-    are pickled the ordinary way.
+    The class is not wrapped, so that isinstance, super(), deepcopy and torch.compile see nothing unusual. Instances get
+    `_init_args` and `_init_kwargs` (deep copies, taken before the constructor runs), and the properties `init_args` and
+    `init_kwargs`, which return copies. Subclasses that are not decorated themselves are pickled the ordinary way.
     """
     _sources[cls] = _module_source(cls)
     _record_arguments(cls)
@@ -51,15 +58,15 @@ def persistent_class(cls: C) -> C:
 
 
 def is_persistent(obj: Any) -> bool:
-    """Whether `obj` is a class decorated with `persistent_class`, or an instance of one."""
+    """Return True if `obj` is a class decorated with `persistent_class`, or an instance of one."""
     return (obj if isinstance(obj, type) else type(obj)) in _sources
 
 
 def _reconstruct_persistent_obj(meta: dict[str, Any]) -> Any:
-    """The object that `meta` describes, if its class is one of this process's own; see the module's docstring.
+    """Make the object that `meta` describes, if its class was decorated in this process; see the module's docstring.
 
-    Pickle calls this function by its name, which is part of the file format. Raises ConfigError, and runs nothing,
-    where the embedded source is not that of a decorated class of this process.
+    Pickle calls this function by its name, which is part of the file format. Raises ConfigError, and runs nothing, if
+    the embedded source is not that of a decorated class of this process.
     """
     if meta.get("type") != "class" or meta.get("version") != VERSION:
         raise ConfigError(
@@ -86,7 +93,7 @@ def _reconstruct_persistent_obj(meta: dict[str, Any]) -> Any:
 
 
 def _module_source(cls: type) -> str | None:
-    """The text of the module that defines `cls`; None where there is no file, as in an interactive session."""
+    """Return the text of the module that defines `cls`; None without a file, as in an interactive session."""
     try:
         return inspect.getsource(sys.modules[cls.__module__])
     except (OSError, TypeError, KeyError):
@@ -94,22 +101,21 @@ def _module_source(cls: type) -> str | None:
 
 
 def _record_arguments(cls: Any) -> None:
-    """Make the constructor of `cls` keep its arguments in the instance."""
+    """Make the constructor of `cls` record its arguments in the instance."""
     construct = cls.__init__
 
     @functools.wraps(construct)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         kept = copy.deepcopy(args), copy.deepcopy(kwargs)
         construct(self, *args, **kwargs)
-        # Written last and past __setattr__: the outermost constructor wins, and nn.Module or a frozen dataclass
-        # has no say in it.
+        # Last, so that the outermost constructor wins; not by setattr, which nn.Module and frozen dataclasses override.
         self.__dict__["_init_args"], self.__dict__["_init_kwargs"] = kept
 
     cls.__init__ = __init__
 
 
 def _describe(obj: Any) -> dict[str, Any]:
-    """The dictionary that stands for `obj` in a file."""
+    """Return the dictionary that represents `obj` in a file."""
     cls = type(obj)
     source = _sources[cls]
     if source is None:
@@ -118,15 +124,15 @@ def _describe(obj: Any) -> dict[str, Any]:
         raise pickle.PicklingError(f"class {cls.__qualname__} is not found as {cls.__module__}.{cls.__name__}")
     state = obj.__getstate__()
     if not isinstance(state, dict):
-        raise pickle.PicklingError(f"class {cls.__name__} has a state that is no dictionary (does it use __slots__?)")
+        raise pickle.PicklingError(f"class {cls.__name__} has no dictionary as its state (does it use __slots__?)")
     return {"type": "class", "version": VERSION, "module_src": source, "class_name": cls.__name__, "state": dict(state)}
 
 
-def _init_args(self: Any) -> tuple[Any, ...]:
-    """The positional arguments that this object was constructed with."""
+def _init_args(self: Persistent) -> tuple[Any, ...]:
+    """Positional arguments of the constructor call."""
     return copy.deepcopy(self._init_args)
 
 
-def _init_kwargs(self: Any) -> dict[str, Any]:
-    """The keyword arguments that this object was constructed with."""
+def _init_kwargs(self: Persistent) -> dict[str, Any]:
+    """Keyword arguments of the constructor call."""
     return EasyDict(copy.deepcopy(self._init_kwargs))

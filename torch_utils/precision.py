@@ -1,26 +1,28 @@
-"""The numeric choices of PyTorch, in one place: number formats, global switches, threads."""
+"""Global state of PyTorch in one place: number formats, switches, threads, random states."""
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 
-# What large matrix products and convolutions compute in: float32; float32 with factors rounded to TF32 on GPUs that
-# have it; float16 on CUDA devices and float32 elsewhere; bfloat16.
+# Arithmetic of large matrix products and convolutions: float32; float32 with factors rounded to TF32 on GPUs that have
+# it; float16 on CUDA devices and float32 elsewhere; bfloat16.
 Precision = Literal["fp32", "tf32", "fp16", "bf16"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 
 def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
-    """The type of activations, and of the weights that act on them, for `precision` on `device`."""
+    """Return the type of activations, and of the weights applied to them, for `precision` on `device`."""
     if precision == "bf16":
         return torch.bfloat16
     return torch.float16 if precision == "fp16" and device.type == "cuda" else torch.float32
 
 
 def precision_note(precision: Precision, device: torch.device) -> str | None:
-    """What a user who asked for `precision` should know about `device`; None where it does what it says."""
+    """Return what a user who asked for `precision` should know about `device`, or None."""
     if precision == "fp16" and device.type != "cuda":
         return f"float16 needs a CUDA GPU: the network computes in float32 on the {device.type} here."
     if precision == "tf32" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)):
@@ -32,9 +34,9 @@ def precision_note(precision: Precision, device: torch.device) -> str | None:
 
 @contextmanager
 def numerics(*, cudnn_benchmark: bool = True, precision: Precision = "fp32") -> Iterator[None]:
-    """Compute as the papers did while the block runs, then restore what was set before.
+    """Set PyTorch's switches as in the papers while the block runs, then restore them.
 
-    TF32 off (on for `precision` tf32), no reduced-precision accumulation in half-precision matrix products;
+    TF32 is off (on for `precision` tf32), as is reduced-precision accumulation in half-precision matrix products.
     `cudnn_benchmark` lets cuDNN time its convolution algorithms. Without a GPU the switches have no effect.
     """
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
@@ -57,10 +59,25 @@ def numerics(*, cudnn_benchmark: bool = True, precision: Precision = "fp32") -> 
 
 @contextmanager
 def cpu_threads(count: int) -> Iterator[None]:
-    """Let an operation on the CPU use `count` threads while the block runs, where more would be in each other's way."""
+    """Let CPU operations use `count` threads while the block runs, for work that more threads would slow down."""
     previous = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
         yield
     finally:
         torch.set_num_threads(previous)
+
+
+@contextmanager
+def unchanged_random_state(device: torch.device) -> Iterator[None]:
+    """Restore the global random states of Python, NumPy and PyTorch after the block.
+
+    Our own code uses none of them, but libraries that load a VAE or DINOv2, or report to a service, may.
+    """
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)

@@ -1,4 +1,4 @@
-"""Averages of quantities over an interval of training and over all processes, without waiting for the device."""
+"""Averages over an interval of training and over all processes, without waiting for the device."""
 
 from collections.abc import Mapping
 
@@ -8,9 +8,9 @@ from torch_utils.distributed import World
 
 
 class RunningMeans:
-    """Named means of the elements of everything added since the last `collect`.
+    """Named means of all elements added since the last `collect`.
 
-    Sums stay on the device in float64 (float32 where the device has no float64), so that adding never synchronizes.
+    Sums stay on the device in float64 (float32 if the device has no float64), so that adding never synchronizes.
     """
 
     def __init__(self, world: World) -> None:
@@ -19,13 +19,13 @@ class RunningMeans:
         self._moments: dict[str, torch.Tensor] = {}
 
     def add(self, name: str, values: torch.Tensor) -> None:
-        """Take all elements of `values` into the mean called `name`."""
+        """Add all elements of `values` to the mean called `name`."""
         values = values.detach().to(self._dtype)
         moments = torch.stack([values.sum(), torch.full_like(values.sum(), values.numel())])
         self._moments[name] = self._moments[name] + moments if name in self._moments else moments
 
     def collect(self) -> dict[str, float]:
-        """The means over all processes, and a fresh start. Every process must have added the same names."""
+        """Return the means over all processes and start over. Every process must have added the same names."""
         means = {}
         for name in sorted(self._moments):
             total, count = self._world.all_reduce_sum(self._moments[name].clone()).tolist()
@@ -34,9 +34,9 @@ class RunningMeans:
         return means
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """What has been added since the last `collect`: sum and count by name [2], of several processes [R, 2].
+        """Return sum and count since the last `collect` by name: [2], or [R, 2] for R processes.
 
-        To be called by every process.
+        Every process must call this.
         """
         if self._world.size == 1:
             return dict(self._moments)
@@ -44,7 +44,7 @@ class RunningMeans:
         return {name: torch.tensor([row[name] for row in rows], dtype=self._dtype) for name in self._moments}
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Continue from `state`. Of another number of processes, the first one takes the sums of all of them."""
+        """Continue from `state`. If it is from another number of processes, the first one takes the sums of all."""
         rank, size = self._world.rank, self._world.size
         self._moments = {}
         for name, value in state.items():

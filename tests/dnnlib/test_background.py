@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from dnnlib.appending import LineFile
+from dnnlib.atomic import LineFile
 from dnnlib.background import BackgroundWriter, Write
-from dnnlib.disk import DiskFull, in_units
+from dnnlib.disk import DiskFull
 from dnnlib.errors import ConfigError
+from dnnlib.text import format_bytes
 from tests.helpers.paths import ROOT
 from torch_utils.checkpoints.host_copy import HostCopy, on_host
 
@@ -198,4 +199,4 @@ def test_lines_are_appended_whole_or_not_at_all(tmp_path: Path, monkeypatch, roo
 
 
 def test_sizes_are_told_in_units():
-    assert [in_units(n) for n in (999, 12_345, 2_510_000_000)] == ["999 bytes", "12.3 kB", "2.51 GB"]
+    assert [format_bytes(n) for n in (999, 12_345, 2_510_000_000)] == ["999 bytes", "12.3 kB", "2.51 GB"]

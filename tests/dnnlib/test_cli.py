@@ -1,10 +1,11 @@
-"""How a script ends: exit codes, and one line for a user's mistake."""
+"""The end of a script: exit codes, and one line for a user's mistake."""
 
 import click
 import pytest
 
-from dnnlib.cli import INT_LIST, NIMG, STD_LIST, main
+from dnnlib.cli import INT_LIST, NIMG, main
 from dnnlib.errors import ConfigError
+from edm2.options.metrics import STD_LIST
 
 
 @click.command()
@@ -46,9 +47,9 @@ def test_a_program_may_choose_its_exit_code():
     ("args", "text"),
     [
         (["--fail=user"], "Error: two lines"),
-        (["--count=abc"], "Error: Invalid value for '--count': 'abc' is no image count"),
+        (["--count=abc"], "Error: Invalid value for '--count': 'abc' is not an image count"),
         (["--list=5-1"], "the range '5-1'"),
-        (["--stds=0.5"], "'0.5' in '0.5' is no EMA length"),
+        (["--stds=0.5"], "'0.5' in '0.5' is not an EMA length"),
         (["--nothing"], "No such option"),
         (["surplus"], "unexpected extra argument"),
     ],

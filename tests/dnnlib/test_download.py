@@ -43,7 +43,7 @@ class Server(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """What a script may do."""
+    """The actions of a script."""
 
     server: Server
     protocol_version = "HTTP/1.1"
@@ -263,9 +263,8 @@ def test_errors_that_pass_are_waited_for_and_others_are_not(server: Server, monk
 
     server.script = script
     assert read(server.url()) == BODY
-    assert waits == pytest.approx(
-        [0.001, 7, 30, 0.008]
-    )  # doubled each time, or as the server asks, up to half a minute
+    # At first none, then doubled each time or as the server asks, up to half a minute.
+    assert waits == pytest.approx([0, 7, 30, 0.008])
     for status in (401, 403, 404, 410):
         server.requests.clear()
 
@@ -330,7 +329,7 @@ def test_in_memory_a_dropped_download_goes_on_too(server: Server, tmp_path: Path
 def test_a_bar_is_shown_to_whom_it_concerns(
     server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    read(server.url("/quiet.pkl"))  # standard error is no terminal here
+    read(server.url("/quiet.pkl"))  # standard error is not a terminal here
     assert capsys.readouterr().err == ""
     import tqdm
 
@@ -345,7 +344,7 @@ def test_a_bar_is_shown_to_whom_it_concerns(
     read(server.url("/net.pkl"))
     assert "Downloading net.pkl: 100%" in capsys.readouterr().err
     open_url(server.url("/other.pkl"), verbose=False).close()
-    assert shown == [None, True]  # None: tqdm's word for "where there is a terminal"
+    assert shown == [None, True]  # None tells tqdm to show the bar only on a terminal
 
 
 def _open_in_process(url: str, start: object, results: object) -> None:
@@ -369,7 +368,7 @@ def test_of_many_processes_one_downloads(server: Server) -> None:
     start.set()
     assert [results.get(timeout=60) for _ in workers] == [True] * 4
     for worker in workers:
-        worker.join()
+        worker.join(60)
     assert server.bodies_sent == 1
 
 
@@ -403,7 +402,7 @@ def test_waiting_for_a_download_that_fails_fails_with_it(server: Server, capsys:
     assert len(messages) == 4 and len(set(messages)) == 1 and "404" in messages[0]
     assert len(server.requests) == 1
     assert "Waiting for another process" in capsys.readouterr().err
-    server.script = lambda handler, number: handler.whole()  # who comes later tries anew
+    server.script = lambda handler, number: handler.whole()  # a later call tries again
     assert read(server.url()) == BODY
 
 
@@ -435,7 +434,7 @@ def test_a_killed_download_frees_the_lock_and_leaves_its_part(server: Server) ->
         time.sleep(0.02)
     assert worker.pid is not None
     os.kill(worker.pid, signal.SIGKILL)
-    worker.join()
+    worker.join(60)
     over.set()
     present = part.stat().st_size
     assert present > 0

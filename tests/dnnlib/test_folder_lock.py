@@ -77,7 +77,7 @@ def test_a_living_process_is_respected_and_a_killed_one_is_not(tmp_path: Path):
         lock.release()
     finally:
         process.kill()
-        process.wait()
+        process.wait(timeout=120)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -85,10 +85,16 @@ def test_another_process_with_the_number_of_the_holder_is_not_the_holder(tmp_pat
     lock = FolderLock(tmp_path)
     lock.acquire()
     change(lock.path, started=1.0, token="other")
-    second = FolderLock(tmp_path)
+    said: list[str] = []
+    second = FolderLock(tmp_path, say=said.append)
     second.acquire()
+    assert len(said) == 1 and "which is gone; taking over" in said[0]
+    second.require_held()
+    with pytest.raises(ConfigError, match="taken over by"):
+        lock.require_held()
     second.release()
     lock.release()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("entries", [{"host": "elsewhere"}, {"machine": "before the reboot"}])
@@ -99,7 +105,7 @@ def test_a_lock_of_another_machine_counts_while_it_is_touched(tmp_path: Path, en
     said: list[str] = []
     with pytest.raises(ConfigError, match="in use by"):
         FolderLock(tmp_path, say=said.append, refresh_sec=0.02).acquire()
-    assert len(said) == 1 and "waiting to see whether it lives" in said[0]
+    assert len(said) == 1 and "waiting up to 120 s for a sign of life" in said[0]
     lock.release()
     assert list(tmp_path.iterdir()) == []
 

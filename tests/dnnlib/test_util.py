@@ -69,7 +69,7 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
 
 
 def files(folder: Path) -> list[Path]:
-    """What is there to be used: locks and notes of failures begin with a dot."""
+    """The usable files of a folder: names of locks and notes of failures begin with a dot."""
     return [path for path in folder.rglob("*") if path.is_file() and path.name[0] != "."]
 
 
@@ -154,6 +154,10 @@ def test_local_paths_open_and_other_schemes_do_not(tmp_path: Path) -> None:
     path = tmp_path / "net.pkl"
     path.write_bytes(b"local")
     assert open_url(str(path)).read() == b"local" and open_url(str(path), return_filename=True) == str(path)
-    for bad, message in ((tmp_path / "no.pkl", "does not exist"), (tmp_path, "no file"), ("ftp://a/b", "scheme ftp")):
+    for bad, message in (
+        (tmp_path / "no.pkl", "does not exist"),
+        (tmp_path, "is not a file"),
+        ("ftp://a/b", "scheme ftp"),
+    ):
         with pytest.raises(ConfigError, match=message):
             open_url(str(bad))

@@ -54,7 +54,7 @@ def describe(layer: nn.Module) -> dict[str, Any]:
 
 
 def send_back(layer: nn.Module, connection: Any) -> None:
-    """What the spawned worker does."""
+    """Run in the spawned worker."""
     connection.send((type(layer).__name__, layer(torch.ones(2)).tolist(), layer))
     connection.recv()  # tensors travel through this process's memory: stay until they have arrived
 
@@ -103,7 +103,7 @@ def test_a_spawned_worker_gets_the_layer_and_returns_it() -> None:
     assert ours.poll(60)
     name, values, layer = ours.recv()
     ours.send("done")
-    process.join()
+    process.join(60)
     assert (name, values, type(layer)) == ("Scale", [3.0, 3.0], Scale)
 
 
@@ -140,7 +140,9 @@ def test_a_class_without_a_source_file_says_so_only_when_pickled() -> None:
     """
     run = [sys.executable, "-"]
     root = ROOT
-    done = subprocess.run(run, input=textwrap.dedent(program), cwd=root, text=True, capture_output=True, check=True)
+    done = subprocess.run(
+        run, input=textwrap.dedent(program), cwd=root, text=True, capture_output=True, check=True, timeout=120
+    )
     assert done.stdout.strip() == "class Here has no source file; define it in a module"
 
 

@@ -1,4 +1,4 @@
-"""Which number format a precision means where, and switches that are put back."""
+"""Number formats by precision and device, and switches that are restored."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Copies of tensors in the host's memory, so that they can be written while the originals go on changing."""
+"""Copies of tensors in host memory, which can be written to a file while the originals change."""
 
 import threading
 from collections.abc import Callable
@@ -6,33 +6,35 @@ from typing import Any
 
 import torch
 
+from torch_utils.checkpoints.stored import map_tensors
+
 
 class HostCopy:
-    """Memory for a copy of nested dictionaries and lists of tensors; kept for the next copy of the same shapes.
+    """Memory for a copy of nested dictionaries and lists of tensors, reused by the next copy of the same shapes.
 
-    The copy is of the moment when `take` is called, in the order of the device's work: what is computed later doesn't
-    change it. On CUDA `take` waits for nothing, and the values are there after `wait`.
+    The copy has the values at the time of `take`, in the order of the device's work: later computations don't change
+    it. On CUDA `take` does not wait, and the values are complete after `wait`.
     """
 
     def __init__(self) -> None:
         self._buffers: list[torch.Tensor] = []
         self._used = 0
-        self._gpus: set[torch.device] = set()  # of the tensors that are on one; there is one a process
+        self._gpus: set[torch.device] = set()  # of the copied tensors; a process uses one at most
         self._copied: torch.cuda.Event | None = None
         self._reserving: threading.Thread | None = None
 
     def reserve(self, data: Any, *, dtype: torch.dtype | None = None) -> None:
-        """Begin to get the memory that `take` of the same arguments needs.
+        """Start allocating the memory for `take` with the same arguments, in a thread.
 
-        Memory that was never written to takes the system several times longer to give than to fill: a thread does that,
-        so that the first copy is as quick as the others.
+        The system takes several times longer to provide fresh memory than to fill it. With this, the first copy is as
+        fast as the later ones.
         """
         self._reserving = threading.Thread(target=self._all, args=(data, dtype, _zero))
         self._reserving.start()
 
     @torch.no_grad()
     def take(self, data: Any, *, dtype: torch.dtype | None = None) -> Any:
-        """`data` with all tensors replaced by copies, of `dtype` if given; the copies before are overwritten."""
+        """Return `data` with copies of all tensors, of `dtype` if given; overwrites the previous copies."""
         if self._reserving is not None:
             self._reserving.join()
             self._reserving = None
@@ -45,7 +47,7 @@ class HostCopy:
         return copied
 
     def wait(self) -> None:
-        """Wait until the values of the last copy are there. Any thread may call this."""
+        """Wait until the last copy is complete. Any thread may call this."""
         if self._copied is not None:
             self._copied.synchronize()
 
@@ -56,29 +58,24 @@ class HostCopy:
             self._gpus.add(tensor.device)
 
     def _all(self, data: Any, dtype: torch.dtype | None, fill: Callable[[torch.Tensor, torch.Tensor], Any]) -> Any:
-        """`data` with buffers in place of the tensors, each filled."""
-        self._used = 0
-        found = self._walk(data, dtype, fill)
-        del self._buffers[self._used :]
-        return found
+        """Return `data` with a buffer, filled by `fill`, in place of each tensor."""
 
-    def _walk(self, data: Any, dtype: torch.dtype | None, fill: Callable[[torch.Tensor, torch.Tensor], Any]) -> Any:
-        if isinstance(data, torch.Tensor):
-            buffer = self._buffer(data.detach(), data.dtype if dtype is None else dtype)
-            fill(buffer, data.detach())
+        def copied(tensor: torch.Tensor) -> torch.Tensor:
+            buffer = self._buffer(tensor.detach(), tensor.dtype if dtype is None else dtype)
+            fill(buffer, tensor.detach())
             return buffer
-        if isinstance(data, dict):
-            return {key: self._walk(value, dtype, fill) for key, value in data.items()}
-        if isinstance(data, list | tuple):
-            return type(data)(self._walk(value, dtype, fill) for value in data)
-        return data
+
+        self._used = 0
+        copy = map_tensors(copied, data)
+        del self._buffers[self._used :]
+        return copy
 
     def _buffer(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The next buffer, if it fits the tensor; else a new one in its place."""
+        """Return the next buffer if it fits the tensor, else a new one in its place."""
         on_cuda = tensor.device.type == "cuda"
-        wanted = torch.empty_like(tensor, dtype=dtype, device="meta")
+        layout = _layout(torch.empty_like(tensor, dtype=dtype, device="meta"))
         buffer = self._buffers[self._used] if self._used < len(self._buffers) else None
-        if buffer is None or _layout(buffer) != _layout(wanted) or buffer.is_pinned() != on_cuda:
+        if buffer is None or _layout(buffer) != layout or buffer.is_pinned() != on_cuda:
             buffer = torch.empty_like(tensor, dtype=dtype, device="cpu", pin_memory=on_cuda)
             self._buffers[self._used : self._used + 1] = [buffer]
         self._used += 1
@@ -95,15 +92,13 @@ def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 @torch.no_grad()
 def on_host(data: Any, *, dtype: torch.dtype | None = None) -> Any:
-    """`data` with all tensors in the host's memory, copied only where they are elsewhere or of another dtype.
+    """Return `data` with all tensors in host memory, copied only if they are elsewhere or of another dtype.
 
-    A part of a larger tensor is copied too: torch.save would store the whole.
+    A view of a larger tensor is copied too: torch.save would store the whole storage.
     """
-    if isinstance(data, torch.Tensor):
-        tensor = data.detach().to("cpu", dtype)
+
+    def host(tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.detach().to("cpu", dtype)
         return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
-    if isinstance(data, dict):
-        return {key: on_host(value, dtype=dtype) for key, value in data.items()}
-    if isinstance(data, list | tuple):
-        return type(data)(on_host(value, dtype=dtype) for value in data)
-    return data
+
+    return map_tensors(host, data)

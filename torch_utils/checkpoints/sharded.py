@@ -1,8 +1,8 @@
 """Checkpoints that all processes write together, each its own part, and that any number of processes can read.
 
-A checkpoint is a folder: the files of torch.distributed.checkpoint (DCP), which hold the tensors, and MANIFEST, a JSON
-file with everything else and with the SHA-256 of every other file. The folder gets its name when all of it is on the
-disk. Nothing in it is executed: DCP's index, a pickle, may name a closed list of classes, and tensors are read as data.
+A checkpoint is a folder: files of torch.distributed.checkpoint (DCP) with the tensors, and MANIFEST, a JSON file with
+everything else and the SHA-256 of every other file. The folder gets its name once all of it is on the disk. Nothing in
+it is executed: DCP's index, a pickle, may name a closed list of classes only, and tensors are read as data.
 
 All processes must see the same folder, as on a cluster's shared file system.
 """
@@ -13,24 +13,23 @@ import os
 import pathlib
 import pickle
 import shutil
-import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
+from dnnlib.atomic import temporary_path
 from dnnlib.disk import forget_cached, sync_folder
 from dnnlib.errors import ConfigError, reason_of
-from torch_utils.checkpoints.checkpoint import MANIFEST, DamagedCheckpoint
-from torch_utils.checkpoints.stored_tensor import StoredTensor, check_same, flatten
+from torch_utils.checkpoints.checkpoint import MANIFEST, damaged
+from torch_utils.checkpoints.stored import StoredTensor, check_same, flatten, map_leaves
 from torch_utils.distributed import World
-
-T = TypeVar("T")
+from torch_utils.processes.together import everywhere, on_main
 
 _INDEX = ".metadata"  # DCP's
 _FORMAT = {"name": "edm2-sharded-training-state", "version": 1}
@@ -56,67 +55,68 @@ _INDEX_CLASSES = {
 def save_sharded(path: str | os.PathLike[str], data: dict[str, Any], world: World) -> None:
     """Write `data` (plain containers, numbers, strings, tensors and DTensors) to the folder `path`, atomically.
 
-    To be called by every process. A DTensor is written by those that have its parts; all else must be the same in
-    every process. Raises OSError in all of them where one could not write its part, and then there is no folder.
+    Every process must call this. A DTensor is written by the processes that have its parts; everything else must be the
+    same in every process. If one cannot write its part, all raise OSError and `path` is not created.
     """
     path = Path(path)
-    temp = path.with_name(f".{path.name}.{world.all_gather_objects(uuid.uuid4().hex[:12])[0]}.tmp")
+    temp = path.with_name(world.all_gather_objects(temporary_path(path).name)[0])
     tensors: dict[str, torch.Tensor] = {}
     values = _split(data, "", tensors)
     try:
-        _together(world, temp.mkdir if world.is_main else _nothing)
+        on_main(world, temp.mkdir, errors=OSError)
         with _dcp_errors(path):
             dcp.save(tensors, storage_writer=_Writer(temp, single_file_per_rank=True, thread_count=1))
         mine = [temp / _INDEX] if world.is_main else []
         mine += sorted(temp.glob(f"__{world.rank}_*"))
-        digests = _together(world, lambda: {file.name: digest_of_file(file, from_disk=True) for file in mine})
-        if world.is_main:
-            files = {name: digest for part in digests for name, digest in part.items()}
-        _together(world, lambda: _finish(temp, path, values, files) if world.is_main else None)
+        own = everywhere(
+            world, lambda: {file.name: digest_of_file(file, from_disk=True) for file in mine}, errors=OSError
+        )
+        files = {name: digest for digests in world.all_gather_objects(own) for name, digest in digests.items()}
+        on_main(world, lambda: _finish(temp, path, values, files), errors=OSError)
     finally:
         if world.is_main:
             shutil.rmtree(temp, ignore_errors=True)
 
 
 def open_sharded(path: str | os.PathLike[str], *, verify: bool = True) -> dict[str, Any]:
-    """What `save_sharded` wrote, with a StoredTensor in the place of each tensor; one process may call this alone.
+    """Read a folder of `save_sharded`, with a StoredTensor in place of each tensor; one process may call this alone.
 
-    `verify` compares the digests of all files. Raises ConfigError where the folder is missing, damaged or foreign.
+    `verify` compares the digests of all files. Raises ConfigError if the folder is missing, damaged or something else.
     """
     path = Path(path)
     try:
         manifest = json.loads((path / MANIFEST).read_text("utf-8"))
         if manifest.get("format") != _FORMAT:
-            raise ConfigError(f"{path} is a checkpoint of the kind {manifest.get('format')!r:.80}; known is {_FORMAT}")
+            raise ConfigError(f"{path} has the unknown format {manifest.get('format')!r:.80}, not {_FORMAT}")
         if manifest.pop("sha256") != _digest_of_text(manifest):
-            raise _damaged(path)
+            raise damaged(path)
         if verify and any(digest_of_file(path / name) != digest for name, digest in manifest["files"].items()):
-            raise _damaged(path)
+            raise damaged(path)
         index = _Reader(path).read_metadata().state_dict_metadata
         result: dict[str, Any] = _joined(manifest["values"], lambda key: _stored(path, key, index[key]))
     except FileNotFoundError as error:
         if not path.exists():
             raise ConfigError(f"{path} does not exist") from None
-        raise _damaged(path) from error
+        raise damaged(path) from error
     except PermissionError as error:
         raise ConfigError(f"{path} cannot be read as a checkpoint: {reason_of(error)}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, pickle.UnpicklingError, EOFError) as error:
-        raise _damaged(path) from error
+        raise damaged(path) from error
     return result
 
 
 def read_all(data: Any) -> Any:
-    """`data` as `open_sharded` gave it, with whole tensors on the CPU. To be called by every process."""
+    """Return `data`, the result of `open_sharded`, with whole tensors on the CPU. Every process must call this."""
     leaves = {path: leaf for path, leaf in flatten(data).items() if isinstance(leaf, StoredTensor)}
     values = {path: torch.empty(leaf.shape, dtype=leaf.dtype) for path, leaf in leaves.items()}
     _read(leaves, values)
-    return _replaced(data, "", values)
+    return map_leaves(lambda path, leaf: values.get(path, leaf), data)
 
 
 def read_into(data: Any, target: Any) -> None:
-    """Read the tensors of `data`, as `open_sharded` gave it, into those in the same places of `target`.
+    """Read the tensors of `data`, the result of `open_sharded`, into those at the same paths of `target`.
 
-    To be called by every process, each with what it keeps of a DTensor. Raises ValueError where names or shapes differ.
+    Every process must call this, with its own part of each DTensor. Raises ValueError if names or shapes differ.
     """
     leaves = {path: leaf for path, leaf in flatten(data).items() if isinstance(leaf, StoredTensor)}
     values = {path: value for path, value in flatten(target).items() if isinstance(value, torch.Tensor)}
@@ -125,41 +125,41 @@ def read_into(data: Any, target: Any) -> None:
 
 
 def digest_of_file(path: Path, *, from_disk: bool = False) -> str:
-    """The SHA-256 of a file's content; `from_disk` reads around the system's copy of it."""
-    found = hashlib.sha256()
+    """SHA-256 of a file's content; `from_disk` bypasses the system's cache."""
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
         if from_disk:
             forget_cached(file.fileno())
         while block := file.read(_BLOCK_BYTES):
-            found.update(block)
-    return found.hexdigest()
+            digest.update(block)
+    return digest.hexdigest()
 
 
 class _Writer(dcp.FileSystemWriter):
     def storage_meta(self) -> StorageMeta | None:
-        """Nothing: it would tell where the folder was while it was written."""
+        """Leave it out: it would record the temporary path of the folder."""
         return None
 
 
 class _Reader(dcp.FileSystemReader):
-    """DCP's reader of a folder, but for its index, which it would unpickle freely."""
+    """DCP's reader of a folder, with a safe reader of its index, which DCP would unpickle freely."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The index."""
+        """Read the index."""
         with open(Path(self.path) / _INDEX, "rb") as file:
             index = _IndexUnpickler(file).load()
         if not isinstance(index, Metadata):
             raise pickle.UnpicklingError(f"it holds a {type(index).__name__}")
         for entry in (index.storage_data or {}).values():
             if Path(entry.relative_path).name != entry.relative_path:
-                raise pickle.UnpicklingError("it names a file outside of its folder")
+                raise pickle.UnpicklingError("it names a file outside its folder")
         index.storage_meta = StorageMeta()
         return index
 
 
 class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        """Only what an index consists of: data classes, dtypes, paths."""
+        """Find the data classes, dtypes and paths of an index, and refuse everything else."""
         if name in _INDEX_CLASSES.get(module, ()):
             return super().find_class(module, name)
         if module.partition(".")[0] == "pathlib" and name in ("PosixPath", "WindowsPath"):
@@ -181,8 +181,8 @@ def _finish(temp: Path, path: Path, values: Any, files: dict[str, str]) -> None:
         file.flush()
         os.fsync(file.fileno())
     sync_folder(temp)
-    if path.exists():  # of the same thousand images
-        path.rename(old := path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp"))
+    if path.exists():  # a checkpoint of the same thousand images
+        path.rename(old := temporary_path(path))
         temp.rename(path)
         shutil.rmtree(old, ignore_errors=True)
     else:
@@ -191,7 +191,7 @@ def _finish(temp: Path, path: Path, values: Any, files: dict[str, str]) -> None:
 
 
 def _split(data: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """`data` as JSON can hold it; its tensors go to `tensors` under their paths."""
+    """Return `data` as JSON can hold it; its tensors go to `tensors` under their paths."""
     if isinstance(data, torch.Tensor):
         tensors[path.removeprefix("/")] = data
         return {"$tensor": path.removeprefix("/")}
@@ -200,14 +200,14 @@ def _split(data: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
         plain = all(isinstance(key, str) and not key.startswith("$") for key, _ in items)
         return dict(items) if plain else {"$items": [list(item) for item in items]}
     if isinstance(data, list | tuple):
-        parts = [_split(value, f"{path}/{index}", tensors) for index, value in enumerate(data)]
-        return {"$tuple": parts} if isinstance(data, tuple) else parts
+        values = [_split(value, f"{path}/{index}", tensors) for index, value in enumerate(data)]
+        return {"$tuple": values} if isinstance(data, tuple) else values
     assert data is None or isinstance(data, bool | int | float | str), f"{path} is a {type(data).__name__}"
     return data
 
 
 def _joined(values: Any, tensor: Callable[[str], StoredTensor]) -> Any:
-    """What `_split` was given, from its result."""
+    """Invert `_split`."""
     if isinstance(values, list):
         return [_joined(value, tensor) for value in values]
     if not isinstance(values, dict):
@@ -220,14 +220,6 @@ def _joined(values: Any, tensor: Callable[[str], StoredTensor]) -> Any:
     return {key: _joined(value, tensor) for key, value in items}
 
 
-def _replaced(data: Any, path: str, values: dict[str, torch.Tensor]) -> Any:
-    if isinstance(data, dict):
-        return {key: _replaced(value, f"{path}/{key}", values) for key, value in data.items()}
-    if isinstance(data, list | tuple):
-        return type(data)(_replaced(value, f"{path}/{index}", values) for index, value in enumerate(data))
-    return values.get(path.removeprefix("/"), data)
-
-
 def _stored(folder: Path, key: str, entry: Any) -> StoredTensor:
     return StoredTensor(folder, key, tuple(entry.size), entry.properties.dtype)
 
@@ -236,44 +228,17 @@ def _digest_of_text(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _together(world: World, work: Callable[[], T]) -> list[T]:
-    """The results of `work` in all processes; an OSError in every one where any has one."""
-    result, failure = None, None
-    try:
-        result = work()
-    except OSError as error:
-        failure = (error.errno, reason_of(error), error.filename and str(error.filename))
-    gathered = world.all_gather_objects((result, failure))
-    for _, problem in gathered:
-        if problem is not None:
-            raise OSError(*problem)
-    results: list[Any] = [value for value, _ in gathered]
-    return results
-
-
 @contextmanager
 def _dcp_errors(path: Path) -> Iterator[None]:
-    """DCP's failures, which it has in all processes, as an OSError, or as a ConfigError that names `path`."""
+    """Turn a failure of DCP, which it raises in all processes, into an OSError or a ConfigError that names `path`."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process
             yield
     except dcp.CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]
-        _raise_plain(path, cause, error)
-
-
-def _raise_plain(path: Path, cause: BaseException, whole: BaseException) -> NoReturn:
-    if isinstance(cause, OSError):
-        raise OSError(cause.errno, reason_of(cause), str(path)) from whole
-    if isinstance(cause, RuntimeError | pickle.UnpicklingError | ValueError | KeyError | EOFError):
-        raise _damaged(path) from whole
-    raise whole
-
-
-def _damaged(path: Path) -> DamagedCheckpoint:
-    return DamagedCheckpoint(f"{path} cannot be read as a checkpoint: it is damaged or something else")
-
-
-def _nothing() -> None:
-    pass
+        if isinstance(cause, OSError):
+            raise OSError(cause.errno, reason_of(cause), str(path)) from error
+        if isinstance(cause, RuntimeError | pickle.UnpicklingError | ValueError | KeyError | EOFError):
+            raise damaged(path) from error
+        raise

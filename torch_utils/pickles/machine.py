@@ -1,9 +1,11 @@
-"""A stack machine for pickles that knows the opcodes of plain data and can run nothing.
+"""A stack machine for pickles that knows the opcodes of plain data and cannot run anything.
 
-Python's own unpicklers look up and call what a file names, and are made safe by forbidding names. For this machine a
-global is a word of a given vocabulary, never a Python object that could be called or changed; what the vocabulary does
-not hold is refused. `torch_utils.pickles.values` has the vocabulary, `torch_utils.pickles.safe_pickle` reads files
-with it.
+Python's unpicklers look up and call what a file names, and are made safe by forbidding names. In this machine a global
+is a word of a given vocabulary, never a Python object that could be called or changed, and any other global is refused.
+An allow-list in `pickle.Unpickler.find_class` would be shorter. But its C code allocates what a file announces, such as
+the place of a memo index or the length of a byte array, so that a few bytes can fill the memory.
+
+`torch_utils.pickles.values` has the vocabulary, `torch_utils.pickles.safe_pickle` reads files with it.
 """
 
 import os
@@ -12,30 +14,29 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-# The largest published network has about forty thousand opcodes; CIFAR-100 has two hundred thousand;
-# this many empty sets take about 130 MB.
+# The largest published network has about 40,000 opcodes, CIFAR-100 has 200,000. As many empty sets take about 130 MB.
 MAX_OPCODES = 600_000
-_MAX_COPIES = 4  # times the file's size that may be copied out of it; honest files need 2 or 3
-_MAX_LONG_BYTES = 32  # the longest integer that torch or NumPy write has 10
-_MAX_NUMBERS = 100  # keys of one dictionary or set, if there are others than text among them
+_MAX_COPIES = 4  # bytes that calls may copy, as a multiple of the file's size; real files need 2 or 3
+_MAX_LONG_BYTES = 32  # the longest integer that torch or NumPy write has 10 bytes
+_MAX_NUMBERS = 100  # keys of one dictionary or set if some are not text
 _SIZED = (str, bytes, list, tuple, set, dict)
 _KEY_TYPES = (str, int, float, bool, type(None))
 
 
 class Refused(Exception):
-    """The reason why a file is not read, without the file's name."""
+    """The reason for refusing a file, without the file's name."""
 
 
 @dataclass(frozen=True)
 class Word:
-    """A global that the file names; a word of the vocabulary, with nothing behind it."""
+    """A global that the file names: a word of the vocabulary without a Python object behind it."""
 
     name: str
 
 
 @dataclass(eq=False)
 class StoredObject:
-    """An object of the file: the name of its class and its attributes, with nothing behind them.
+    """An object of the file: the name of its class and its attributes, without the class.
 
     `source` is the text of the module that came with it, None for torch's own containers.
     """
@@ -49,13 +50,13 @@ class StoredObject:
 
 
 Vocabulary = Mapping[str, Callable[..., Any] | None]
-"""For each global that a file may name, what stands in for calling it; None for those that are only mentioned."""
+"""For each global that a file may name, the function that replaces it; None if it may only be mentioned."""
 
 
 class Machine:
-    """The stack machine for one pickle after the other in a seekable file.
+    """Reads the pickles in a seekable file, one after the other.
 
-    `build(target, state)` gives an object its attributes. `resolve_persistent` answers persistent ids; without it they
+    `build(target, state)` gives an object its attributes. `resolve_persistent` resolves persistent ids; without it they
     are refused.
     """
 
@@ -71,29 +72,29 @@ class Machine:
         self._give_state = build
         self._resolve_persistent = resolve_persistent
         self._stack: list[Any] = []
-        self._marked: list[list[Any]] = []
+        self._marked: list[list[Any]] = []  # the stacks below each MARK
         self._memo: dict[int, Any] = {}
         self._steps = 0
-        self._missing = 0  # bytes that a frame has beyond the end of the file
+        self._missing = 0  # bytes of a frame beyond the end of the file
         self._allowance = _MAX_COPIES * self._file.remaining() + 4096  # bytes that calls may still copy
 
     def remaining(self) -> int:
-        """How many bytes follow what was read so far."""
+        """Number of bytes that were not read yet."""
         return self._file.remaining()
 
     def read(self, count: int) -> bytes:
-        """The bytes that follow, as they are. Raises Refused where fewer are left."""
+        """Read `count` bytes. Raises Refused if fewer are left."""
         return self._file.read(count)
 
     def load(self) -> Any:
-        """Read one pickle and leave the file behind it. Raises Refused; any other exception means a damaged file."""
+        """Read one pickle, up to its end. Raises Refused; any other exception means a damaged file."""
         self._stack, self._marked, self._memo = [], [], {}
         file, steps = self._file, self._steps
         while True:
             position = file.tell()
             code = file.read(1)
             if code not in _OPCODES:
-                raise ValueError(f"its byte {position} is no opcode")
+                raise ValueError(f"its byte {position} is not an opcode")
             name, read_argument = _OPCODES[code]
             argument = None if read_argument is None else read_argument(file)
             steps += 1
@@ -153,7 +154,7 @@ class Machine:
             raise Refused(f"it sets items of {describe(target)}")
         for key, value in zip(items[::2], items[1::2], strict=True):
             if type(key) is not str:
-                # Of other types hashing may recurse without bound.
+                # Hashing a key of another type, such as a nested tuple, may recurse without bound.
                 if type(key) not in _KEY_TYPES:
                     raise Refused(f"it has {describe(key)} for a key")
                 _require_few(len(target) + 1, (key,))
@@ -167,7 +168,7 @@ class Machine:
         target.update(plain_set(items))
 
     def _frozen_set(self, _: Any) -> None:
-        items = self._pop_mark()  # first: it changes the stack
+        items = self._pop_mark()  # before self._stack is looked up, because it replaces the stack
         self._stack.append(frozenset(plain_set(items)))
 
     def _global(self, qualified: str) -> None:
@@ -182,7 +183,7 @@ class Machine:
         self._global(f"{module}.{name}")
 
     def _spend(self, arguments: tuple[Any, ...]) -> None:
-        # A few bytes can hand over the same large text or list again and again; each time it may be copied.
+        # With a few bytes each, calls can take the same large text or list again and again, and may copy it each time.
         self._allowance -= sum(len(value) for value in arguments if type(value) in _SIZED)
         if self._allowance < 0:
             raise Refused("it uses the same bytes again and again, to fill the memory")
@@ -192,11 +193,11 @@ class Machine:
         if type(function) is not Word or type(arguments) is not tuple:
             raise Refused(f"it calls {describe(function)}")
         self._spend(arguments)
-        stand_in = self._vocabulary[function.name]
-        if stand_in is None:
+        replacement = self._vocabulary[function.name]
+        if replacement is None:
             raise Refused(f"it calls {function.name!r}")
         try:
-            self._stack.append(stand_in(*arguments))
+            self._stack.append(replacement(*arguments))
         except Refused as error:
             raise Refused(f"in {function.name!r}: {error}") from None
         except Exception as error:
@@ -209,7 +210,7 @@ class Machine:
 
     def _persistent(self, _: Any) -> None:
         if self._resolve_persistent is None:
-            raise Refused("it refers to an object outside of it by a persistent id")
+            raise Refused("it refers to an object outside the file by a persistent id")
         self._stack.append(self._resolve_persistent(self._stack.pop()))
 
     def _frame(self, length: int) -> None:
@@ -220,35 +221,35 @@ class Machine:
 
 
 def describe(value: Any) -> str:
-    """What `value` is, for error messages."""
+    """Describe `value` in an error message."""
     if isinstance(value, Word):
         return repr(value.name)
     return repr(value) if isinstance(value, StoredObject) else f"a value of type {type(value).__name__}"
 
 
 def plain_set(items: Any) -> set[Any]:
-    """A set of strings and numbers."""
+    """Make a set of strings and numbers. Raises Refused for anything else."""
     if type(items) not in (list, tuple, set) or any(type(item) not in _KEY_TYPES for item in items):
-        raise Refused("it has a set of other things than text and numbers")
+        raise Refused("it has a set of values other than text and numbers")
     _require_few(len(items), items)
     return set(items)
 
 
 def _require_few(count: int, keys: Iterable[Any]) -> None:
-    """Refuse `keys` that would be among `count` of one dictionary or set, unless they are text.
+    """Refuse `keys` that are not text, if one dictionary or set would have more than a few (`count`).
 
-    Python salts the hashes of text only. Of numbers anyone can choose many with one hash, which take quadratic time.
+    Python salts the hashes of text only. A file can have many numbers with the same hash, which take quadratic time.
     """
     if count > _MAX_NUMBERS and any(type(key) is not str for key in keys):
         raise Refused(f"it has a dictionary or set of more than {_MAX_NUMBERS} keys, with numbers among them")
 
 
 class _Bounded:
-    """A file that refuses to read beyond its end, before anything is allocated for it."""
+    """A file that checks each length against the bytes left before it allocates anything."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        self._position = file.tell()  # kept as a number: asking the file takes longer than most opcodes
+        self._position = file.tell()  # kept here, because asking the file takes longer than most opcodes
         self._size = file.seek(0, os.SEEK_END)
         file.seek(self._position)
 
@@ -266,7 +267,7 @@ class _Bounded:
         return data
 
     def readline(self) -> bytes:
-        # Only the names in protocol 2's GLOBAL and the numbers of text opcodes are lines.
+        # Lines are only the names in GLOBAL of protocol 2 and the numbers of text opcodes.
         line = self._file.readline(1024)
         self._position += len(line)
         if not line.endswith(b"\n"):
@@ -274,13 +275,13 @@ class _Bounded:
         return line
 
 
-# Python's own table of the opcodes and of what reads their arguments. Its genops is slower, and asks for positions.
+# Python's own table of the opcodes and the readers of their arguments. Its genops is slower, and asks for positions.
 _OPCODES: dict[bytes, tuple[str, Callable[[Any], Any] | None]] = {
     opcode.code.encode("latin-1"): (opcode.name, None if opcode.arg is None else opcode.arg.reader)
     for opcode in pickletools.opcodes
 }
 
-# What pushes a value, by opcode.
+# Opcodes that push a value.
 _VALUES: dict[str, Callable[[Any], Any]] = {
     "NONE": lambda _: None,
     "NEWTRUE": lambda _: True,
@@ -294,7 +295,7 @@ _VALUES: dict[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("SHORT_BINBYTES", "BINBYTES", "BINBYTES8", "BYTEARRAY8"), bytes),
 }
 
-# Everything else that plain data needs. Opcodes that are not here, such as INST, OBJ, NEWOBJ_EX, EXT1, are refused.
+# All other opcodes of plain data. Those that are missing, such as INST, OBJ, NEWOBJ_EX, EXT1, are refused.
 _ACTIONS: dict[str, Callable[[Machine, Any], None]] = {
     "PROTO": lambda machine, _: None,
     "FRAME": Machine._frame,

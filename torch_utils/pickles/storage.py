@@ -1,7 +1,7 @@
-"""Tensors' bytes inside pickles: whole files of torch.save, read by the closed machine and never by torch.
+"""Bytes of tensors inside pickles: whole files of torch.save, read by our own machine and never by torch.
 
-Two forms are known, each with one storage: the older one, which tensors inside a pickle have to this day, and the ZIP
-file that torch.save writes since 1.6.
+Each file has one storage, in one of two forms: the older one, which tensors inside a pickle still have, and the ZIP
+file that torch.save writes since PyTorch 1.6.
 """
 
 import io
@@ -13,7 +13,7 @@ import torch
 
 from torch_utils.pickles.machine import Machine, Refused, Vocabulary, Word
 
-# The head of a file in the older form.
+# Start of a file in the older form.
 _TORCH_MAGIC = 0x1950A86A20F9469CFC6C
 _TORCH_PROTOCOL = 1001
 
@@ -33,14 +33,13 @@ STORAGE_DTYPES = {
     "LongStorage": torch.int64,
 }
 
-
 _WORDS: Vocabulary = dict.fromkeys(
     [f"{module}.{name}" for module in ("torch", "torch.cuda") for name in STORAGE_DTYPES]
 )
 
 
 class Storage:
-    """The values of one storage as a flat tensor."""
+    """A storage: its values as a flat tensor."""
 
     def __init__(self, values: torch.Tensor) -> None:
         self.values = values
@@ -48,7 +47,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class _Described:
-    """What torch.save says of a storage; `count` values."""
+    """The description of a storage of `count` values in the file."""
 
     key: str
     dtype: torch.dtype
@@ -56,7 +55,7 @@ class _Described:
 
 
 def load_storage(payload: bytes, values: bool = True) -> Storage:
-    """The storage in `payload`. Without `values` it is on the meta device: no memory, but checked as ever."""
+    """Read the storage in `payload`. Without `values` it is on the meta device, after the same checks."""
     if type(payload) is not bytes:
         raise Refused("a storage that is not given as bytes")
     described, data = (_read_zip if payload[:4] == b"PK\x03\x04" else _read_legacy)(payload)
@@ -70,7 +69,7 @@ def load_storage(payload: bytes, values: bool = True) -> Storage:
 def _read_legacy(payload: bytes) -> tuple[_Described, memoryview]:
     machine = Machine(io.BytesIO(payload), _WORDS, _no_state, _describe)
     if machine.load() != _TORCH_MAGIC or machine.load() != _TORCH_PROTOCOL:
-        raise Refused("a storage in a form of torch.save that is not known")
+        raise Refused("a storage in an unknown form of torch.save")
     system = machine.load()
     if type(system) is not dict or system.get("little_endian") is not True:
         raise Refused("a storage written on a big-endian machine")
@@ -83,12 +82,13 @@ def _read_legacy(payload: bytes) -> tuple[_Described, memoryview]:
 
 
 def _read_zip(payload: bytes) -> tuple[_Described, bytes]:
-    # Python makes an object of each entry of the directory, many times its size; chance puts none into a tensor.
+    # For each entry of the directory Python makes an object of many times its size, so the entries are counted first,
+    # by their signature. Random bytes of a tensor do not contain it a hundred times.
     if payload.count(_ZIP_ENTRY) > _MAX_ZIP_ENTRIES:
         raise Refused(f"a payload of more than {_MAX_ZIP_ENTRIES} files")
     try:
         with zipfile.ZipFile(io.BytesIO(payload)) as file:
-            # torch.save compresses nothing; what is compressed may be of any size.
+            # torch.save does not compress. A compressed file could expand to any size.
             if any(info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 for info in file.infolist()):
                 raise Refused("a compressed or encrypted payload")
             names = set(file.namelist())
@@ -106,8 +106,8 @@ def _read_zip(payload: bytes) -> tuple[_Described, bytes]:
 
 
 def _describe(reference: Any) -> _Described:
-    """Key, dtype and number of values of the storage that torch.save refers to."""
-    tag, word, key, _location, count, *view = reference  # the older form has a view, which nothing writes any more
+    """Parse a persistent id of torch.save: key, dtype and number of values of a storage."""
+    tag, word, key, _location, count, *view = reference  # the older form has a view here, always None in current files
     if tag != "storage" or type(word) is not Word or type(key) is not str or view not in ([], [None]):
         raise Refused("a payload that is not a plain storage")
     if type(count) is not int or count < 0:

@@ -1,8 +1,7 @@
-"""The words that a pickle file may contain, and what stands in for each: the closed list of
-`torch_utils.pickles.safe_pickle`.
+"""The closed list of globals that a pickle file may name, with a replacement for each.
 
-Tensors, storages and NumPy arrays are made from their bytes after every number that describes them was checked;
-objects become `StoredObject`s. Nothing here calls anything that a file could choose.
+Tensors, storages and NumPy arrays are made from their bytes after every number that describes them was checked; objects
+become `StoredObject`s. Nothing here calls anything that a file could choose.
 """
 
 import math
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dnnlib.easydict import EasyDict
+from dnnlib.util import EasyDict
 from torch_utils.pickles.machine import Refused, StoredObject, Vocabulary, Word, describe, plain_set
 from torch_utils.pickles.storage import STORAGE_DTYPES, Storage, load_storage
 
@@ -33,14 +32,14 @@ class _Dtype:
 
 
 def build(target: Any, state: Any) -> None:
-    """What stands in for giving `target` the attributes `state`; only for those that a file of ours completes so."""
+    """Give `target` its attributes `state`; only for the few kinds of objects that network files complete this way."""
     if type(target) is StoredObject and target.source is None and not target.state:
         if type(state) is not dict or not all(type(key) is str for key in state):
             raise Refused(f"{target!r} has no attributes by name")
         target.state = state
     elif type(target) is _Dtype:
-        # (version, byte order, sub-array, names, fields, element size, alignment, flags): plain numbers have no more
-        # than the byte order.
+        # (version, byte order, sub-array, names, fields, element size, alignment, flags): for plain numbers only the
+        # byte order is set.
         if type(state) is not tuple or len(state) < 8 or state[1] not in ("<", ">", "|", "="):
             raise Refused("it has a NumPy dtype of unknown form")
         if any(part is not None for part in state[2:5]) or state[7] != 0:
@@ -53,7 +52,7 @@ def build(target: Any, state: Any) -> None:
 
 
 def _reconstruct(meta: dict[str, Any]) -> StoredObject:
-    """An object of a project class; its source text is kept as text."""
+    """Make an object of a project class; its source stays text."""
     kind, version, name = meta.get("type"), meta.get("version"), meta.get("class_name")
     source, state = meta.get("module_src"), meta.get("state")
     if type(kind) is not str or kind != "class" or type(version) is not int or version != 6:
@@ -75,7 +74,7 @@ def _tensor(
     hooks: Any = None,
     metadata: Any = None,
 ) -> torch.Tensor:
-    """A view of `storage`. It may not be larger than the storage, so that a few bytes cannot stand for gigabytes."""
+    """Make a view of `storage`, not larger than it: with strides of 0, a few bytes could otherwise become gigabytes."""
     if type(storage) is not Storage:
         raise Refused(f"a tensor over {describe(storage)}")
     numbers = (offset, *size, *stride)
@@ -91,7 +90,7 @@ def _tensor(
 
 
 def _parameter(data: Any, requires_grad: Any, hooks: Any, state: Any = None) -> torch.Tensor:
-    """A parameter; attributes that someone gave it (`state`) are left behind."""
+    """Make a parameter, without attributes that a user may have added to it (`state`)."""
     if type(data) is not torch.Tensor or hooks:
         raise Refused("a parameter that is not a plain tensor")
     return data
@@ -111,16 +110,16 @@ def _empty_array(word: Any, shape: Any, code: Any) -> np.ndarray[Any, Any]:
 
 
 def _fill_array(target: np.ndarray[Any, Any], state: Any) -> None:
-    """Give the empty array `target` the shape, dtype and bytes that follow it in the file."""
+    """Give the empty array `target` its shape, dtype and bytes."""
     _version, shape, dtype, fortran, data = state
     values = _array(data, dtype, shape, "F" if fortran else "C")
-    # NumPy's own way of completing an unpickled array; with a dtype of plain numbers and bytes of the right length.
+    # NumPy's way to complete an unpickled array. Safe here: the dtype is of plain numbers, the length is right.
     complete: Any = target.__setstate__
     complete((1, values.shape, values.dtype, bool(fortran), values.tobytes("A")))
 
 
 def _array(data: Any, dtype: Any, shape: Any, order: Any = "C") -> np.ndarray[Any, Any]:
-    """An array over a copy of `data`, in the machine's byte order."""
+    """Make an array from a copy of `data`, in the machine's byte order."""
     if type(data) is not bytes or type(dtype) is not _Dtype or type(shape) is not tuple or order not in ("C", "F"):
         raise Refused("an array of unknown form")
     if len(shape) > _MAX_DIMS or any(type(n) is not int or n < 0 for n in shape):
@@ -154,7 +153,7 @@ def _encode(text: Any, encoding: Any) -> bytes:
 
 
 def _no_bytes() -> bytes:
-    """Protocol 2 writes empty bytes as a call of their type."""
+    """Return empty bytes, which protocol 2 writes as a call of their type."""
     return b""
 
 
@@ -170,7 +169,7 @@ def _device(kind: Any, index: Any = None) -> str:
     return kind if index is None else f"{kind}:{index}"
 
 
-# Containers, and the layers that networks other than ours are made of; inert, as all modules here.
+# Containers, and layers of networks other than ours. They become inert StoredObjects like all modules.
 _MODULES = [("container", name) for name in ("ModuleDict", "ModuleList", "Sequential")]
 _MODULES += [("activation", name) for name in ("GELU", "ReLU", "SiLU", "Sigmoid", "Softplus", "Tanh")]
 _MODULES += [("normalization", "GroupNorm"), ("normalization", "LayerNorm"), ("linear", "Linear")]
@@ -184,7 +183,7 @@ VOCABULARY: Vocabulary = {
         f"torch.nn.modules.{place}.{name}": lambda *args, name=name: _container(name, *args) for place, name in _MODULES
     },
     "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch._utils._rebuild_tensor": _tensor,  # until torch 0.4, and still known to it
+    "torch._utils._rebuild_tensor": _tensor,  # in files of PyTorch before 0.4
     "torch._utils._rebuild_parameter": _parameter,
     "torch._utils._rebuild_parameter_with_state": _parameter,
     "torch.storage._load_from_bytes": load_storage,
@@ -193,7 +192,7 @@ VOCABULARY: Vocabulary = {
     **{f"torch.{str(dtype).removeprefix('torch.')}": None for dtype in STORAGE_DTYPES.values()},
     "numpy.ndarray": None,
     "numpy.dtype": _dtype,
-    # NumPy 2 moved its core; 1 and 2 write these by different names. _frombuffer is pickle protocol 5.
+    # NumPy 1 and 2 have different names for their core. _frombuffer is written with pickle protocol 5.
     **{f"numpy.{core}.multiarray._reconstruct": _empty_array for core in ("core", "_core")},
     **{f"numpy.{core}.multiarray.scalar": _scalar for core in ("core", "_core")},
     **{f"numpy.{core}.numeric._frombuffer": _array for core in ("core", "_core")},
@@ -202,7 +201,7 @@ VOCABULARY: Vocabulary = {
     **{f"{module}.bytes": _no_bytes for module in ("builtins", "__builtin__")},
 }
 
-# The same list for those who ask what is in a file, not for the numbers: tensors are on the meta device.
+# The same list for reading shapes only: tensors are on the meta device.
 SHAPES_VOCABULARY: Vocabulary = {
     **VOCABULARY,
     "torch.storage._load_from_bytes": lambda payload: load_storage(payload, values=False),

@@ -1,4 +1,4 @@
-"""One process of a run fails: all of them end, and the first cause is on the screen, once."""
+"""Failure of one process of a run: all end, and only the first cause is printed."""
 
 import atexit
 import contextlib
@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch.distributed
@@ -13,38 +14,38 @@ import torch.distributed
 from dnnlib.errors import ConfigError, LostContactError
 
 _KEY = "first_failure"
-# The first process's error line is the one without a process number: where all fail alike, let it be the one to speak.
+# If all fail alike, process 0 should print the error: its line needs no process number.
 _FIRST_RANK_SEC = 0.5
-# What the process that failed first needs to print, so that a launcher sees its end before that of the others.
+# Time for the process that failed first to print, so that a launcher sees its end before that of the others.
 _PRINTING_SEC = 2.0
-# What a launcher needs to see the end of a killed process, so that it reports that one and not those who noticed.
+# Time for a launcher to see the end of a killed process, so that it reports that one and not those that noticed.
 _LAUNCHER_SEC = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """What ended the run."""
+    """The failure that ended the run."""
 
     rank: int
     code: int  # exit code
 
 
 def first_failure(store: torch.distributed.Store | None) -> Failure | None:
-    """The first failure that a process of the run noted, if any."""
+    """Return the first failure that a process of the run recorded, if any."""
     if store is not None:
-        with contextlib.suppress(RuntimeError):  # it is gone with the process that held it
+        with contextlib.suppress(RuntimeError):  # the process that held the store is gone
             if store.check([_KEY]):
                 return Failure(**json.loads(store.get(_KEY)))
     return None
 
 
 def fail(error: BaseException, rank: int, store: torch.distributed.Store | None) -> None:
-    """End this process because of `error`, the exception that is being handled: to be called by a group of processes.
+    """Call this on an exception `error` in a run of several processes, while it is handled.
 
-    The first process to come here returns, or raises LostContactError where a lost connection is all that is known; it
-    is to let the exception go on its way to the screen. The others raise SystemExit and say nothing: what they have to
-    tell follows from the first failure. In either case the process will not wait for the others when it ends, as
-    PyTorch's process groups might.
+    In the first process to fail this returns, so that the caller can re-raise and print; if a lost connection is all
+    that is known, it raises LostContactError instead. In all others it raises SystemExit silently, because their errors
+    are consequences of the first. In either case the process does not wait for the others when it exits, as PyTorch's
+    process groups might.
     """
     lost = _is_lost_contact(error)
     code = 2 if isinstance(error, ConfigError) else 130 if isinstance(error, KeyboardInterrupt) else 1
@@ -52,7 +53,7 @@ def fail(error: BaseException, rank: int, store: torch.distributed.Store | None)
         code = error.code
     if (lost or isinstance(error, ConfigError)) and rank > 0:
         _wait_for_a_failure(store, _FIRST_RANK_SEC)
-    first = _note(Failure(rank=rank, code=code), store)
+    first = _record(Failure(rank=rank, code=code), store)
     atexit.register(_leave, first.code, _LAUNCHER_SEC if lost and first.rank == rank else 0.0)
     if first.rank != rank:
         time.sleep(_PRINTING_SEC)
@@ -63,8 +64,20 @@ def fail(error: BaseException, rank: int, store: torch.distributed.Store | None)
         raise LostContactError(f"another process of the run is gone or does not answer: {_first_line(error)}") from None
 
 
-def _note(failure: Failure, store: torch.distributed.Store | None) -> Failure:
-    """Put `failure` down as the first one, unless there is one already; the first one."""
+@contextlib.contextmanager
+def worker_errors() -> Iterator[None]:
+    """Restore the message of a ConfigError from a DataLoader's worker.
+
+    DataLoader raises it with the worker's traceback as its message, which ends with the original one.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(str(error).rpartition(f"{ConfigError.__name__}: ")[2].strip()) from None
+
+
+def _record(failure: Failure, store: torch.distributed.Store | None) -> Failure:
+    """Record `failure` if it is the first; return the first one."""
     if store is not None:
         with contextlib.suppress(RuntimeError):
             text = json.dumps({"rank": failure.rank, "code": failure.code})
@@ -79,10 +92,10 @@ def _wait_for_a_failure(store: torch.distributed.Store | None, seconds: float) -
 
 
 def _is_lost_contact(error: BaseException) -> bool:
-    """Whether `error` is how PyTorch reports the silence or the end of another process."""
+    """Return True if PyTorch reports by `error` that another process is silent or gone."""
     if isinstance(error, torch.distributed.DistError):
         return not isinstance(error, torch.distributed.DistBackendError) or "NCCL" in str(error)
-    # gloo's are plain RuntimeErrors that name its source file.
+    # Errors of gloo are plain RuntimeErrors that name its source file.
     return type(error) is RuntimeError and ("/gloo/" in str(error) or "Gloo" in str(error))
 
 

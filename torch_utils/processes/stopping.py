@@ -1,8 +1,8 @@
-"""Asking a training run to end its session early: by signal, or from within the program.
+"""Requests to end the session of a training run early: by signal, or from within the program.
 
-SIGTERM is what schedulers and cloud providers send before they take a machine away, SIGUSR1 what SLURM can send some
-minutes ahead of that, SIGINT is ^C. All three ask for the same: finish what is running, save, end. A second one means
-that there is no time for that.
+Schedulers and cloud providers send SIGTERM before they take a machine away, SLURM can send SIGUSR1 some minutes before
+that, and SIGINT is ^C. All three ask the run to finish the current iteration, save and end. A second signal means that
+there is no time for that.
 """
 
 import contextlib
@@ -19,58 +19,58 @@ from typing import Any
 SIGNALS: tuple[signal.Signals, ...] = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
 )
-# torchrun passes on what it gets itself, and a scheduler may signal every process of a job: the same order arrives
-# twice. What comes so soon after the first signal is no second order.
+# torchrun forwards the signals that it gets, and a scheduler may signal every process of a job, so one order may arrive
+# twice. A signal within this time of the first one belongs to the same order.
 _ECHO_SEC = 5.0
 
 
 class StopRequest:
-    """Whether this process was asked to end its session; may be used from any thread."""
+    """A request to this process to end its session. All methods may be called from any thread."""
 
     def __init__(self) -> None:
-        self.signum: int | None = None  # the first signal that came
+        self.signum: int | None = None  # the first signal that arrived
         self._asked = threading.Event()
 
     def ask(self, signum: int | None = None) -> None:
-        """Ask for it; `signum` is the signal that brought the wish."""
+        """Make the request; `signum` is the signal that caused it."""
         if not self._asked.is_set():
             self.signum = signum
             self._asked.set()
 
     @property
     def asked(self) -> bool:
-        """Whether someone asked since the last `clear`."""
+        """True if `ask` was called since the last `clear`."""
         return self._asked.is_set()
 
     def clear(self) -> None:
-        """Forget the wish, since it was fulfilled."""
+        """Forget a request that was fulfilled."""
         self.signum = None
         self._asked.clear()
 
 
-# Signals belong to the process, and so does what they ask for.
+# Module state, because signals belong to the process.
 REQUEST = StopRequest()
 
 
 @contextlib.contextmanager
 def handled_signals(on_first: Callable[[signal.Signals], None], request: StopRequest = REQUEST) -> Iterator[None]:
-    """While the block runs, a signal of SIGNALS asks for an end of the session, and another one ends the process.
+    """Let the first signal of SIGNALS during the block ask for the end of the session; a second one ends the process.
 
-    `on_first(signal)` is called in a thread of its own when the first one arrives. The second one ends the process at
-    once, with the exit code 128 + signal and without cleaning up: also where the main thread waits inside of a library,
-    for a process that is gone or for a disk. Outside of the main thread, there is no handling signals.
+    `on_first(signal)` is called in another thread when the first one arrives. The second one ends the process at once,
+    with exit code 128 + signal and without cleaning up, even if the main thread hangs inside a library that waits for a
+    lost process or a disk. Does nothing outside the main thread, where Python cannot install signal handlers.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    # Python writes the number of each signal to this pair of sockets from within the C handler, so that the thread at
-    # the other end learns of it whatever the main thread does.
+    # Python's C handler writes the number of each signal to this pair of sockets, so that the thread at the other end
+    # gets it even while the main thread is blocked.
     receiving, sending = socket.socketpair()
     sending.setblocking(False)
     previous_fd = signal.set_wakeup_fd(sending.fileno(), warn_on_full_buffer=False)
     previous = {signum: signal.getsignal(signum) for signum in SIGNALS if not _ignored(signum)}
     for signum in previous:
-        signal.signal(signum, _to_the_watcher)
+        signal.signal(signum, _do_nothing)
     watcher = threading.Thread(target=_watch, args=(receiving, on_first, request), name="signals", daemon=True)
     watcher.start()
     try:
@@ -85,16 +85,16 @@ def handled_signals(on_first: Callable[[signal.Signals], None], request: StopReq
 
 
 def _ignored(signum: int) -> bool:
-    """Whether whoever started this process wants it to live through this signal.
+    """Return True if the parent process wants this process to ignore the signal.
 
-    A shell without job control starts background commands like this, so that ^C is for those in the foreground. Of
-    SIGUSR1 it says nothing: ignoring it is how to keep torchrun, which knows no SIGUSR1, alive.
+    A shell without job control starts background commands with SIGINT ignored, so that ^C is for the foreground.
+    SIGUSR1 is always handled: it is ignored only to keep torchrun, which does not handle it, alive.
     """
     return signum == signal.SIGINT and signal.getsignal(signum) is signal.SIG_IGN
 
 
-def _to_the_watcher(signum: int, frame: Any) -> None:
-    """A handler must be there for the signal to be announced at all; there is nothing to do in it."""
+def _do_nothing(signum: int, frame: Any) -> None:
+    """Python reports signals to the wakeup socket only if they have a handler."""
 
 
 def _watch(receiving: socket.socket, on_first: Callable[[signal.Signals], None], request: StopRequest) -> None:
@@ -102,7 +102,7 @@ def _watch(receiving: socket.socket, on_first: Callable[[signal.Signals], None],
     patience = _ECHO_SEC if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
     while data := receiving.recv(64):
         for signum in data:
-            if signum not in SIGNALS:  # other signals that have a handler in Python, such as PyTorch's for SIGCHLD
+            if signum not in SIGNALS:  # another signal with a Python handler, such as PyTorch's for SIGCHLD
                 continue
             if first_at is None:
                 first_at = time.monotonic()
@@ -115,17 +115,17 @@ def _watch(receiving: socket.socket, on_first: Callable[[signal.Signals], None],
 
 @contextlib.contextmanager
 def spared_children() -> Iterator[None]:
-    """Processes started in the block get none of SIGNALS until they call `prepare_worker`, or ever if they don't.
+    """Block SIGNALS in processes that are started in the block, until they call `prepare_worker`.
 
-    A signal to the group of processes, such as ^C, would end a worker while it still imports, with a traceback on the
-    screen. What arrives here meanwhile is handled after the block. No effect on Windows.
+    Otherwise a signal to the process group, such as ^C, would end a worker during its imports, with a traceback on the
+    screen. Signals to this process are handled after the block. No effect on Windows.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
     from multiprocessing import resource_tracker
 
-    # Starting it, which the first worker would do, unblocks signals.
+    # Otherwise the first worker would start the tracker, which unblocks the signals again.
     resource_tracker.ensure_running()
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
@@ -135,10 +135,10 @@ def spared_children() -> Iterator[None]:
 
 
 def prepare_worker(worker_id: int) -> None:
-    """Let the process that started this one decide when to end: for DataLoader's `worker_init_fn`.
+    """Let the main process decide when this worker ends: for DataLoader's `worker_init_fn`.
 
-    Of several SIGTERMs the first is ignored: it is the group's, and the main process needs the worker until the end of
-    its iteration. The next is for a worker that does not end by itself.
+    The first SIGTERM is ignored: it went to the whole process group, and the main process needs the worker until the
+    end of its iteration. The second one is meant for a worker that does not end by itself.
     """
     terminations: list[int] = []
 

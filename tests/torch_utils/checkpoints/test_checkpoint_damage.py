@@ -1,4 +1,4 @@
-"""Damage to checkpoints: every bit flipped is seen, or does no harm; files of older layouts are read."""
+"""Damage to checkpoints: every flipped bit is noticed or harmless; files of older layouts are read."""
 
 import io
 import random
@@ -10,18 +10,20 @@ import numpy as np
 import pytest
 import torch
 
-from dnnlib.easydict import EasyDict
 from dnnlib.errors import ConfigError
+from dnnlib.util import EasyDict
 from tests.helpers.tiny import assert_same_state, flat_state
 from torch_utils.checkpoints.checkpoint import (
     DamagedCheckpoint,
+    DigestWriter,
     checkpoint_bytes,
+    digest_of,
     load_checkpoint,
+    read_digest,
     remove_older,
     save_checkpoint,
     set_aside,
 )
-from torch_utils.checkpoints.digest import DigestWriter, digest_of, read_digest
 
 STATE = {
     "state": {"cur_nimg": 4096, "total_elapsed_time": 12.5},
@@ -39,7 +41,7 @@ def same(a: object, b: object) -> bool:
 
 
 def outcome(path: Path, content: bytes) -> str:
-    """What becomes of a file with this content: 'refused', 'same' or 'other'."""
+    """Outcome of reading a file with this content: 'refused', 'same' or 'other'."""
     path.write_bytes(content)
     try:
         return "same" if same(load_checkpoint(path), STATE) else "other"

@@ -1,4 +1,4 @@
-"""Checkpoints that are folders: what goes in comes out, damage is seen, and nothing in them is executed."""
+"""Checkpoints that are folders: data round-trips, damage is noticed, and nothing in them is executed."""
 
 import pickle
 from pathlib import Path
@@ -11,8 +11,7 @@ from dnnlib.errors import ConfigError
 from tests.helpers.tiny import assert_same_state
 from torch_utils.checkpoints.checkpoint import MANIFEST, DamagedCheckpoint, remove_older
 from torch_utils.checkpoints.sharded import open_sharded, read_into, save_sharded
-from torch_utils.checkpoints.stored_checkpoint import read_whole
-from torch_utils.checkpoints.stored_tensor import StoredTensor
+from torch_utils.checkpoints.stored import StoredTensor, read_whole
 from torch_utils.distributed import World
 from training.run.resuming import find_resumption
 from training.run.run_folder import RunFolder
@@ -42,7 +41,7 @@ def test_what_was_written_is_read_again_and_nothing_else_is_left(path: Path):
     assert_same_state(read_whole(opened), DATA)
     assert read_whole({"no": ["tensor"]}) == {"no": ["tensor"]}
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
-    save_sharded(path, {"net": {"other": torch.ones(2)}}, World())  # takes the place of what was there
+    save_sharded(path, {"net": {"other": torch.ones(2)}}, World())  # replaces the existing one
     assert read_whole(open_sharded(path))["net"]["other"].tolist() == [1, 1]
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 

@@ -16,7 +16,7 @@ SHORT, LONG = 200, 1000  # damaged inputs
 
 
 def read_damaged(first: int, last: int) -> list[dict[str, Any]]:
-    """What came of the seeds from `first` to `last` - 1; fails where the process does not come to its end."""
+    """Outcomes of the seeds from `first` to `last` - 1; fails if the process does not finish."""
     command = [sys.executable, "-W", "ignore", "-m", "tests.helpers.fuzz_run", str(first), str(last)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     # Its own watchdog ends it much sooner.

@@ -42,7 +42,7 @@ DOORS: dict[str, Callable[[str], Any]] = {
 
 @pytest.fixture(scope="module", autouse=True)
 def _everything_imported() -> None:
-    """What is imported at the first use does not count as run by a hostile file."""
+    """Use each reader once, because imports on first use are not the work of a hostile file."""
     golden = GOLDEN_DIR
     load_snapshot(golden / "snapshots" / "rgb-cond.pkl")
     load_stats(golden / "dataset-ref.pkl")
@@ -85,7 +85,7 @@ def test_the_corpus_has_many_kinds() -> None:
 
 @pytest.fixture(scope="module")
 def marker(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the corpus would write if any of it ran."""
+    """Files that the corpus would write if any of it ran."""
     return tmp_path_factory.mktemp("marked") / "ran"
 
 

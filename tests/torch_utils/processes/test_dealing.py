@@ -1,6 +1,7 @@
 """Batches dealt to processes: what an interrupted run left, and on demand, over two processes."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,13 @@ import torch
 import torch.multiprocessing
 
 from torch_utils.distributed import World
-from torch_utils.processes.dealing import all_batches, deal_on_demand, remaining_batches, split_batches
+from torch_utils.processes.dealing import (
+    all_batches,
+    cores_per_process,
+    deal_on_demand,
+    remaining_batches,
+    split_batches,
+)
 
 BATCHES = 7
 
@@ -90,3 +97,13 @@ def test_a_slow_process_gets_fewer_batches_and_a_failed_one_holds_nobody_up(tmp_
     expected = [[i, batch.tolist()] for i, batch in enumerate(all_batches(3 * BATCHES - 1, 3, 1))]
     assert sorted(fast + slow) == expected
     assert (len(left), len(lost)) == (BATCHES - 1, 1) and sorted(left + lost) == list(range(BATCHES))
+
+
+def test_processes_on_one_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    cores = cores_per_process()
+    assert 1 <= cores <= (os.cpu_count() or 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert cores_per_process() == max(1, cores // 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
+    assert cores_per_process() == 1

@@ -8,6 +8,7 @@ import threading
 
 import pytest
 
+from tests.helpers.interrupts import heeded_interrupts
 from tests.helpers.paths import ROOT
 from torch_utils import distributed
 from torch_utils.processes.stopping import REQUEST, SIGNALS, StopRequest, handled_signals, spared_children
@@ -90,6 +91,18 @@ def test_a_background_command_of_a_shell_goes_on_ignoring_interrupts():
         with handled_signals(lambda signum: None):
             assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
             assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+@posix
+def test_in_a_background_command_the_children_of_tests_heed_interrupts():
+    code = "import signal; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with heeded_interrupts():
+            assert subprocess.check_output([sys.executable, "-c", code], text=True, timeout=60) == "True\n"
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, previous)
 

@@ -6,14 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from torch_utils.cuda import compilation
-from torch_utils.cuda.compilation import compiled
-from torch_utils.cuda.side_by_side import SideBySide
-from torch_utils.cuda.static_call import StaticCall, record_graph, record_plainly
+from torch_utils import cuda
+from torch_utils.cuda import SideBySide, StaticCall, compiled, record_graph, record_plainly
 
 
 class Recorder:
-    """Records as on a GPU: one place for the result, which every replay overwrites."""
+    """Records as on a GPU: every replay overwrites the same result."""
 
     def __init__(self) -> None:
         self.buffers: list[Any] = []
@@ -62,7 +60,7 @@ def test_side_by_side_gives_both_results():
 
 def test_compilation_is_told_once_a_shape_and_kept_in_the_cache_folder(monkeypatch):
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-    monkeypatch.setattr(compilation, "make_cache_dir_path", lambda *paths: "/".join(["cache", *paths]))
+    monkeypatch.setattr(cuda, "make_cache_dir_path", lambda *paths: "/".join(["cache", *paths]))
     options: list[dict[str, Any]] = []
 
     def compile_(function: Any, **kwargs: Any) -> Any:

@@ -1,11 +1,11 @@
-"""Batches on the device: the same ones in the same order, beside what the caller computes."""
+"""Batches on the device: the same ones in the same order, while the caller computes."""
 
 from typing import Any
 
 import pytest
 import torch
 
-from torch_utils.cuda.transfer import on_device
+from torch_utils.cuda import on_device
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

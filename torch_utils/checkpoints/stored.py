@@ -1,0 +1,82 @@
+"""Nested data with tensors, read from a checkpoint of either form: a file (checkpoint.py) or a folder (sharded.py).
+
+The reader of folders is imported on first use: importing it takes nearly as long as torch itself.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torch_utils.checkpoints.checkpoint import load_checkpoint
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a checkpoint's folder, not read yet."""
+
+    folder: Path
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def map_leaves(function: Callable[[str, Any], Any], data: Any, path: str = "") -> Any:
+    """Nested dictionaries, lists and tuples like `data`, with function(path, leaf) in place of each leaf.
+
+    A path is written as in optimizer/state/0/exp_avg.
+    """
+    if isinstance(data, dict):
+        return {key: map_leaves(function, value, f"{path}/{key}") for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return type(data)(map_leaves(function, value, f"{path}/{index}") for index, value in enumerate(data))
+    return function(path.removeprefix("/"), data)
+
+
+def map_tensors(function: Callable[[torch.Tensor], Any], data: Any) -> Any:
+    """Nested dictionaries, lists and tuples like `data`, with function(tensor) in place of each tensor."""
+    return map_leaves(lambda _, leaf: function(leaf) if isinstance(leaf, torch.Tensor) else leaf, data)
+
+
+def flatten(data: Any) -> dict[str, Any]:
+    """All leaves of nested dictionaries, lists and tuples by their path."""
+    leaves: dict[str, Any] = {}
+    map_leaves(leaves.__setitem__, data)
+    return leaves
+
+
+def has_stored(data: Any) -> bool:
+    """Return True if `data` contains a StoredTensor."""
+    return any(isinstance(leaf, StoredTensor) for leaf in flatten(data).values())
+
+
+def check_same(stored: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Raise ValueError if the tensors of two flat dictionaries differ in names or shapes."""
+    shapes = [{path: tuple(leaf.shape) for path, leaf in named.items()} for named in (stored, ours)]
+    if shapes[0] != shapes[1]:
+        differences = sorted(set(shapes[0].items()) ^ set(shapes[1].items()))
+        raise ValueError(f"the stored tensors have other names or shapes: {differences[:4]}")
+
+
+def read_checkpoint(path: Path, *, verify: bool = True) -> dict[str, Any]:
+    """Read a file, or a folder with a StoredTensor in place of each tensor.
+
+    `verify` compares the digests of a folder's files; that of a file is always compared. Raises DamagedCheckpoint if
+    the checkpoint is not as it was written, ConfigError if it is missing or something else.
+    """
+    if not path.is_dir():
+        return load_checkpoint(path)
+    from torch_utils.checkpoints.sharded import open_sharded
+
+    return open_sharded(path, verify=verify)
+
+
+def read_whole(data: Any) -> Any:
+    """Return `data` with whole tensors on the CPU in place of StoredTensors. Every process must call this."""
+    if not has_stored(data):
+        return data
+    from torch_utils.checkpoints.sharded import read_all
+
+    return read_all(data)

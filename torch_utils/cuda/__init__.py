@@ -1,1 +1,0 @@
-"""Compilation, CUDA graphs, streams and transfers. Everything works on a CPU, too."""
