@@ -1,29 +1,24 @@
-"""Time that training loses to a checkpoint: written in the background, and in the foreground.
+"""Compare the time that training loses to a checkpoint written in the background and in the foreground.
 
 The network has the shape of the XS model (128 channels, latents of 64x64x4, 1000 classes: 125 million parameters), and
-the state two averages and Adam's moments. The load beside the writing is real training: iterations of --batch images.
-Time lost is what a number of iterations take longer with a checkpoint at their start than without. On a CPU the writer
-and the training share the cores, and where all of these are busy nothing is won. With a GPU the cores wait for it:
---wait takes that for a load, iterations in which the process does nothing.
+the state includes two averages and Adam's moments. Time lost is the extra time of a number of iterations with a
+checkpoint at their start. The iterations train on --batch images. On a CPU the writer and the training share the cores:
+when all are busy, nothing is gained. With a GPU the cores wait for it; --wait simulates that by iterations in which the
+process sleeps.
 
-Example:
-
-python benchmarks/checkpoint.py --dir=/some/disk
+    python -m benchmarks.checkpoint --dir=/some/disk
 """
 
 import datetime
 import filecmp
 import platform
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import click
 import numpy as np
@@ -34,14 +29,14 @@ from dnnlib.errors import ConfigError
 from torch_utils.checkpoints.checkpoint import checkpoint_bytes
 from torch_utils.distributed import World, resolve_device
 from training.config import NetworkConfig, TrainingConfig
+from training.run.run_data import open_dataset
 from training.run.run_folder import RunFolder
 from training.run.saving import RunSaver
 from training.run.state import TrainingState
-from training.training_loop import open_dataset
 
 
 def make_state(folder: Path, batch: int, channels: int, device: str | None) -> tuple[TrainingState, TrainingConfig]:
-    """The training state of the network, for random latents that the folder gets."""
+    """Return the training state of the network, for random latents written to the folder."""
     data = folder / "data"
     data.mkdir()
     np.save(data / "0.npy", np.random.default_rng(0).standard_normal([8, 64, 64], dtype=np.float32))
@@ -52,7 +47,7 @@ def make_state(folder: Path, batch: int, channels: int, device: str | None) -> t
 
 
 def take_steps(state: TrainingState, num: int, batch: int, wait_sec: float = 0.0) -> None:
-    """Train on random latents, and wait for the device; or only wait, for so long an iteration."""
+    """Train on random latents and wait for the device, or only wait this long per iteration."""
     if wait_sec:
         time.sleep(num * wait_sec)
         return
@@ -65,7 +60,7 @@ def take_steps(state: TrainingState, num: int, batch: int, wait_sec: float = 0.0
 
 
 def exhaust(events: Iterator[Any]) -> float:
-    """Seconds until all events came: for so long the training stands still."""
+    """Return the seconds until all events came, during which training stands still."""
     start = time.perf_counter()
     for _ in events:
         pass
@@ -73,14 +68,14 @@ def exhaust(events: Iterator[Any]) -> float:
 
 
 def save(saver: RunSaver, state: TrainingState) -> float:
-    """Seconds that a checkpoint stops the training for."""
+    """Return the seconds for which a checkpoint stops training."""
     return exhaust(saver.save_checkpoint(state.nimg, state.state_dict()))
 
 
 def interval(
     state: TrainingState, begin: Callable[[], float], steps: int, batch: int, wait_sec: float
 ) -> tuple[float, float]:
-    """Seconds of `begin` with the iterations after it, and those that `begin` tells."""
+    """Return the seconds of `begin` with the iterations after it, and the seconds that `begin` returns."""
     start = time.perf_counter()
     pause = begin()
     take_steps(state, steps, batch, wait_sec)
@@ -88,13 +83,15 @@ def interval(
 
 
 @click.command()
-@click.option("--dir", "parent", metavar="DIR", help="Where to make the folder  [default: the system's]")
-@click.option("--device", metavar="STR", help="cpu, cuda or mps  [default: the best there is]")
+@click.option("--dir", "parent", metavar="DIR", help="Parent of the temporary folder  [default: the system's]")
+@click.option("--device", metavar="STR", help="cpu, cuda or mps  [default: the best available]")
 @click.option("--channels", metavar="INT", type=int, default=128, show_default=True, help="Width of the network")
-@click.option("--batch", metavar="INT", type=int, default=1, show_default=True, help="Images an iteration")
+@click.option("--batch", metavar="INT", type=int, default=1, show_default=True, help="Images per iteration")
 @click.option("--steps", metavar="INT", type=int, default=8, show_default=True, help="Iterations after each save")
-@click.option("--wait", metavar="SEC", type=float, default=0.0, help="Let an iteration be a wait of so long")
-@click.option("--repeats", metavar="INT", type=int, default=2, show_default=True, help="The median counts")
+@click.option("--wait", metavar="SEC", type=float, default=0.0, help="Sleep this long per iteration, without training")
+@click.option(
+    "--repeats", metavar="INT", type=int, default=2, show_default=True, help="Runs, of which the median counts"
+)
 def compare(
     parent: str | None, device: str | None, channels: int, batch: int, steps: int, wait: float, repeats: int
 ) -> None:
@@ -113,13 +110,13 @@ def compare(
         take_steps(state, 1, batch)
         gigabytes = checkpoint_bytes(state.state_dict()) / 1e9
         parameters = sum(p.numel() for p in state.net.parameters()) / 1e6
-        print(f"{parameters:.0f} million parameters, {gigabytes:.2f} GB a checkpoint, {state.world.device.type}")
+        print(f"{parameters:.0f} million parameters, {gigabytes:.2f} GB per checkpoint, {state.world.device.type}")
         times: dict[str, list[float]] = {"none": [], "background": []}
         pauses: dict[str, list[float]] = {way: [] for way in savers}
         for _ in range(repeats):
             times["none"].append(interval(state, lambda: 0.0, steps, batch, wait)[0])
             print(f"{steps} iterations alone: {times['none'][-1]:.2f} s", flush=True)
-            # No iteration in between, so that both have the same content.
+            # No iteration in between, so that both files have the same content.
             pauses["foreground"].append(save(savers["foreground"], state))
             print(f"foreground: pause {pauses['foreground'][-1]:.2f} s", flush=True)
             seconds, pause = interval(state, lambda: save(savers["background"], state), steps, batch, wait)
@@ -138,7 +135,7 @@ def compare(
         print(f"{steps} iterations alone      {plain:6.2f} s")
         for way, seconds in lost.items():
             pause = statistics.median(pauses[way])
-            print(f"{way}: lost {seconds:6.2f} s, paused {pause:6.2f} s, {pause / gigabytes:.2f} s a gigabyte")
+            print(f"{way}: lost {seconds:6.2f} s, paused {pause:6.2f} s, {pause / gigabytes:.2f} s per gigabyte")
         print(f"ratio of time lost: {lost['foreground'] / max(lost['background'], 1e-9):.1f}; the files are the same")
 
 

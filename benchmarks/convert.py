@@ -1,22 +1,19 @@
-"""How much faster dataset_tool.py convert is with two workers than with one.
+"""Compare dataset_tool.py convert with two workers and with one.
 
 Makes JPEGs in a temporary folder, of 1000x750 or another --width (ImageNet's have about 500), converts them with one
-worker and with two in turns, checks that both write the same bytes, and prints the medians and their ratio. Needs two
+worker and with two in turn, checks that both write the same bytes, and prints the medians and their ratio. Needs two
 free cores.
 
-    python benchmarks/convert.py --images=2000
+    python -m benchmarks.convert --images=2000
 """
 
 import datetime
 import os
 import platform
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import click
 import numpy as np
@@ -30,7 +27,7 @@ NUM_DIFFERENT = 500  # photographs; more are links to these
 
 
 def make_photographs(folder: Path, count: int, width: int) -> None:
-    """JPEGs of width x width * 3 / 4 with about the detail of photographs: crops of smoothed noise."""
+    """Write JPEGs of width x width * 3 / 4 with about the detail of photographs: crops of smoothed noise."""
     rng = np.random.default_rng(0)
     canvas = PIL.Image.fromarray(rng.integers(0, 256, (width + 400, width + 400, 3), dtype=np.uint8))
     smooth = np.asarray(canvas.filter(PIL.ImageFilter.GaussianBlur(3)), dtype=np.float32)
@@ -48,9 +45,9 @@ def make_photographs(folder: Path, count: int, width: int) -> None:
 
 
 def convert(source: Path, dest: Path, size: int, workers: int) -> float:
-    """Seconds that a conversion takes, the start of its workers included."""
-    # Here and not above: worker processes import this file, and need no torch.
-    from training.conversion.convert import Conversion, ConvertOptions
+    """Return the seconds of a conversion, including the start of its workers."""
+    # Not at the top: worker processes import this file, and torch takes seconds.
+    from training.conversion.convert import ConvertOptions, DatasetConversion
 
     options = ConvertOptions(
         source=source,
@@ -61,13 +58,13 @@ def convert(source: Path, dest: Path, size: int, workers: int) -> float:
         overwrite=True,
     )
     start = time.perf_counter()
-    for _ in Conversion(options):
+    for _ in DatasetConversion(options):
         pass
     return time.perf_counter() - start
 
 
 def compare(images: int, width: int, size: int, repeats: int) -> None:
-    """Convert with one worker and with two in turns, and print the rates and their ratio."""
+    """Convert with one worker and with two in turn, and print the rates and their ratio."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_photographs(folder / "source", images, width)
@@ -86,7 +83,7 @@ def compare(images: int, width: int, size: int, repeats: int) -> None:
 
 
 def versions() -> str:
-    """What the figures were measured with."""
+    """Return date, machine and versions, for the head of the table."""
     return (
         f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
         f"NumPy {np.__version__}, Pillow {PIL.__version__}"
@@ -95,8 +92,8 @@ def versions() -> str:
 
 @click.command()
 @click.option("--images", type=click.IntRange(min=100), default=2000, show_default=True)
-@click.option("--width", type=click.IntRange(min=8), default=1000, show_default=True, help="Of the JPEGs")
-@click.option("--size", type=click.IntRange(min=8), default=256, show_default=True, help="Of the results")
+@click.option("--width", type=click.IntRange(min=8), default=1000, show_default=True, help="Width of the JPEGs")
+@click.option("--size", type=click.IntRange(min=8), default=256, show_default=True, help="Size of the results")
 @click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True)
 def benchmark(images: int, width: int, size: int, repeats: int) -> None:
     """Compare one worker with two."""

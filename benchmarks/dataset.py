@@ -1,14 +1,13 @@
-"""Data sets: how fast they are read and made.
+"""Measure how fast data sets are read and made.
 
-    python benchmarks/dataset.py
+    python -m benchmarks.dataset
 
-prints the items a second of a reader that calls zipfile for each item and copies, and of ours, in one process and one
-thread, with the batches a second of a loader with two workers; the items of both are compared first. Then the rates of
-`dataset_tool.py convert` with one worker and with two. Everything is made in a temporary folder. Needs two free cores.
+Prints items per second, in one process and one thread, of a reader that calls zipfile for each item and copies, and of
+ours; then batches per second of a loader with two workers. The items of both readers are compared first. Then come the
+rates of `dataset_tool.py convert` with one worker and with two. All files are temporary. Needs two free cores.
 """
 
 import io
-import sys
 import tempfile
 import time
 import zipfile
@@ -16,21 +15,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import click
 import numpy as np
 import PIL.Image
 
 from benchmarks import convert
 
-# Worker processes import this file when they start. What needs torch is imported by the functions.
+# Worker processes import this file, so torch, which takes seconds, is imported inside functions.
 
 BATCH = 32
 
 
 def natural(rng: np.random.Generator, size: int) -> np.ndarray:
-    """A picture [3, size, size] that is smooth with some noise on it, so that PNG's filters have work to do."""
+    """Return a smooth image [3, size, size] with some noise, so that PNG's filters have work to do."""
     coarse = rng.normal(128, 40, (size // 8, size // 8, 3)).clip(0, 255).astype(np.uint8)
     smooth = np.asarray(PIL.Image.fromarray(coarse).resize((size, size), PIL.Image.Resampling.BICUBIC))
     return (
@@ -39,28 +36,28 @@ def natural(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def npy_bytes(array: np.ndarray) -> bytes:
-    """The .npy file of an array."""
+    """Return the .npy file of an array."""
     buffer = io.BytesIO()
     np.save(buffer, array)
     return buffer.getvalue()
 
 
 def pillow_png(image: np.ndarray) -> bytes:
-    """An uncompressed PNG as Pillow writes it, which filters the rows all the same."""
+    """Return an uncompressed PNG as Pillow writes it: with filtered rows."""
     buffer = io.BytesIO()
     PIL.Image.fromarray(image.transpose(1, 2, 0)).save(buffer, "png", compress_level=0)
     return buffer.getvalue()
 
 
 def write_archive(path: Path, suffix: str, items: Iterator[bytes]) -> None:
-    """A data set as a ZIP file without compression."""
+    """Write a data set as a ZIP file without compression."""
     with zipfile.ZipFile(path, "w") as archive:
         for i, data in enumerate(items):
             archive.writestr(f"{i // 1000:05d}/img{i:08d}{suffix}", data)
 
 
 def plain_reader(path: Path) -> Callable[[range], np.ndarray]:
-    """The loop to compare with: zipfile for each item, decode, copy, stack."""
+    """Return the reader to compare with: zipfile for each item, decode, copy, stack."""
     archive = zipfile.ZipFile(path)
     names = sorted(archive.namelist())
 
@@ -74,7 +71,7 @@ def plain_reader(path: Path) -> Callable[[range], np.ndarray]:
 
 
 def items_per_sec(read: Callable[[range], np.ndarray], num_items: int) -> float:
-    """Over one pass in batches."""
+    """Return items per second over one pass in batches."""
     start = time.perf_counter()
     for first in range(0, num_items, BATCH):
         read(range(first, min(first + BATCH, num_items)))
@@ -82,10 +79,10 @@ def items_per_sec(read: Callable[[range], np.ndarray], num_items: int) -> float:
 
 
 def loader_batches_per_sec(dataset: Any, num_workers: int) -> float:
-    """Batches of a DataLoader, its workers' start left out."""
+    """Return batches per second of a DataLoader, without the start of its workers."""
     import torch
 
-    from training.dataset.image_folder import BatchReader
+    from training.dataset.contract import BatchReader
 
     order = [list(range(i, i + BATCH)) for i in range(0, len(dataset) - BATCH + 1, BATCH)] * 4
     loader = torch.utils.data.DataLoader(
@@ -121,20 +118,23 @@ def measure(label: str, path: Path, repeats: int) -> None:
     batches = loader_batches_per_sec(dataset, 2)
     print(
         f"{label:<34} zipfile {slow:8.0f}/s   mapped {fast:8.0f}/s   ratio {fast / slow:5.1f}x   "
-        f"(first pass {first_pass:8.0f}/s)   2 workers {batches:6.0f} batches of {BATCH} a second"
+        f"(first pass {first_pass:8.0f}/s)   2 workers {batches:6.0f} batches of {BATCH} per second"
     )
 
 
 @click.command()
 @click.option("--items", default=2000, show_default=True, help="Items of the small kinds; a quarter of the large one")
-@click.option("--images", default=2000, show_default=True, help="Pictures to convert; 0 = leave this out")
-@click.option("--repeats", default=5, show_default=True, help="Times that both ways take turns; medians are printed")
+@click.option("--images", default=2000, show_default=True, help="Images to convert; 0 = leave this out")
+@click.option("--repeats", default=5, show_default=True, help="Turns of both ways, of which the median counts")
 def main(items: int, images: int, repeats: int) -> None:
     """Compare readers on latents and on PNGs, as dataset_tool.py and as Pillow writes them; then convert."""
     import torch
 
     from training.dataset.image_folder import ImageFolderDataset
-    from training.images.png import encode_plain_png
+    from training.images.png import PLAIN, encode_png
+
+    def plain_png(image: np.ndarray) -> bytes:
+        return encode_png(image, compression=PLAIN)
 
     torch.set_num_threads(1)
     rng = np.random.default_rng(0)
@@ -144,7 +144,7 @@ def main(items: int, images: int, repeats: int) -> None:
         write_archive(latents, ".npy", map(npy_bytes, arrays))
         measure("latents 8x64x64", latents, repeats)
         for size, count in ((64, items), (256, items // 4)):
-            for label, encode in (("unfiltered", encode_plain_png), ("as Pillow writes", pillow_png)):
+            for label, encode in (("unfiltered", plain_png), ("as Pillow writes", pillow_png)):
                 path = Path(folder, f"{size}-{label}.zip")
                 write_archive(path, ".png", (encode(natural(rng, size)) for _ in range(count)))
                 measure(f"PNG {size}x{size} {label}", path, repeats)

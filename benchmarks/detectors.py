@@ -1,11 +1,10 @@
-"""Images per second of each detector, against a plain loop, which is also the check of the features.
+"""Measure images per second of each detector against a plain loop, whose features must agree.
 
 The plain loop takes one image at a time through the network as it was trained: batch norms on their own, PyTorch's
-default memory layout. DINOv2 has no batch norms; there the loop shows what groups of images bring. Where weights
-are not on the machine, random ones of the same shapes take their place: the time is the same.
+default memory layout. DINOv2 has no batch norms; there the loop shows the gain from batches. Weights that
+are not on the machine are replaced by random ones, with the same time. benchmarks/metrics.py prints these lines too.
 
-`python -m benchmarks.detectors --num=64 --num-dinov2=4` prints one line for each, in one run; benchmarks/metrics.py
-prints them too.
+    python -m benchmarks.detectors --num=64 --num-dinov2=4
 """
 
 import datetime
@@ -19,16 +18,15 @@ import click
 import torch
 
 from training.metrics.detectors import DETECTORS, Detector, make_detector
-from training.metrics.detectors.common import resize_antialiased
+from training.metrics.detectors.common import filled, read_tensors, resize_antialiased
 from training.metrics.detectors.efflite0 import EfficientNetLite0, own_name
 from training.metrics.detectors.inception import InceptionV3, resize_tf1
-from training.metrics.detectors.weights import filled, read_tensors
 
 Loop = Callable[[torch.Tensor], torch.Tensor]
 
 
 def random_weights(name: str, folder: Path) -> Path:
-    """A file or folder of random weights for the detector `name`."""
+    """Write random weights for the detector `name`, and return their file or folder."""
     if name == "inception":
         torch.save(InceptionV3().state_dict(), folder / "inception.pth")
         return folder / "inception.pth"
@@ -40,7 +38,7 @@ def random_weights(name: str, folder: Path) -> Path:
 
 
 def plain_loop(detector: Detector, device: str) -> Loop:
-    """The same features from one image at a time."""
+    """Return the same features from one image at a time."""
     if detector.name == "dinov2":
         return lambda images: torch.cat([detector._compute(image[None]).features for image in images])
     tensors = read_tensors(detector.weights_path)
@@ -57,7 +55,7 @@ def plain_loop(detector: Detector, device: str) -> Loop:
 
 
 def seconds(loops: Sequence[Loop], images: torch.Tensor, repeat: int) -> list[float]:
-    """Of the fastest of `repeat` runs of each loop; in turn, so that other work on the machine meets all of them."""
+    """Return the seconds of each loop's fastest run; loops take turns, so that other work on the machine hits all."""
     fastest = [float("inf")] * len(loops)
     for _ in range(repeat):
         for i, loop in enumerate(loops):
@@ -68,7 +66,7 @@ def seconds(loops: Sequence[Loop], images: torch.Tensor, repeat: int) -> list[fl
 
 
 def compare(name: str, num: int, resolution: int, device: str, repeat: int, folder: Path) -> None:
-    """One line for one detector."""
+    """Print the line of one detector."""
     weights = None if DETECTORS[name].has_weights() else random_weights(name, folder)
     detector = make_detector(name, device, weights)
     generator = torch.Generator().manual_seed(0)
@@ -91,7 +89,7 @@ def compare(name: str, num: int, resolution: int, device: str, repeat: int, fold
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or mps")
 @click.option("--num", default=64, show_default=True, help="Images")
 @click.option("--num-dinov2", default=4, show_default=True, help="Images for DINOv2, the slow one; 0 leaves it out")
-@click.option("--resolution", default=64, show_default=True, help="Their size")
+@click.option("--resolution", default=64, show_default=True, help="Size of the images")
 @click.option("--repeat", default=3, show_default=True, help="Runs, of which the fastest counts")
 def main(threads: int, device: str, num: int, num_dinov2: int, resolution: int, repeat: int) -> None:
     """Print images per second and the ratio for each detector."""
@@ -102,7 +100,7 @@ def main(threads: int, device: str, num: int, num_dinov2: int, resolution: int, 
 
 
 def compare_all(device: str, num: int, num_dinov2: int, resolution: int, repeat: int) -> None:
-    """A line for each detector."""
+    """Print a line for each detector."""
     for name in DETECTORS:
         count = num_dinov2 if name == "dinov2" else num
         if count:

@@ -1,4 +1,4 @@
-"""How near do runs in different number formats stay to each other? Draws their loss curves, and prints the differences.
+"""Compare the loss of runs in different number formats: draw their curves, and print the differences.
 
     for precision in fp32 bf16; do python train_edm2.py --preset=fashion --duration=64Ki --status=1Ki --snapshot=0 \\
         --precision=$precision --outdir=runs/$precision; done
@@ -6,8 +6,8 @@
         --precision=fp32 --seed=1 --outdir=runs/fp32-seed1
     python -m benchmarks.loss_curves runs/fp32 runs/bf16 runs/fp32-seed1 --out=docs/loss-curves.png
 
-The first run is the one that the others are compared with. A run of another seed, which sees other images with other
-noise, shows how far apart two runs lie that differ in nothing that matters.
+The other runs are compared with the first one. A run of another seed, with other images and other noise, shows how far
+apart two runs lie that differ in nothing that matters.
 """
 
 import json
@@ -21,14 +21,14 @@ from dnnlib.cli import main
 
 
 def losses_of(folder: Path) -> tuple[list[float], list[float]]:
-    """Thousands of images, and the mean loss of the interval that ended there."""
+    """Return the thousands of images at each status line, and the mean loss of the interval that ended there."""
     records = [json.loads(line) for line in (folder / "stats.jsonl").read_text(encoding="utf-8").splitlines()]
     return [record["Progress/kimg"] for record in records], [record["Loss/loss"] for record in records]
 
 
 @click.command()
 @click.argument("folders", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="The picture, .png")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Plot to write, .png")
 def loss_curves(folders: tuple[Path, ...], out: Path) -> None:
     """Compare the losses of runs with those of the first."""
     figure = matplotlib.figure.Figure(figsize=(9, 4), layout="constrained")

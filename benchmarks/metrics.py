@@ -1,6 +1,7 @@
-"""What the metrics cost, against the plain way of computing the same, which is also the check of the result.
+"""Compare the time of the metrics with the plain way of computing them, whose results must agree.
 
-`python -m benchmarks.metrics` prints, in one run and with this machine's name:
+    python -m benchmarks.metrics
+
 - Fréchet distance of 2048 features by symmetric eigenvalues, and by scipy's general matrix root;
 - precision, recall, density and coverage in tiles, and with whole matrices of distances; KID with whole matrices;
 - images per second of each detector, and of a plain loop (benchmarks/detectors.py).
@@ -18,15 +19,14 @@ import scipy.linalg
 import torch
 
 from benchmarks.detectors import compare_all
-from training.metrics.frechet import frechet_distance
-from training.metrics.kernel import kid
+from training.metrics.distances import frechet_distance, kid
 from training.metrics.manifold import Manifold, manifold
 
 T = TypeVar("T")
 
 
 def timed(function: Callable[[], T], repeat: int = 1) -> tuple[float, T]:
-    """Seconds of the fastest of `repeat` calls, and the result."""
+    """Return the seconds of the fastest of `repeat` calls, and the result."""
     fastest = float("inf")
     for _ in range(repeat):
         start = time.perf_counter()
@@ -36,20 +36,20 @@ def timed(function: Callable[[], T], repeat: int = 1) -> tuple[float, T]:
 
 
 def features(num: int, dims: int, seed: int) -> np.ndarray:
-    """Correlated features [num, dims] whose variances fall off as those of image features do."""
+    """Return correlated features [num, dims] whose variances fall off as those of image features do."""
     random = np.random.default_rng(seed)
     mix = np.eye(dims) + random.standard_normal((dims, dims)) * 0.01
     return (random.standard_normal((num, dims)) * np.exp(-np.arange(dims) / (dims / 7)) @ mix).astype(np.float32)
 
 
 def report(what: str, ours: float, plain: float, difference: float) -> None:
-    """One line; stops where the results differ."""
+    """Print one line; raises AssertionError if the results differ."""
     assert difference < 1e-6, f"{what}: the results differ by {difference:.1e}"
     click.echo(f"{what:<52}{ours:8.2f} s   plain {plain:8.2f} s   ratio {plain / ours:5.1f}   differ {difference:.0e}")
 
 
 def compare_frechet(dims: int, num: int) -> None:
-    """Against the formula as it stands, with scipy.linalg.sqrtm."""
+    """Compare with the formula as printed, by scipy.linalg.sqrtm."""
     parts = [features(num, dims, seed).astype(np.float64) for seed in (0, 1)]
     a, b = ((part.mean(0), np.cov(part, rowvar=False)) for part in parts)
 
@@ -63,7 +63,7 @@ def compare_frechet(dims: int, num: int) -> None:
 
 
 def compare_manifold(dims: int, num: int) -> None:
-    """Against three whole matrices of distances in memory."""
+    """Compare with three whole matrices of distances in memory."""
     real, generated = features(num, dims, 2), features(num, dims, 3)
 
     def plain() -> Manifold:
@@ -87,7 +87,7 @@ def compare_manifold(dims: int, num: int) -> None:
 
 
 def compare_kid(dims: int, num: int) -> None:
-    """Against the whole kernel matrices."""
+    """Compare with the whole kernel matrices."""
     a, b = features(num, dims, 4), features(num, dims, 5)
 
     def plain() -> float:
@@ -104,7 +104,7 @@ def compare_kid(dims: int, num: int) -> None:
 @click.command()
 @click.option("--threads", default=torch.get_num_threads(), show_default=True, help="Threads of PyTorch")
 @click.option("--dims", default=2048, show_default=True, help="Features of the Fréchet distance")
-@click.option("--num", default=5000, show_default=True, help="Images in a set")
+@click.option("--num", default=5000, show_default=True, help="Images per set")
 @click.option("--images", default=64, show_default=True, help="Images for the detectors, a sixteenth for DINOv2")
 def main(threads: int, dims: int, num: int, images: int) -> None:
     """Print seconds and ratios. For the plain ways, OMP_NUM_THREADS sets the threads."""

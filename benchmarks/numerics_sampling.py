@@ -1,6 +1,8 @@
-"""How far the images of each way of computing are from those of the plain network in float32, in grey levels.
+"""Compare the images of each number format with those of the plain network in float32, in gray levels.
 
-The shipped demo: network, guide and sampler of the preset, the same seeds. `python -m benchmarks.numerics_sampling`
+Network, guide and sampler are those of the shipped demo, with the same seeds.
+
+    python -m benchmarks.numerics_sampling
 """
 
 import datetime
@@ -19,16 +21,16 @@ from training.sampling.request import resolve_sampling
 
 
 def images_of(prepare: Prepare, num: int, device: torch.device, **options: Any) -> np.ndarray:
-    """The images of seeds 0 to num - 1, [N, C, H, W] as integers from 0 to 255."""
+    """Return the images of seeds 0 to num - 1, [N, C, H, W] as integers from 0 to 255."""
     request = resolve_sampling(preset="demo")
-    options = {"max_batch_size": 25, **request.sampler_kwargs(), **options}
+    options = {"max_batch_size": 25, "sampler_options": request.sampler, **options}
     images = generate_images(request.net, request.gnets, seeds=range(num), device=device, prepare=prepare, **options)
     with numerics(cudnn_benchmark=False):
         return np.concatenate([batch.images.cpu().numpy() for batch in images if batch.images is not None]).astype(int)
 
 
 def ways_on(device: torch.device, compiled: bool) -> dict[str, tuple[PrepareNetwork, dict[str, Any]]]:
-    """By name: how to prepare the networks, and options of `generate_images`."""
+    """Return by name: the preparation of the networks, and options of `generate_images`."""
     ways: dict[str, tuple[PrepareNetwork, dict[str, Any]]] = {}
     for precision in PRECISIONS:
         if precision in ("fp32", "bf16") or precision_note(precision, device) is None:
@@ -40,13 +42,13 @@ def ways_on(device: torch.device, compiled: bool) -> dict[str, tuple[PrepareNetw
 
 
 def in_float32(net: Any, device: torch.device) -> Any:
-    """The plain network, also where its file asks for float16: the reference."""
+    """Return the plain network in float32, the reference, even if its file asks for float16."""
     net.use_fp16 = False
     return net
 
 
 def table(num: int, device: torch.device, compiled: bool, **options: Any) -> Iterator[str]:
-    """The lines of the table, as they come; `options` go to `generate_images`."""
+    """Yield the lines of the table; `options` go to `generate_images`."""
     expected = images_of(in_float32, num, device, **options)
     yield "| mode | largest | mean | pixels that differ |"
     yield "|---|---|---|---|"

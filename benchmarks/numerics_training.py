@@ -1,10 +1,9 @@
-"""How far are loss and gradient in each number format from float32's? On the shipped network and data set.
+"""Compare loss and gradient in each number format with float32, on the shipped network and data set.
 
     python -m benchmarks.numerics_training
 
-The reference is the plain implementation in tests/helpers/oracle.py, in float32. float16 is computed on the CPU where
-there is
-no GPU: slowly, and with the CPU's own order of sums.
+The reference is the plain implementation in tests/helpers/oracle.py, in float32. Without a GPU, float16 is computed on
+the CPU: slowly, and with the CPU's own order of sums.
 """
 
 from typing import Any
@@ -28,7 +27,7 @@ MODES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "b
 
 
 def flat(gradients: list[torch.Tensor]) -> torch.Tensor:
-    """All gradients as one vector."""
+    """Return all gradients as one vector."""
     return torch.cat([gradient.flatten() for gradient in gradients])
 
 

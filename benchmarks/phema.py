@@ -1,12 +1,12 @@
-"""How long does post-hoc EMA take, beside a plain loop over files and outputs?
+"""Compare post-hoc EMA with a plain loop over files and outputs.
 
 Both read the same snapshots of a network the size of edm2-img512-xxs (31 million parameters) from a folder, and write
-the same networks to another: once as the loop that one would write first (load each file, add it to each output in
-turn, write), once as `reconstruct_phema` in training/posthoc/reconstruction.py. The results are compared. How long a
-bare copy of as many bytes takes is printed beside, as the least that the disk allows.
+the same networks to another. The plain loop loads each file, adds it to each output in turn, and writes; the other way
+is `reconstruct_phema` in training/posthoc/reconstruction.py. The results are compared. The time of a bare copy of the
+same bytes is the lower bound of the disk.
 
-    python benchmarks/phema.py
-    python benchmarks/phema.py --format=safetensors --dir=/dev/shm --repeats=5
+    python -m benchmarks.phema
+    python -m benchmarks.phema --format=safetensors --dir=/dev/shm --repeats=5
 """
 
 import copy
@@ -14,14 +14,11 @@ import datetime
 import platform
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import click
 import torch
@@ -39,7 +36,7 @@ OUT_STDS = (0.040, 0.060, 0.070, 0.080, 0.090, 0.110, 0.120, 0.150)
 
 
 def write_inputs(folder: Path, suffix: str) -> None:
-    """Snapshots of a network that walks at random, of 6 times and 2 lengths."""
+    """Write snapshots of a network in a random walk, at 6 times and of 2 EMA lengths."""
     torch.manual_seed(0)
     arguments = NetworkConfig(channels=64).arguments()
     net = Precond(img_resolution=64, img_channels=4, label_dim=1000, **arguments).eval().requires_grad_(False)
@@ -73,13 +70,13 @@ def plain_loop(inputs: Sequence[Input], folder: Path, suffix: str) -> None:
 
 
 def one_pass(inputs: Sequence[Input], folder: Path, suffix: str) -> None:
-    """The same by the library."""
+    """Reconstruct the same networks by the library."""
     for _ in reconstruct_phema(inputs, OUT_STDS, out_dir=folder, out_format=suffix[1:]):
         pass
 
 
 def bare_copy(inputs: Sequence[Input], folder: Path, suffix: str) -> None:
-    """What reading the inputs and writing the outputs takes at the least."""
+    """Read the inputs and write as many bytes as the outputs have."""
     for file in inputs:
         data = Path(file.path).read_bytes()
     for std in OUT_STDS:
@@ -87,7 +84,7 @@ def bare_copy(inputs: Sequence[Input], folder: Path, suffix: str) -> None:
 
 
 def seconds(work: Callable[..., None], inputs: Sequence[Input], folder: Path, suffix: str) -> float:
-    """Wall time of one run into the emptied `folder`."""
+    """Return the wall time of one run into the emptied `folder`."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     start = time.perf_counter()
@@ -96,7 +93,7 @@ def seconds(work: Callable[..., None], inputs: Sequence[Input], folder: Path, su
 
 
 def largest_difference(one: Path, two: Path) -> float:
-    """Of the parameters in the files of two folders, relative to the largest entry of the tensor."""
+    """Return the largest difference of parameters in two folders, relative to the largest entry of the tensor."""
     names = sorted(path.name for path in one.iterdir())
     if names != sorted(path.name for path in two.iterdir()) or len(names) != len(OUT_STDS):
         raise ConfigError(f"the two ways wrote different files: {names}")
@@ -118,7 +115,7 @@ def largest_difference(one: Path, two: Path) -> float:
     show_default=True,
     help="File format of inputs and outputs",
 )
-@click.option("--dir", "parent", metavar="DIR", help="Where to make the folders  [default: the system's]")
+@click.option("--dir", "parent", metavar="DIR", help="Parent of the temporary folders  [default: the system's]")
 @click.option(
     "--repeats", metavar="INT", type=click.IntRange(min=1), default=3, show_default=True, help="Runs; the median counts"
 )
@@ -135,7 +132,7 @@ def compare(formats: tuple[str, ...], parent: str | None, repeats: int) -> None:
             (folder / out_format).mkdir()
             write_inputs(folder / out_format, suffix)
             inputs = list_input_pickles(folder / out_format)
-            # In turns, so that whatever else the machine does hits all alike.
+            # In turn, so that other work on the machine hits all ways.
             times: dict[Callable[..., None], list[float]] = {work: [] for work in folders}
             for _ in range(repeats):
                 for work, target in folders.items():

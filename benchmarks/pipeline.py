@@ -1,14 +1,14 @@
-"""Wall time of generating images with files, against without files, and against a plain loop that writes in between.
+"""Compare generating images with files to generating without files, and to a plain loop that writes in between.
 
 The network is the exact denoiser of Gaussian fields whose amplitudes fall with the frequency, as those of photographs
-do: two Fourier transforms, a trivial network that makes images of about the size and smoothness of real ones. The
-plain loop samples a batch, then encodes and writes its images one by one with Pillow's defaults, then goes on.
+do: two Fourier transforms, a trivial network whose images have about the size and smoothness of real ones. The plain
+loop samples a batch, then encodes and writes its images one by one with Pillow's defaults, then continues.
 
-What it shows depends on who has time: with one thread of PyTorch on two cores the files have a core of their own, as
-all of them are beside a GPU; with two threads they take time from the sampling. The cost of a file alone is printed
-too, so that the ratio for a faster network can be told.
+The result depends on free cores. With one thread of PyTorch on two cores the files have a core of their own, as they do
+when a GPU samples; with two threads they take time from the sampling. The cost of a file alone is printed too, from
+which follows the ratio for a faster network.
 
-`python -m benchmarks.pipeline --num=2000 --threads=1`
+    python -m benchmarks.pipeline --num=2000 --threads=1
 """
 
 import datetime
@@ -24,7 +24,8 @@ import numpy as np
 import PIL.Image
 import torch
 
-from training.images.png_files import encode_png, read_png
+from training.images.png import encode_png
+from training.images.png_files import read_png
 from training.sampling.generation import generate_images
 
 
@@ -42,13 +43,13 @@ class GaussianFields(torch.nn.Module):
         self.register_buffer("power", power * (0.25 / power.mean()))
 
     def forward(self, x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-        """`x` [N, 3, H, W] to the expected field."""
+        """Return the expected field for `x` [N, 3, H, W]."""
         power: Any = self.power
         return torch.fft.irfft2(torch.fft.rfft2(x) * (power / (power + sigma**2)), s=x.shape[-2:])
 
 
 def seconds(work: Callable[[], None]) -> float:
-    """Wall time of `work`."""
+    """Return the wall time of `work`."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
@@ -74,7 +75,7 @@ def compare(num: int, resolution: int, batch: int, steps: int, compression: int,
             for seed, image in zip(step.seeds, step.images.numpy(), strict=True):
                 PIL.Image.fromarray(image.transpose(1, 2, 0)).save(folder / "plain" / f"{seed:06d}.png")
 
-    without_files(batch)  # what happens only once
+    without_files(batch)  # warm up
     fastest = dict.fromkeys(("without files", "with files", "plain loop"), float("inf"))
     for _ in range(repeats):
         for name, work in zip(fastest, (without_files, ours, plain_loop), strict=True):
@@ -100,10 +101,10 @@ def _repeat(work: Callable[[], Any], times: int) -> None:
 
 @click.command()
 @click.option("--num", default=2000, show_default=True, help="Images")
-@click.option("--resolution", default=512, show_default=True, help="Their size")
+@click.option("--resolution", default=512, show_default=True, help="Size of the images")
 @click.option("--batch", default=4, show_default=True, help="Images at once")
 @click.option("--steps", default=2, show_default=True, help="Heun steps: 2 n - 1 evaluations of the network")
-@click.option("--compression", default=1, show_default=True, help="Of the PNG files, 0 to 9")
+@click.option("--compression", default=1, show_default=True, help="Compression of the PNG files, 0 to 9")
 @click.option("--repeats", default=1, show_default=True, help="Runs of each way, of which the fastest counts")
 @click.option("--threads", default=torch.get_num_threads(), show_default=True, help="Threads of PyTorch")
 def main(threads: int, **options: Any) -> None:

@@ -1,10 +1,10 @@
-"""Images by two processes of one thread each, against one process of one thread: whole commands, and sampling alone.
+"""Compare two processes of one thread each with one process of one thread: whole commands, and sampling alone.
 
 A network of five million parameters with random weights: 64 channels, multipliers 1 and 2, three blocks, attention at
 16x16, 32x32 pixels, ten classes. Whole commands include the start of the processes, of which each imports torch;
-"sampling" is from when all processes have loaded the network until all have written their images.
+"sampling" lasts from when all processes have loaded the network until all have written their images.
 
-`python -m benchmarks.ranks --images=64 --steps=8`
+    python -m benchmarks.ranks --images=64 --steps=8
 """
 
 import datetime
@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def write_network(path: Path) -> int:
-    """Write the network to `path`; returns its number of parameters."""
+    """Write the network to `path`, and return its number of parameters."""
     torch.manual_seed(0)
     net = Precond(32, 3, 10, model_channels=64, channel_mult=[1, 2], num_blocks=3, attn_resolutions=[16])
     torch.nn.init.constant_(net.unet.out_gain, 1)
@@ -50,11 +50,11 @@ def launch(ranks: int, *command: Any) -> subprocess.CompletedProcess[str]:
 
 
 def work(net: Path, outdir: Path, num: int, steps: int, batch: int) -> None:
-    """One process of a measured run; the first one prints the seconds between the barriers."""
+    """Run one process of a measured run; the first one prints the seconds between the barriers."""
     world = distributed.init("cpu")
     options: dict[str, Any] = {"max_batch_size": batch, "num_steps": steps, "world": world}
     images = generate_images(str(net), seeds=range(num), outdir=outdir, on_demand=True, **options)
-    for _ in generate_images(images.net, seeds=range(batch), **(options | {"num_steps": 1})):  # what happens only once
+    for _ in generate_images(images.net, seeds=range(batch), **(options | {"num_steps": 1})):  # warm up
         pass
     world.barrier()
     start = time.perf_counter()
@@ -103,11 +103,11 @@ def main(num: int, steps: int, batch: int, repeats: int, worker: tuple[Path, Pat
                        - read_png(folder / "out2" / f"{seed:06d}.png")).max())
             for seed in range(num)
         )  # fmt: skip
-        assert largest <= 1, f"images differ by {largest} grey levels"
+        assert largest <= 1, f"images differ by {largest} gray levels"
         for what, times in (("sampling and files", sampling), ("whole command", whole)):
             click.echo(f"{what:<20}1 process {times[1]:7.2f} s   2 processes {times[2]:7.2f} s   "
                        f"ratio {times[1] / times[2]:.2f}")  # fmt: skip
-        click.echo(f"largest difference of two images: {largest} grey levels")
+        click.echo(f"largest difference of two images: {largest} gray levels")
 
 
 if __name__ == "__main__":

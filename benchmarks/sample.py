@@ -1,10 +1,10 @@
-"""Sampling: prepared networks against the plain eager oracle with its own sampler, in one run, and what takes the time.
+"""Compare sampling by prepared networks with the plain eager oracle and its own sampler, and print a profile.
 
-Where there is a CUDA device, the published shapes of img512-S, with and without a guide of the shapes of XS and a
-decoder of the published size, all with random weights; else a network of five million parameters on the CPU in float32
-and bfloat16. Ways take turns, the fastest run of each counts; before that, the images of both must agree.
+On a CUDA device: the published shapes of img512-S, with and without a guide of the shapes of XS and a decoder of the
+published size, all with random weights. Else a network of five million parameters on the CPU in float32 and bfloat16.
+The ways take turns, and the fastest run of each counts; the images of both must agree.
 
-`python -m benchmarks.sample`
+    python -m benchmarks.sample
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from training.fast.prepare import PrepareNetwork
 from training.networks_edm2 import Precond
 from training.sampling.sampler import edm_sampler
 
-# What the two may differ by, relative to the spread of the images: rounding, carried through all steps.
+# Allowed difference of the images relative to their spread: rounding, carried through all steps.
 TOLERANCE: dict[str, float] = {"fp32": 1e-3, "tf32": 0.05, "fp16": 0.05, "bf16": 0.2}
 
 
@@ -50,7 +50,7 @@ IMG512_XS = IMG512_S | {"model_channels": 128}
 
 
 def cases_of(device: torch.device, batch: int | None) -> list[Case]:
-    """The lines for `device`; `batch` in place of the usual one."""
+    """Return the lines for `device`; `batch` replaces the usual one."""
     if device.type != "cuda":
         small = Case(name="5 million parameters, 32x32", net=SMALL, batch=batch or 8, precision="fp32")
         return [small, dataclasses.replace(small, precision="bf16")]
@@ -62,7 +62,7 @@ def cases_of(device: torch.device, batch: int | None) -> list[Case]:
 
 
 def random_network(options: dict[str, Any], device: torch.device, seed: int) -> tuple[Precond, PlainPrecond]:
-    """A network with random weights, all of its gains at work, and the oracle with the same ones."""
+    """Return a network with random weights, none of its gains zero, and the oracle with the same weights."""
     torch.manual_seed(seed)
     net = Precond(**options).eval().requires_grad_(False)
     for param in net.parameters():
@@ -74,7 +74,7 @@ def random_network(options: dict[str, Any], device: torch.device, seed: int) -> 
 
 
 def random_decoder(device: torch.device, width: int = 128) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A decoder of the published size (`width` 128), on a GPU in half precision: latents to pixels, four at once."""
+    """Return a decoder of the published size (`width` 128): latents to pixels, four at once, on a GPU in float16."""
     from diffusers import AutoencoderKL
 
     vae: Any = AutoencoderKL(
@@ -94,7 +94,7 @@ def random_decoder(device: torch.device, width: int = 128) -> Callable[[torch.Te
 
 
 class Ways:
-    """Our way and the oracle's of making the images of a case."""
+    """Two ways to sample the images of a case: ours and the oracle's."""
 
     def __init__(self, case: Case, device: torch.device, num_steps: int, decoder_width: int = 128) -> None:
         self.device = device
@@ -120,7 +120,7 @@ class Ways:
 
     @torch.no_grad()
     def seconds(self, way: Callable[[], torch.Tensor]) -> float:
-        """Wall time until the images of `way` are there."""
+        """Return the wall time until the images of `way` are ready."""
         start = time.perf_counter()
         way()
         if self.device.type == "cuda":
@@ -129,12 +129,12 @@ class Ways:
 
     @torch.no_grad()
     def difference(self) -> float:
-        """Root mean square of the difference of the images, relative to the spread of the oracle's."""
+        """Return the root mean square difference of the images, relative to the spread of the oracle's."""
         expected = self.oracle().float()
         return float((self.ours().float() - expected).square().mean().sqrt() / expected.std())
 
     def profile(self, rows: int) -> str:
-        """Where the time of our way goes: the operations or kernels that take most, and the share of matrix work."""
+        """Return a profile of our way: the operations or kernels that take most time, and the share of matrix work."""
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.device.type == "cuda" else [])]
         with profile(activities=activities) as recorded:
             self.seconds(self.ours)
@@ -148,13 +148,13 @@ class Ways:
 
 
 def is_matrix_work(name: str) -> bool:
-    """Whether an operation or kernel of this name is a convolution, a matrix product or attention."""
+    """Return whether an operation or kernel of this name is a convolution, a matrix product or attention."""
     parts = ("conv", "gemm", "mm", "attention", "flash", "fmha", "xmma", "cutlass", "cudnn", "wgmma", "nvjet")
     return any(part in name.lower() for part in parts) and "memcpy" not in name.lower()
 
 
 def measure(case: Case, device: torch.device, *, num_steps: int, repeats: int, **sizes: Any) -> tuple[float, float]:
-    """Seconds for the images of `case`: ours and the oracle's. Prints the line, and the profile of ours."""
+    """Return the seconds for the images of `case`, ours and the oracle's; print the line, and the profile of ours."""
     ways = Ways(case, device, num_steps, **sizes)
     difference = ways.difference()
     assert difference < TOLERANCE[case.precision], f"{case.name}: the images differ by {difference:.3g}"

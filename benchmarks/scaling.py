@@ -1,25 +1,21 @@
-"""What do two processes give beside one, with as many images for each (weak scaling), and where does the rest go?
+"""Measure weak scaling: two processes against one, with the same number of images for each.
 
 Over gloo, one thread a process, a network of 5 million parameters on 32x32 pixels, float32. Four ways take turns in one
-pair of processes: one process alone while the other waits; both at once on their own, which shows what sharing a
-machine costs; both as one run with DistributedDataParallel; both as one run with FSDP2 (--shard). The exchange of as
-many numbers as there are gradients is timed by itself. At the end the processes' weights are compared.
+pair of processes: one process alone while the other waits; both at once on their own, which shows the cost of sharing
+a machine; both as one run with DistributedDataParallel; both as one run with FSDP2 (--shard). The exchange of the
+gradients is also timed by itself. At the end the weights of the processes are compared.
 
-    OMP_NUM_THREADS=1 python benchmarks/scaling.py
+    OMP_NUM_THREADS=1 python -m benchmarks.scaling
 """
 
 import os
 import statistics
-import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import click
 import torch
@@ -34,17 +30,17 @@ from training.run.state import TrainingState
 
 DATA = SimpleNamespace(resolution=32, num_channels=3, label_dim=10, holds_latents=False)
 NETWORK = NetworkConfig(channels=64, channel_mult=(1, 2), num_blocks=3, attn_resolutions=(16,), precision="fp32")
-STEPS = 2  # timed at a stretch
+STEPS = 2  # timed together
 
 
 def make_state(world: World, batch_rank: int, **options: Any) -> TrainingState:
-    """The start of a run with `batch_rank` images for each process."""
+    """Return the start of a run with `batch_rank` images for each process."""
     config = TrainingConfig(data="none", network=NETWORK, batch=batch_rank * world.size, rampup=0, **options)
     return TrainingState(config, DATA, world, resumed=False)  # type: ignore[arg-type]  # all that it asks of a data set
 
 
 def stepper(state: TrainingState, rank: int, batch_rank: int) -> Callable[[], None]:
-    """A function that takes one step on images of this rank."""
+    """Return a function that takes one step on images of this rank."""
     generator = torch.Generator().manual_seed(rank)
     images = torch.randint(0, 256, [batch_rank, 3, 32, 32], generator=generator, dtype=torch.uint8)
     labels = torch.eye(10)[torch.arange(batch_rank) % 10]
@@ -56,7 +52,7 @@ def stepper(state: TrainingState, rank: int, batch_rank: int) -> Callable[[], No
 
 
 def timed(work: Callable[[], Any], world: World, count: int) -> float:
-    """Seconds that one call takes until all processes are through, of `count` in a row."""
+    """Return the seconds per call, of `count` in a row, until all processes are through."""
     world.barrier()
     start = time.perf_counter()
     for _ in range(count):
@@ -66,7 +62,7 @@ def timed(work: Callable[[], Any], world: World, count: int) -> float:
 
 
 def exchange(num_floats: int, bucket_bytes: int = 25 << 20) -> Callable[[], None]:
-    """A function that sums as many floats over all processes, in buckets as DistributedDataParallel has them."""
+    """Return a function that sums `num_floats` floats over all processes, in the buckets of DistributedDataParallel."""
     buckets = torch.zeros(num_floats).split(bucket_bytes // 4)
 
     def work() -> None:
@@ -77,13 +73,13 @@ def exchange(num_floats: int, bucket_bytes: int = 25 << 20) -> Callable[[], None
 
 
 def gathers_and_scatter(sizes: list[int]) -> Callable[[], None]:
-    """A function that sends what FSDP2 does for blocks of so many floats: each gathered twice, then scattered."""
+    """Return a function that sends the data of FSDP2 for blocks of these sizes: each gathered twice, then scattered."""
     wholes = [torch.zeros(size // 2 * 2) for size in sizes]
     parts = [torch.zeros(size // 2) for size in sizes]
 
     def work() -> None:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # their new names do not exist before PyTorch 2.13
+            warnings.simplefilter("ignore", FutureWarning)  # the new names need PyTorch 2.13
             for whole, part in zip(wholes, parts, strict=True):
                 for _ in range(2):
                     torch.distributed.all_gather_into_tensor(whole, part)
@@ -93,13 +89,13 @@ def gathers_and_scatter(sizes: list[int]) -> Callable[[], None]:
 
 
 def whole_weights(state: TrainingState) -> dict[str, torch.Tensor]:
-    """The network's tensors, gathered where they are spread over processes."""
+    """Return the tensors of the network, gathered if they are spread over processes."""
     tensors = state.net.state_dict()
     return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in tensors.items()}
 
 
 def member(rank: int, folder: str, batch_rank: int, repeats: int) -> None:
-    """One of the two processes; the first one prints."""
+    """Run one of the two processes; the first one prints."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
     store = torch.distributed.FileStore(f"{folder}/store", 2)
@@ -134,7 +130,7 @@ def member(rank: int, folder: str, batch_rank: int, repeats: int) -> None:
 
 
 def check_weights(runs: dict[str, TrainingState], world: World) -> None:
-    """End with an error where processes, or the two kinds of run, have come to other weights."""
+    """Raise AssertionError if the weights differ between the processes or between the two kinds of run."""
     weights = {name: whole_weights(state) for name, state in runs.items()}
     for name, value in weights["ddp"].items():
         mean = world.all_reduce_sum(value.clone()) / world.size
@@ -144,15 +140,15 @@ def check_weights(runs: dict[str, TrainingState], world: World) -> None:
 
 
 def report(seconds: dict[str, float], batch_rank: int, num_params: int) -> None:
-    """Print rates, ratios, and what makes up the loss."""
+    """Print rates, ratios, and the parts of the loss."""
     alone = seconds["one process"]
     size = f"{num_params / 1e6:.2f} million parameters"
-    print(f"{size}, {batch_rank} images a process and step, PyTorch {torch.__version__}")
+    print(f"{size}, {batch_rank} images per process and step, PyTorch {torch.__version__}")
     for name in ("one process", "two on their own", "DDP", "FSDP2"):
         processes = 1 if name == "one process" else 2
         rate = processes * batch_rank / seconds[name]
         efficiency = alone / seconds[name]
-        print(f"{name:18s} {seconds[name] * 1e3:8.1f} ms a step {rate:7.2f} img/s   efficiency {efficiency:.3f}")
+        print(f"{name:18s} {seconds[name] * 1e3:8.1f} ms per step {rate:7.2f} img/s   efficiency {efficiency:.3f}")
     shared = seconds["two on their own"] - alone
     print(f"sharing the machine: {shared * 1e3:.1f} ms")
     print(f"by itself, the sum of all gradients: {seconds['exchange'] * 1e3:.1f} ms; ", end="")
@@ -164,7 +160,7 @@ def report(seconds: dict[str, float], batch_rank: int, num_params: int) -> None:
 
 
 @click.command()
-@click.option("--batch", default=8, show_default=True, help="Images a process and step")
+@click.option("--batch", default=8, show_default=True, help="Images per process and step")
 @click.option("--repeats", default=5, show_default=True, help="Turns of all ways")
 def main(batch: int, repeats: int) -> None:
     """Weak scaling over two processes on this machine's CPU."""

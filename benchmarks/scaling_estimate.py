@@ -1,21 +1,17 @@
-"""What many GPUs would give: memory, communication and time per step, computed. Nothing is trained, no GPU is needed.
+"""Compute memory, communication and time per step for many GPUs. Trains nothing and needs no GPU.
 
-Counted exactly: parameters, operations, and the bytes that the backward pass needs of the forward pass (on tensors
-without content, for the eager network). Assumed: the constants below. docs/scaling.md explains the tables.
+Counted exactly: parameters, operations, and the bytes that the forward pass keeps for the backward pass (on the meta
+device, for the eager network). Assumed: the constants below. docs/scaling.md explains the tables.
 
     python -m benchmarks.scaling_estimate
 """
 
 import math
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from unittest import mock
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
@@ -42,7 +38,7 @@ PLANS = [(8, 2048), (64, 2048), (1024, 2048), (1024, 16384)]  # GPUs, images a s
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Of one network."""
+    """The cost of one network."""
 
     params: int
     flops: float  # to train on one image, without recomputing
@@ -53,13 +49,13 @@ class Cost:
     root_params: int  # outside of blocks
 
     def round_bytes(self, images: int, *, recompute: bool) -> int:
-        """What is kept at once for the backward pass on so many images."""
+        """Return the bytes kept at once for the backward pass on this many images."""
         kept = self.weight_bytes[recompute] + images * self.image_bytes[recompute]
         return kept + (max(weights + images * each for weights, each in self.blocks) if recompute else 0)
 
 
 def cost_of(width: int) -> Cost:
-    """Count everything for a network for 64x64 latents of this width."""
+    """Return the cost of a network of this width for 64x64 latents."""
     with torch.device("meta"):
         net = Precond(64, 4, 1000, model_channels=width)
     kept = {recompute: [kept_bytes(net, n, recompute=recompute) for n in (1, 2)] for recompute in (False, True)}
@@ -80,7 +76,7 @@ def cost_of(width: int) -> Cost:
 def kept_bytes(
     net: Precond, num: int, *, recompute: bool, dtype: torch.dtype = torch.bfloat16, like_flash: bool = True
 ) -> int:
-    """Bytes that a forward pass on `num` images leaves for the backward pass, the parameters themselves aside."""
+    """Return the bytes that a forward pass on `num` images keeps for the backward pass, without the parameters."""
     replica = FastPrecond(net.train(), dtype=dtype, recompute=recompute)
     device = next(net.parameters()).device
     x = images_for(net, num)
@@ -94,7 +90,7 @@ def kept_bytes(
 
 
 def block_bytes(net: Precond, num: int) -> list[int]:
-    """Bytes that each block leaves for its backward pass on `num` images, half-precision weights included."""
+    """Return the bytes that each block keeps for its backward pass on `num` images, with half-precision weights."""
     replica = FastPrecond(net.train(), dtype=torch.bfloat16)
     sizes: list[int] = []
 
@@ -112,7 +108,7 @@ def block_bytes(net: Precond, num: int) -> list[int]:
 
 
 def images_for(net: Precond, num: int) -> torch.Tensor:
-    """Black images of the network's shape, where its parameters are."""
+    """Return black images of the network's shape, on its device."""
     side = net.img_resolution
     assert isinstance(side, int)
     return torch.zeros(num, net.img_channels, side, side, device=next(net.parameters()).device)
@@ -120,7 +116,7 @@ def images_for(net: Precond, num: int) -> torch.Tensor:
 
 @contextmanager
 def saved_storages(net: torch.nn.Module) -> Iterator[dict[int, torch.UntypedStorage]]:
-    """The pieces of memory that autograd keeps in the block, without those of the network itself."""
+    """Yield the storages that autograd keeps in the block, without those of the network itself."""
     own = {t.untyped_storage()._cdata for t in (*net.parameters(), *net.buffers())}
     found: dict[int, torch.UntypedStorage] = {}
 
@@ -136,7 +132,7 @@ def saved_storages(net: torch.nn.Module) -> Iterator[dict[int, torch.UntypedStor
 
 @contextmanager
 def flash_attention(active: bool) -> Iterator[None]:
-    """Attention that keeps what the fused kernels keep, where tensors without content would take the plain path."""
+    """Let attention keep what the fused kernels keep: on the meta device it would take the plain path."""
     if not active:
         yield
         return
@@ -169,16 +165,16 @@ class Plan:
 
     @property
     def rates(self) -> tuple[float, float]:
-        """Images a second over all GPUs: where nothing is sent while it computes, and where everything is."""
+        """Images per second over all GPUs, if nothing is sent during computation, and if everything is."""
         return self.batch / (self.compute_sec + self.comm_sec), self.batch / max(self.compute_sec, self.comm_sec)
 
 
 def plan(cost: Cost, gpus: int, batch: int, *, group: int, recompute: bool) -> Plan:
-    """The largest power of two of images a round that fits, and what follows from it."""
+    """Return the plan with the largest power of two of images per round that fits."""
     share = batch // gpus
     state: float = STATE_FLOATS * FLOAT * cost.params
     if group > 1:
-        # Whole at once: what is outside of blocks, and of blocks the current one, the next one and a gradient.
+        # Whole at the same time: everything outside of blocks, and the current block, the next one and a gradient.
         state = state / group + FLOAT * (2 * cost.root_params + 3 * cost.block_params)
     room = USABLE * GPU_BYTES - state
     fitting = [n for n in (2**i for i in range(12)) if n <= share and cost.round_bytes(n, recompute=recompute) <= room]
@@ -200,7 +196,7 @@ def plan(cost: Cost, gpus: int, batch: int, *, group: int, recompute: bool) -> P
 
 
 def exchange(cost: Cost, gpus: int, group: int, *, rounds: int) -> tuple[float, float]:
-    """Bytes that a GPU sends in a step, and the seconds that this takes by itself."""
+    """Return the bytes that a GPU sends in a step, and the seconds that this takes by itself."""
     size = float(FLOAT * cost.params)
     bus = BUS_BYTES[gpus <= NODE_GPUS]
     if group == 1:  # one sum, in buckets, over trees
@@ -211,7 +207,7 @@ def exchange(cost: Cost, gpus: int, group: int, *, rounds: int) -> tuple[float, 
     sent = passes * size * (group - 1) / group
     seconds = sent / BUS_BYTES[group <= NODE_GPUS] + passes * (len(cost.blocks) + 1) * (group - 1) * HOP_SEC
     copies = gpus // group
-    if copies > 1:  # and a sum of what a GPU keeps over the copies, by the GPU's own port
+    if copies > 1:  # and a sum over the copies of the part that a GPU keeps, by its own port
         more = 2 * size / group * (copies - 1) / copies
         sent, seconds = sent + more, seconds + more / PORT_BYTES
         seconds += (len(cost.blocks) + 1) * 2 * math.log2(copies) * HOP_SEC
@@ -219,19 +215,19 @@ def exchange(cost: Cost, gpus: int, group: int, *, rounds: int) -> tuple[float, 
 
 
 def print_table(head: list[str], rows: list[list[str]]) -> None:
-    """A table in Markdown."""
+    """Print a table in Markdown."""
     for row in (head, ["---"] * len(head), *rows):
         print("| " + " | ".join(row) + " |")
     print()
 
 
 def gb(number: float) -> str:
-    """Bytes in units of 10^9."""
+    """Format bytes in units of 10^9."""
     return f"{number / 1e9:,.1f}"
 
 
 def gb2(number: float) -> str:
-    """The same with another digit."""
+    """Format bytes in units of 10^9, with two digits."""
     return f"{number / 1e9:,.2f}"
 
 
@@ -290,7 +286,7 @@ def main() -> None:
 
 
 def plan_row(p: Plan) -> list[str]:
-    """A plan as a row of a table."""
+    """Return a plan as a row of a table."""
     ways = {1: "DDP", p.gpus: "--shard"}
     way = ways.get(p.group, f"--shard --shard-group={p.group}")
     row = [f"{p.gpus:,}", f"{p.batch:,}", way, "yes" if p.recompute else "no"]

@@ -1,18 +1,15 @@
-"""How good are a network's Fashion-MNIST samples? Judged by a small classifier that is trained here, on the spot.
+"""Judge the Fashion-MNIST samples of a network by a small classifier, which is trained here.
 
-Two figures, each also for held-out real images, which is what a perfect generator would get:
+Two figures, each also for held-out real images, the figures of a perfect generator:
 - recognized: the share of images that the classifier puts into the class they were made for;
-- distance: Fréchet distance to the real training images in the classifier's 64 features. This is no FID: it compares
-  networks on this data set with one another at an equal number of images, and says nothing beyond it.
+- distance: Fréchet distance to the real training images in the classifier's 64 features. This is not FID: it only
+  compares networks on this data set with one another, at an equal number of images.
 
-    python benchmarks/score_fashion.py --net=models/fashion.safetensors --gnet=models/fashion-guide.safetensors \\
+    python -m benchmarks.score_fashion --net=models/fashion.safetensors --gnet=models/fashion-guide.safetensors \\
         --guidance=1,1.5,2
 """
 
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import click
 import numpy as np
@@ -29,7 +26,7 @@ NUM_CLASSES = 10
 
 
 class Classifier(nn.Module):
-    """Grey 32x32 pixels, scaled to [-1, 1], to class logits; the features are what the last layer sees."""
+    """Gray 32x32 pixels, scaled to [-1, 1], to class logits; the features are the input of the last layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,27 +35,27 @@ class Classifier(nn.Module):
         self.head = nn.Linear(64, NUM_CLASSES)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Pixels [N, 1, 32, 32] to logits [N, 10]."""
+        """Return logits [N, 10] for pixels [N, 1, 32, 32]."""
         return self.head(self.body(x))
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 [N, 1, 32, 32] to [N, 64]."""
+        """Return features [N, 64] of uint8 [N, 1, 32, 32]."""
         with torch.no_grad():
             return torch.cat([self.body(scaled(part)) for part in images.split(500)])
 
     def recognized(self, images: torch.Tensor, classes: torch.Tensor) -> float:
-        """Share of `images` that are put into their class [N]."""
+        """Return the share of `images` that are put into their class [N]."""
         with torch.no_grad():
             return float((self.head(self.features(images)).argmax(dim=1) == classes).float().mean())
 
 
 def scaled(images: torch.Tensor) -> torch.Tensor:
-    """uint8 pixels to [-1, 1]."""
+    """Scale uint8 pixels to [-1, 1]."""
     return images.to(torch.float32) / 127.5 - 1
 
 
 def load(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """All images [N, 1, 32, 32] and class indices [N] of a data set."""
+    """Return all images [N, 1, 32, 32] and class indices [N] of a data set."""
     dataset = ImageFolderDataset(path)
     items = [dataset[i] for i in range(len(dataset))]
     return torch.from_numpy(np.stack([i for i, _ in items])), torch.from_numpy(np.stack([c for _, c in items])).argmax(
@@ -67,7 +64,7 @@ def load(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def train_classifier(images: torch.Tensor, classes: torch.Tensor, num_epochs: int = 8) -> Classifier:
-    """The same classifier at every call, from the real training images."""
+    """Train a classifier on the real training images, the same one at every call."""
     torch.manual_seed(0)
     net = Classifier()
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)

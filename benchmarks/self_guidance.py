@@ -1,9 +1,9 @@
-"""A network guided by itself without labels: one evaluation of 2N images against two of N, in one run.
+"""Compare one evaluation of 2N images with two of N, for a network guided by itself without labels.
 
-On a CUDA device the shapes of img512-S in float16, else two small networks in float32, all with random weights. Ways
-take turns, the fastest evaluation of each counts; before that, the denoised images of both must agree.
+On a CUDA device the shapes of img512-S in float16, else two small networks in float32, all with random weights. The
+ways take turns, and the fastest evaluation of each counts; the denoised images of both must agree.
 
-`python -m benchmarks.self_guidance`
+    python -m benchmarks.self_guidance
 """
 
 import datetime
@@ -16,14 +16,15 @@ import torch
 from benchmarks.sample import IMG512_S, SMALL, random_network
 from torch_utils.precision import numerics
 from training.fast.prepare import PrepareNetwork
-from training.sampling.guidance import Guidance, WithoutLabels, bind_labels, one_batch
+from training.sampling.denoisers import WithoutLabels, bind_labels, merged_call
+from training.sampling.guidance import Guidance
 
 TINY = {"img_resolution": 32, "img_channels": 1, "label_dim": 10, "model_channels": 16, "channel_mult": [1, 2, 4],
         "num_blocks": 1, "attn_resolutions": [8], "channels_per_head": 32}  # fmt: skip  # as the shipped network
 
 
 def measure(options: dict, batch: int, device: torch.device, *, repeats: int) -> tuple[float, float, float]:
-    """Seconds of a guided evaluation of `batch` images in two evaluations and in one, and how far they differ.
+    """Return the seconds of a guided evaluation of `batch` images in two evaluations and in one, and their difference.
 
     The difference is the largest, relative to the spread of the images.
     """
@@ -35,7 +36,7 @@ def measure(options: dict, batch: int, device: torch.device, *, repeats: int) ->
     labels = torch.eye(net.label_dim)[torch.randint(net.label_dim, [batch], generator=random)].to(device)
     guidance = Guidance(weight=1.5, num_guides=1)
     main, guide = bind_labels(net, labels), bind_labels(WithoutLabels(net), labels)
-    ways = [guidance.wrap(main, [guide], both) for both in (None, one_batch(net, labels))]
+    ways = [guidance.wrap(main, [guide], both) for both in (None, merged_call(net, labels))]
 
     def run(way: int) -> torch.Tensor:
         return ways[way](x, 2.0, 2.0)

@@ -1,9 +1,9 @@
-"""Seconds from the start of generate_images.py to the first image on a CPU, beyond importing torch.
+"""Measure the seconds from the start of generate_images.py to the first image on a CPU, beyond importing torch.
 
-Two ways of getting the shipped network are compared beside it: ours, and the documented one that makes the network on
-the meta device and then assigns the file's tensors to it. New processes, in turn; the fastest run of each counts.
+Two ways of loading the shipped network are compared too: ours, and the documented one that makes the network on the
+meta device and assigns the tensors of the file to it. Each runs in new processes, in turn; the fastest run counts.
 
-`python -m benchmarks.startup`
+    python -m benchmarks.startup
 """
 
 import datetime
@@ -28,18 +28,18 @@ PLAIN = (
     f"net.load_state_dict(load_file({NET!r}), assign=True)\nnet.float()\n"
 )
 OURS = IMPORT + f"from training.snapshot import load_snapshot\nnet = load_snapshot({NET!r}).net.float()\n"
-TOLD = "print(time.perf_counter() - start, sum(float(p.double().sum()) for p in net.parameters()))"
+REPORT = "print(time.perf_counter() - start, sum(float(p.double().sum()) for p in net.parameters()))"
 
 
 def seconds(*args: str) -> float:
-    """Wall time of a Python process."""
+    """Return the wall time of a Python process."""
     start = time.perf_counter()
     subprocess.run([sys.executable, *args], check=True, capture_output=True, cwd=ROOT)
     return time.perf_counter() - start
 
 
-def told(program: str) -> tuple[float, float]:
-    """The seconds that a program tells itself, and its checksum."""
+def reported(program: str) -> tuple[float, float]:
+    """Return the seconds and the checksum that a program prints."""
     done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, cwd=ROOT)
     sec, checksum = map(float, done.stdout.split())
     return sec, checksum
@@ -47,7 +47,7 @@ def told(program: str) -> tuple[float, float]:
 
 @click.command()
 @click.option("--repeats", default=5, show_default=True, help="Runs, of which the fastest counts")
-@click.option("--preset", default="demo", show_default=True, help="What to generate")
+@click.option("--preset", default="demo", show_default=True, help="Networks and options")
 def main(repeats: int, preset: str) -> None:
     """Print the times."""
     click.echo(
@@ -66,7 +66,7 @@ def main(repeats: int, preset: str) -> None:
                 fastest[name] = min(fastest[name], seconds(*args))
     for name, sec in fastest.items():
         click.echo(f"{name:<22}{sec:6.2f} s   beyond importing torch {sec - fastest['import torch']:6.2f} s")
-    ours, plain = ([told(program + TOLD) for _ in range(repeats)] for program in (OURS, PLAIN))
+    ours, plain = ([reported(program + REPORT) for _ in range(repeats)] for program in (OURS, PLAIN))
     assert ours[0][1] == plain[0][1], "the networks differ"
     sec, plain_sec = min(ours)[0], min(plain)[0]
     click.echo(f"network of {Path(NET).name}: ours {sec:.3f} s, plain {plain_sec:.3f} s, ratio {plain_sec / sec:.2f}")

@@ -1,14 +1,13 @@
-"""How fast is a training step, beside the plain eager implementation of the papers, and how much memory does it take?
+"""Compare speed and memory of a training step with the plain eager implementation of the papers.
 
-A step is what tests/helpers/oracle.py does tensor by tensor and training/run/state.py does fast: noise, forward,
-backward,
-Adam, both averages. Both start from the same weights; before anything is timed, loss and gradients are compared. Then
-they take turns. The matrix rate is that of a large matrix product (on a CPU: of 3x3 convolutions), measured in the same
-run; a step's operations are three times the forward pass's.
+A step is noise, forward, backward, Adam and both averages: tensor by tensor in tests/helpers/oracle.py, fast in
+training/run/state.py. Both start from the same weights. Loss and gradients are compared first; then both take turns.
+The matrix rate is that of a large matrix product (on a CPU: of 3x3 convolutions), measured in the same run. A step has
+three times the operations of the forward pass.
 
-    python -m benchmarks.train                        # what suits the device: 5 million parameters, or S and XXL
+    python -m benchmarks.train                        # by device: 5 million parameters, or S and XXL
     python -m benchmarks.train --shape=s --precision=bf16 --batch=64 --profile
-    python -m benchmarks.train --loop                 # the loop around the step against the bare step
+    python -m benchmarks.train --loop                 # the whole loop against the bare step
 """
 
 import datetime
@@ -31,19 +30,20 @@ from dnnlib.cli import main
 from tests.helpers.oracle import PlainPrecond, PlainTrainer, plain_loss
 from torch_utils.distributed import World, resolve_device
 from torch_utils.precision import Precision, compute_dtype, numerics
-from torch_utils.saved_tensors import saved_bytes
 from training.config import NetworkConfig, TrainingConfig
 from training.flops import count_flops
 from training.presets import locate, training_preset
 from training.run.run_folder import RunFolder
-from training.run.state import TrainingState, make_network
+from training.run.run_network import make_network
+from training.run.state import TrainingState
 from training.run.update import normalize_weights
+from training.small_data.estimate import saved_bytes
 from training.training_loop import Iteration, TrainingRun
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What is trained: a network, its images and how many at a time."""
+    """A network to train, its images and the batch."""
 
     name: str
     network: NetworkConfig
@@ -53,7 +53,7 @@ class Shape:
     batch: int
 
     def dataset(self) -> Any:
-        """What TrainingState wants to know about a data set."""
+        """Return the attributes of a data set that TrainingState uses."""
         return SimpleNamespace(
             resolution=self.resolution, num_channels=self.channels, label_dim=self.label_dim, holds_latents=False
         )
@@ -77,7 +77,7 @@ SHAPES = {
 
 
 class Way:
-    """One way of taking steps on one shape; what it needs is made by `make`, and gone after `close`."""
+    """One way of taking steps on one shape. `make` makes its state, `close` frees it."""
 
     def __init__(
         self, name: str, dtype: torch.dtype, device: torch.device, make: Callable[[], Callable[[], Any]]
@@ -89,8 +89,9 @@ class Way:
         self.memory = 0  # bytes
 
     def open(self) -> None:
-        """Make the state, warm up, and measure memory: on a GPU the peak of a step with everything that the way holds,
-        on a CPU what a step keeps for its backward pass.
+        """Make the state, warm up, and measure memory.
+
+        On a GPU the peak of a step with the whole state, on a CPU the bytes that a step keeps for its backward pass.
         """
         on_gpu = self._device.type == "cuda"
         before = torch.cuda.memory_allocated() if on_gpu else 0
@@ -105,7 +106,7 @@ class Way:
             self.memory = saved_bytes(self._step)
 
     def __call__(self, num: int) -> float:
-        """Take `num` steps and wait for their end; seconds a step."""
+        """Take `num` steps, wait for their end, and return the seconds per step."""
         assert self._step is not None
         wait(self._device)
         start = time.perf_counter()
@@ -115,7 +116,7 @@ class Way:
         return (time.perf_counter() - start) / num
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self._step = None
         gc.collect()
         if self._device.type == "cuda":
@@ -123,13 +124,13 @@ class Way:
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done all its work."""
+    """Wait until the device has done all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
 def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """Operations a second (one multiply-add = 2) of a large matrix product, on a CPU of 3x3 convolutions."""
+    """Return operations per second (a multiply-add is 2) of a large matrix product, on a CPU of 3x3 convolutions."""
     if device.type == "cuda":
         size = 8192
         a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
@@ -151,13 +152,13 @@ def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def our_state(shape: Shape, precision: Precision, device: torch.device, **options: Any) -> TrainingState:
-    """The training state of a run of `shape`."""
+    """Return the training state of a run of `shape`."""
     config = TrainingConfig(data="", network=replace(shape.network, precision=precision), batch=shape.batch, **options)
     return TrainingState(config, shape.dataset(), World(device=device), resumed=True)
 
 
 def plain_network(shape: Shape, state: TrainingState, dtype: torch.dtype) -> PlainPrecond:
-    """The oracle's network with the weights of `state`."""
+    """Return the oracle's network with the weights of `state`."""
     arguments = {k: v for k, v in shape.network.arguments().items() if k != "use_fp16"}
     net = PlainPrecond(shape.resolution, shape.channels, shape.label_dim, dtype=dtype, **arguments)
     net.load_state_dict(state.net.state_dict())
@@ -165,7 +166,7 @@ def plain_network(shape: Shape, state: TrainingState, dtype: torch.dtype) -> Pla
 
 
 def check(shape: Shape, state: TrainingState, dtype: torch.dtype, tolerance: float) -> str:
-    """Compare loss and gradient with the oracle's on two images. Raises AssertionError where they differ by more."""
+    """Compare loss and gradient with the oracle's on two images. Raises AssertionError if they differ by more."""
     device = state.world.device
     size = [2, shape.channels, shape.resolution, shape.resolution]
     generator = torch.Generator(device).manual_seed(0)
@@ -198,7 +199,7 @@ def check(shape: Shape, state: TrainingState, dtype: torch.dtype, tolerance: flo
 def ways_of(
     shape: Shape, precisions: Sequence[Precision], device: torch.device, *, compiled: bool | None, recompute: bool
 ) -> list[Way]:
-    """The oracle first, then ours in every precision, which are checked against it when they are opened."""
+    """Return the oracle, then ours in every precision; opening these checks them against the oracle."""
     size = [shape.batch, shape.channels, shape.resolution, shape.resolution]
     images = torch.randint(0, 256, size, device=device).to(torch.uint8)
     labels = torch.eye(shape.label_dim, device=device)[torch.arange(shape.batch) % shape.label_dim]
@@ -230,7 +231,7 @@ def ways_of(
 
 
 def profile(way: Way, device: torch.device) -> str:
-    """The operations that one step spends most time in."""
+    """Return the operations that take most time in one step."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -248,7 +249,7 @@ def profile(way: Way, device: torch.device) -> str:
 
 
 def loop_against_step(precision: Precision, num_steps: int, rounds: int) -> float:
-    """The rate of a whole run, with loader, statistics and averages, relative to bare steps; they take turns."""
+    """Return the rate of a whole run, with loader, statistics and averages, relative to bare steps in turn."""
     with tempfile.TemporaryDirectory() as folder:
         fashion = training_preset("fashion")
         config = replace(
@@ -285,12 +286,12 @@ def loop_against_step(precision: Precision, num_steps: int, rounds: int) -> floa
 @click.command()
 @click.option("--shape", "shapes", multiple=True, type=click.Choice(list(SHAPES)), help="[default: suits the device]")
 @click.option("--precision", "precisions", multiple=True, type=click.Choice(["fp32", "tf32", "fp16", "bf16"]))
-@click.option("--batch", type=click.IntRange(min=1), help="Images at once  [default: by shape]")
+@click.option("--batch", type=click.IntRange(min=1), help="Images per step  [default: by shape]")
 @click.option("--steps", "num_steps", default=0, help="Steps at a time  [default: 1 on a CPU, 20 on a GPU]")
 @click.option("--repeats", default=7, show_default=True, help="Turns of each way, of which the median counts")
 @click.option("--compile", "compiled", type=bool, help="[default: on CUDA devices]")
 @click.option("--recompute", is_flag=True, help="Measure activation checkpointing too")
-@click.option("--profile", "profiled", is_flag=True, help="Print where the time of the last way goes")
+@click.option("--profile", "profiled", is_flag=True, help="Print a profile of the last way")
 @click.option("--loop", "loop", is_flag=True, help="Measure the loop around the step instead")
 def train(
     shapes: tuple[str, ...],

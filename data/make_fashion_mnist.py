@@ -1,10 +1,10 @@
-"""Build a data set ZIP out of the Fashion-MNIST files, padded from 28x28 to 32x32.
+"""Build a data set ZIP from the Fashion-MNIST files, padded from 28x28 to 32x32.
 
     python data/make_fashion_mnist.py --source DIR --dest FILE.zip [--split train|test] [--per-class N]
 
 DIR holds the four files of https://github.com/zalandoresearch/fashion-mnist (Debian: package dataset-fashion-mnist,
 folder /usr/share/datasets/fashion-mnist). The same arguments give the same bytes with the same version of zlib,
-and the same pixels with any. See README.md beside this file.
+and the same pixels with any version. See data/README.md.
 """
 
 import gzip
@@ -50,7 +50,7 @@ STRATEGIES = (zlib.Z_DEFAULT_STRATEGY, zlib.Z_FILTERED, zlib.Z_HUFFMAN_ONLY, zli
 @click.option("--split", type=click.Choice(list(FILES)), default="train", show_default=True)
 @click.option("--per-class", type=click.IntRange(min=1), help="Take the first N images of every class, not all.")
 def main(source: Path, dest: Path, split: str, per_class: int | None) -> None:
-    """Write one split of Fashion-MNIST as a data set ZIP of 32x32 grey PNGs."""
+    """Write one split of Fashion-MNIST as a data set ZIP of 32x32 gray PNGs."""
     images, labels = (read_idx(source / name) for name in FILES[split])
     if len(images) != len(labels):
         raise click.ClickException(f"{source} has {len(images)} images but {len(labels)} labels in split {split}")
@@ -60,7 +60,7 @@ def main(source: Path, dest: Path, split: str, per_class: int | None) -> None:
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """The uint8 array in a gzipped file of the idx format (http://yann.lecun.com/exdb/mnist)."""
+    """Return the uint8 array in a gzipped file of the idx format (http://yann.lecun.com/exdb/mnist)."""
     try:
         data = gzip.decompress(path.read_bytes())
         zeros, kind, num_axes = struct.unpack(">HBB", data[:4])
@@ -69,11 +69,11 @@ def read_idx(path: Path) -> np.ndarray:
             raise ValueError(f"its first bytes are {data[:4].hex()}, not those of 8-bit idx data")
         return np.frombuffer(data, dtype=np.uint8, offset=4 + 4 * num_axes).reshape(shape)
     except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
-        raise click.ClickException(f"{path} is no readable idx file: {error}") from None
+        raise click.ClickException(f"{path} is not a readable idx file: {error}") from None
 
 
 def first_per_class(labels: np.ndarray, per_class: int | None) -> np.ndarray:
-    """Indices of the first `per_class` images of every class, or of all of them, in their original order."""
+    """Return the indices of the first `per_class` images of every class, or of all, in their original order."""
     if per_class is None:
         return np.arange(len(labels))
     smallest = int(np.bincount(labels, minlength=len(CLASSES)).min())
@@ -83,7 +83,7 @@ def first_per_class(labels: np.ndarray, per_class: int | None) -> np.ndarray:
 
 
 def pad(images: np.ndarray) -> np.ndarray:
-    """[N, 28, 28] to [N, 32, 32], zeros (the images' own background) on all sides."""
+    """Pad [N, 28, 28] to [N, 32, 32] with zeros (the images' own background) on all sides."""
     return np.pad(images, ((0, 0), (PADDING, PADDING), (PADDING, PADDING)))
 
 
@@ -96,13 +96,13 @@ def write_dataset(dest: Path, images: np.ndarray, labels: np.ndarray) -> None:
         for name, image in zip(names, images, strict=True):
             archive.writestr(entry(name), encode_png(image))
         archive.writestr(entry("dataset.json", zipfile.ZIP_DEFLATED), json.dumps(index), compresslevel=9)
-    temp = dest.with_name(f".{dest.name}.tmp")  # a broken run leaves no half archive under the name
+    temp = dest.with_name(f".{dest.name}.tmp")  # an interrupted run leaves no half archive under the name
     temp.write_bytes(buffer.getvalue())
     temp.replace(dest)
 
 
 def entry(name: str, compression: int = zipfile.ZIP_STORED) -> zipfile.ZipInfo:
-    """A ZIP entry with nothing in it that depends on the clock or the system."""
+    """Return a ZIP entry that does not depend on the clock or the system."""
     info = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
     info.compress_type = compression
     info.create_system = 3
@@ -111,7 +111,7 @@ def entry(name: str, compression: int = zipfile.ZIP_STORED) -> zipfile.ZipInfo:
 
 
 def encode_png(image: np.ndarray) -> bytes:
-    """A grey 8-bit PNG of `image` [H, W]: the smallest over row filters and zlib strategies.
+    """Return a gray 8-bit PNG of `image` [H, W]: the smallest over row filters and zlib strategies.
 
     An image takes some 440 bytes of pixel data this way, where Pillow's optimize=True takes 460.
     """
@@ -125,9 +125,9 @@ def encode_png(image: np.ndarray) -> bytes:
 
 
 def filtered_rows(image: np.ndarray) -> list[bytes]:
-    """The image's rows, each behind its filter's number: all rows by one of the five filters, and the usual mixture.
+    """Return the rows behind their filters' numbers: once for each of the five filters, and once for the usual mixture.
 
-    The mixture takes for each row the filter whose output, read as signed bytes, has the least sum of magnitudes.
+    For each row, the mixture takes the filter whose output, read as signed bytes, has the least sum of magnitudes.
     """
     x = image.astype(np.int32)
     padded = np.pad(x, ((1, 0), (1, 0)))
@@ -146,13 +146,13 @@ def filtered_rows(image: np.ndarray) -> list[bytes]:
 
 
 def deflate(data: bytes, strategy: int) -> bytes:
-    """`data` as a zlib stream."""
+    """Return `data` as a zlib stream."""
     compressor = zlib.compressobj(9, zlib.DEFLATED, 15, 9, strategy)
     return compressor.compress(data) + compressor.flush()
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:
-    """A chunk of a PNG file."""
+    """Return a chunk of a PNG file."""
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 

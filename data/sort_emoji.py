@@ -1,11 +1,11 @@
-"""Sort the pictures of the npm package emoji-datasource-google into a folder for each category, on white.
+"""Sort the images of the npm package emoji-datasource-google into a folder for each category, on white.
 
     npm pack emoji-datasource-google@16.0.0
     tar -xf emoji-datasource-google-16.0.0.tgz
     python data/sort_emoji.py --source=package --dest=emoji
 
-The pictures are Noto Emoji, under Apache-2.0. dataset_tool.py takes the colours under transparent pixels as they are
-stored, so pictures with an alpha channel are put on a background first. See docs/own-data.md.
+The images are Noto Emoji, under Apache-2.0. dataset_tool.py takes the colors of transparent pixels as they are stored,
+so images with an alpha channel are put on a background first. See docs/own-data.md.
 """
 
 import json
@@ -15,15 +15,15 @@ from pathlib import Path
 import click
 import PIL.Image
 
-PICTURES = Path("img", "google", "64")
-LEFT_OUT = "Component"  # five plain squares in skin colours
+IMAGES = Path("img", "google", "64")
+LEFT_OUT = "Component"  # five plain squares in skin colors
 
 
 @click.command()
 @click.option("--source", type=click.Path(path_type=Path), required=True, help="The folder `package` of the package.")
 @click.option("--dest", type=click.Path(path_type=Path), required=True, help="Folder to write.")
 def main(source: Path, dest: Path) -> None:
-    """Write DEST/{category}/{emoji}.png for all emoji that the package has a picture of, skin tones included."""
+    """Write DEST/{category}/{emoji}.png for all emoji with an image in the package, skin tones included."""
     try:
         emoji = json.loads((source / "emoji.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -35,18 +35,18 @@ def main(source: Path, dest: Path) -> None:
         folder = dest / re.sub(r"\W+", "-", entry["category"]).lower()
         folder.mkdir(parents=True, exist_ok=True)
         for variant in (entry, *entry.get("skin_variations", {}).values()):
-            path = source / PICTURES / variant["image"]
+            path = source / IMAGES / variant["image"]
             if path.is_file():
                 on_white(path).save(folder / variant["image"])
                 number += 1
-    click.echo(f"{dest}: {number} pictures in {len(list(dest.iterdir()))} folders")
+    click.echo(f"{dest}: {number} images in {len(list(dest.iterdir()))} folders")
 
 
 def on_white(path: Path) -> PIL.Image.Image:
-    """The picture as RGB, with white where it is transparent."""
-    picture = PIL.Image.open(path).convert("RGBA")
-    white = PIL.Image.new("RGBA", picture.size, "white")
-    return PIL.Image.alpha_composite(white, picture).convert("RGB")
+    """Return the image as RGB, with white where it is transparent."""
+    image = PIL.Image.open(path).convert("RGBA")
+    white = PIL.Image.new("RGBA", image.size, "white")
+    return PIL.Image.alpha_composite(white, image).convert("RGB")
 
 
 if __name__ == "__main__":

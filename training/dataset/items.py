@@ -1,4 +1,4 @@
-"""One item of a data set, from the bytes of its file to an array: a picture, or raw latents.
+"""One item of a data set, from the bytes of its file to an array: an image, or raw latents.
 
 C channels, H x W pixels. `where` names the data set and the file in messages; its suffix tells the two kinds apart.
 """
@@ -6,24 +6,23 @@ C channels, H x W pixels. `where` names the data set and the file in messages; i
 import io
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 import PIL.Image
 
-from dnnlib.errors import ConfigError
-from training.dataset.zip_index import one_line
+from dnnlib.errors import ConfigError, one_line
 from training.images.png import decode_plain_png
 
-PICTURE_SUFFIXES = frozenset([".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"])
+IMAGE_SUFFIXES = frozenset([".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"])
 LATENTS_SUFFIX = ".npy"
-_ITEM_SUFFIXES = PICTURE_SUFFIXES | {LATENTS_SUFFIX}
+_ITEM_SUFFIXES = IMAGE_SUFFIXES | {LATENTS_SUFFIX}
 CONVERT_HINT = "dataset_tool.py convert makes a data set of one kind and size"
 
 Shape = tuple[int, int, int]  # [C, H, W]
 
-# Pixel modes whose values are intensities as they stand. A palette's indices, for one, are not.
+# Pixel modes whose values are intensities. The indices of a palette, for example, are not.
 _CHANNELS_OF_MODE = {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4}
 
 
@@ -32,45 +31,57 @@ def _suffix(name: str) -> str:
 
 
 def is_latents(name: str) -> bool:
-    """Whether the file holds raw latents rather than a picture."""
+    """Return whether the file holds raw latents, not an image."""
     return _suffix(name) == LATENTS_SUFFIX
 
 
 def is_item(name: str) -> bool:
-    """Whether the file is a picture or raw latents, to go by its name."""
-    # Archives made by file managers carry previews and resource forks under such names.
+    """Return whether the file is an image or raw latents, judged by its name."""
+    # File managers add previews and resource forks to archives under such names.
     hidden = "/." in f"/{name}" or "__MACOSX" in name.split("/")
     return not hidden and _suffix(name) in _ITEM_SUFFIXES
 
 
+def require_one_kind(names: Iterable[str], where: str) -> None:
+    """Raise ConfigError if some of the items `names` are raw latents and some are images."""
+    latents = [is_latents(name) for name in names]
+    if 0 < sum(latents) < len(latents):
+        raise ConfigError(
+            f"{where} mixes {sum(latents)} .npy files and {len(latents) - sum(latents)} images; "
+            f"give a data set of one kind"
+        )
+
+
 def read_shape(data: Any, where: str) -> Shape:
-    """[C, H, W] of an encoded item, from its header."""
+    """Return [C, H, W] of an encoded item, from its header."""
     if is_latents(where):
         return _latents_header(data, where)
-    with _open_picture(data, where) as picture:
-        return _picture_shape(picture, where)
+    with _open_image(data, where) as image:
+        return _image_shape(image, where)
 
 
 class ItemDecoder:
-    """Turns the encoded items of one data set into arrays [C, H, W], all of the shape of its first item.
+    """Decodes the items of one data set into arrays [C, H, W], all of the shape of its first item.
 
-    Items that look as the first one did take a short way; the others, and damaged ones, are looked at in full. `data`
-    is bytes or a view of them.
+    Items encoded as usual take a fast path; others, and damaged ones, are parsed in full. `data` is bytes or a view.
+
+    first:  location of the first item, for messages.
     """
 
-    def __init__(self, data: Any, where: str) -> None:
-        self.shape = read_shape(data, where)
-        self.first = where
-        self.latents = is_latents(where)
-        self._size = len(data)
-        self._header = _usual_header(data, self.shape) if self.latents else b""
+    def __init__(self, shape: Shape, first: str) -> None:
+        self.shape = shape
+        self.first = first
+        self.latents = is_latents(first)
+        self._header = _usual_header(shape) if self.latents else b""
 
     def decode(self, data: Any, where: Callable[[], str]) -> np.ndarray:
-        """The array, a view of `data` where possible: the caller copies it. Raises ConfigError where it has no item
-        like the first; `where` names the item for that."""
+        """Return the array, a view of `data` where possible: the caller copies it.
+
+        Raises ConfigError for an item unlike the first one; `where` names the item then.
+        """
         if self.latents:
             start = len(self._header)
-            if start and len(data) == self._size and data[:start] == self._header:
+            if data[:start] == self._header and len(data) == start + 4 * math.prod(self.shape):
                 return np.frombuffer(data, dtype="<f4", offset=start).reshape(self.shape)
         else:
             plain = decode_plain_png(data, self.shape)
@@ -79,18 +90,18 @@ class ItemDecoder:
         return self._decode_any(data, where())
 
     def _decode_any(self, data: Any, where: str) -> np.ndarray:
-        self.check(data, where)  # before any pixel is decoded, so that a small file with an absurd size costs no memory
+        self.check(data, where)  # before decoding, so that a small file that claims an absurd size costs no memory
         try:
             if self.latents:
                 array = np.load(io.BytesIO(data), allow_pickle=False)
                 return array.astype(np.float32, copy=False)
-            with _open_picture(data, where) as picture:
-                return np.atleast_3d(np.asarray(picture)).transpose(2, 0, 1)
+            with _open_image(data, where) as image:
+                return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
         except Exception as error:
             raise ConfigError(f"{where} is damaged: {one_line(error)}") from None
 
     def check(self, data: Any, where: str) -> None:
-        """Raise ConfigError unless the header of an encoded item has the shape of the first one."""
+        """Raise ConfigError unless the header of an encoded item states the shape of the first one."""
         shape = read_shape(data, where)
         if shape != self.shape:
             first = self.first.rpartition(": ")[2]
@@ -100,29 +111,27 @@ class ItemDecoder:
             )
 
 
-def _usual_header(data: Any, shape: Shape) -> bytes:
-    """What precedes the numbers of an .npy file; empty unless these are little-endian, in C order and complete."""
-    num_bytes = 4 * shape[0] * shape[1] * shape[2]
-    start = len(data) - num_bytes
-    usual = io.BytesIO()
-    np.lib.format.write_array_header_1_0(usual, {"descr": "<f4", "fortran_order": False, "shape": shape})
-    return usual.getvalue() if usual.tell() == start and bytes(data[:start]) == usual.getvalue() else b""
+def _usual_header(shape: Shape) -> bytes:
+    """Return the header that NumPy writes to an .npy file of little-endian numbers in C order."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    return header.getvalue()
 
 
-def _open_picture(data: Any, where: str) -> PIL.Image.Image:
+def _open_image(data: Any, where: str) -> PIL.Image.Image:
     try:
         return PIL.Image.open(io.BytesIO(data))
     except PIL.UnidentifiedImageError:
-        raise ConfigError(f"{where} is no readable image") from None
-    except Exception as error:  # whatever a decoder raises on damaged bytes
-        raise ConfigError(f"{where} is no readable image: {one_line(error)}") from None
+        raise ConfigError(f"{where} is not a readable image") from None
+    except Exception as error:  # decoders raise many kinds on damaged bytes
+        raise ConfigError(f"{where} is not a readable image: {one_line(error)}") from None
 
 
-def _picture_shape(picture: PIL.Image.Image, where: str) -> Shape:
-    if picture.mode not in _CHANNELS_OF_MODE:
-        known = ", ".join(_CHANNELS_OF_MODE)
-        raise ConfigError(f"{where} has pixels of the kind {picture.mode}, which is none of {known}: {CONVERT_HINT}")
-    return _CHANNELS_OF_MODE[picture.mode], picture.height, picture.width
+def _image_shape(image: PIL.Image.Image, where: str) -> Shape:
+    if image.mode not in _CHANNELS_OF_MODE:
+        supported = ", ".join(_CHANNELS_OF_MODE)
+        raise ConfigError(f"{where} has pixels of the kind {image.mode}, not one of {supported}: {CONVERT_HINT}")
+    return _CHANNELS_OF_MODE[image.mode], image.height, image.width
 
 
 def _latents_header(data: Any, where: str) -> Shape:
@@ -132,7 +141,7 @@ def _latents_header(data: Any, where: str) -> Shape:
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read_header(stream)
     except Exception as error:
-        raise ConfigError(f"{where} is no readable .npy file: {one_line(error)}") from None
+        raise ConfigError(f"{where} is not a readable .npy file: {one_line(error)}") from None
     if dtype != np.float32 or len(shape) != 3 or min(shape) < 1:
         raise ConfigError(f"{where} holds {dtype} {list(shape)}; raw latents are float32 [channels, height, width]")
     if math.prod(shape) * dtype.itemsize > len(data) - stream.tell():

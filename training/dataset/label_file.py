@@ -1,4 +1,4 @@
-"""Labels of a data set as its dataset.json has them: a class index or a vector for every image, all of one kind."""
+"""Labels of a data set in its dataset.json: a class index or a vector for every image, all of one kind."""
 
 import json
 import re
@@ -7,26 +7,25 @@ from typing import Any
 
 import numpy as np
 
-from dnnlib.errors import ConfigError
-from training.dataset.item_files import Files, ZipFiles
+from dnnlib.errors import ConfigError, one_line
+from dnnlib.text import shortened
+from training.dataset.item_files import LABELS_FILE, Files, ZipFiles
 from training.dataset.items import is_item
-from training.dataset.zip_index import one_line
 
-LABELS_FILE = "dataset.json"
 MAX_CLASSES = 1_000_000
 
 Label = int | list[float]
 
 _LARGEST = float(np.finfo(np.float32).max)
 
-_LOOKED_AT = 1000  # files that are no items; there are few, if any
+_MAX_CHECKED = 1000  # files that are not items; few, if any
 _DRIVE = re.compile(r"[A-Za-z]:")
 
 
 def read_labels(data: bytes, names: Sequence[str], where: str) -> list[Label] | None:
-    """Labels of the images `names`, in their order, from the text of a dataset.json; None if it has none.
+    """Return the labels of the images `names` from the text of a dataset.json; None if it has no labels.
 
-    `where` is what errors call the file. Raises ConfigError for anything but one label of one kind for each image.
+    `where` names the file in messages. Raises ConfigError unless every image has a label, all of one kind.
     """
     try:
         content = json.loads(data.decode("utf-8"))
@@ -51,37 +50,37 @@ def read_labels(data: bytes, names: Sequence[str], where: str) -> list[Label] | 
 
 
 def read_file_labels(files: Files, names: Sequence[str]) -> list[Label] | None:
-    """Labels of `names` among the files of a data set, out of its dataset.json or that of each of its shards."""
-    wanted = set(names)
+    """Return the labels of `names` from the dataset.json of a data set, or of each of its shards; None without."""
+    name_set = set(names)
     by_name: dict[str, Label] = {}
-    labelled: list[Files] = []
+    labeled: list[Files] = []
     for part in files.parts:
         row = part.names.find(LABELS_FILE)
-        part_names = [name for name in part.names if name in wanted]
+        part_names = [name for name in part.names if name in name_set]
         if row is None:
             _require_none_hidden(part)
         labels = None if row is None else read_labels(bytes(part.read(row)), part_names, part.describe(row))
         if labels is not None:
-            labelled.append(part)
+            labeled.append(part)
             by_name.update(zip(part_names, labels, strict=True))
-    if labelled and len(labelled) < len(files.parts):
-        bare = next(part for part in files.parts if part not in labelled)
-        raise ConfigError(f"{bare.path} has no labels, and {labelled[0].path} has; label all shards or none")
-    if not labelled:
+    if labeled and len(labeled) < len(files.parts):
+        bare = next(part for part in files.parts if part not in labeled)
+        raise ConfigError(f"{bare.path} has no labels, and {labeled[0].path} has; label all shards or none")
+    if not labeled:
         return None
     return check_labels(((name, by_name[name]) for name in names), f"{files.path}: {LABELS_FILE}")
 
 
 def _require_none_hidden(part: Files) -> None:
-    """Raise ConfigError where damage to a table of contents has hidden the labels, which would be trained without."""
+    """Raise ConfigError if a damaged table of contents hides the labels: the run would train without them."""
     if isinstance(part, ZipFiles):
         others = [row for row, name in enumerate(part.names) if not is_item(name)]
-        for row in others[:_LOOKED_AT]:
+        for row in others[:_MAX_CHECKED]:
             part.require_name(row)
 
 
 def require_all_shards(files: Files) -> None:
-    """Raise ConfigError where the dataset.json of the last shard tells of more shards than there are."""
+    """Raise ConfigError if the dataset.json of the last shard states more shards than exist."""
     last = files.parts[-1]
     row = last.names.find(LABELS_FILE)
     data = b"" if len(files.parts) == 1 or row is None else bytes(last.read(row))
@@ -90,13 +89,13 @@ def require_all_shards(files: Files) -> None:
     try:
         count = json.loads(data.decode("utf-8"))["shard"][1]
     except (ValueError, RecursionError, TypeError, KeyError, IndexError):
-        return  # not written by dataset_tool.py; what is wrong with the labels is told when they are read
+        return  # not written by dataset_tool.py; reading the labels reports what is wrong with them
     if type(count) is int and count != len(files.parts):
         raise ConfigError(f"{files.path}: there are {len(files.parts)} of {count} shards; the last ones are missing")
 
 
 def require_inside(names: Iterable[str], where: str) -> None:
-    """Raise ConfigError if one of `names`, which `where` holds, leads out of the folder that it is relative to."""
+    """Raise ConfigError if one of the `names` in `where` leads out of the folder that it is relative to."""
     for name in names:
         parts = name.replace("\\", "/").split("/")
         if parts[0] == "" or ".." in parts or _DRIVE.match(name):
@@ -104,14 +103,14 @@ def require_inside(names: Iterable[str], where: str) -> None:
 
 
 def check_labels(labels: Iterable[tuple[str, Any]], where: str) -> list[Label]:
-    """The labels out of pairs of an image's name and its label; ConfigError unless all are labels of one kind."""
+    """Return the labels from pairs (image name, label). Raises ConfigError unless all are labels of one kind."""
     checked: list[Label] = []
     width: int | None = None  # of the first label: a vector's length, or 0 for a class index
     for name, label in labels:
         kind = _label_width(label)
         if kind is None:
             raise ConfigError(
-                f"{where}: the label of {name} is {_shorten(label)}; a label is a class index from 0 to "
+                f"{where}: the label of {name} is {shortened(label)}; a label is a class index from 0 to "
                 f"{MAX_CLASSES - 1} or a list of finite numbers"
             )
         if width is not None and kind != width:
@@ -124,13 +123,13 @@ def check_labels(labels: Iterable[tuple[str, Any]], where: str) -> list[Label]:
 
 
 def labels_array(labels: Sequence[Label]) -> np.ndarray:
-    """Checked labels as int64 [N] for class indices, float32 [N, label_dim] for vectors."""
+    """Return checked labels as int64 [N] for class indices, float32 [N, label_dim] for vectors."""
     vectors = len(labels) > 0 and isinstance(labels[0], list)
     return np.array(labels, dtype=np.float32 if vectors else np.int64)
 
 
 def _label_width(label: Any) -> int | None:
-    """0 for a class index, the length of a vector, None for what is neither."""
+    """Return 0 for a class index, the length of a vector, None for anything else."""
     if type(label) is int:
         return 0 if 0 <= label < MAX_CLASSES else None
     if isinstance(label, list) and label and all(type(x) in (int, float) and _fits(x) for x in label):
@@ -139,14 +138,9 @@ def _label_width(label: Any) -> int | None:
 
 
 def _fits(number: float) -> bool:
-    """Whether a number has a finite float32."""
-    return abs(number) <= _LARGEST  # false of NaN, too
+    """Return whether a number is finite as a float32."""
+    return abs(number) <= _LARGEST  # False for NaN, too
 
 
 def _kind(width: int) -> str:
     return f"a vector of {width}" if width else "a class index"
-
-
-def _shorten(value: Any, length: int = 60) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= length else text[: length - 3] + "..."

@@ -1,4 +1,4 @@
-"""Between data sets of pixels and of VAE latents: which VAE, which statistics, and the encoding of one in the other.
+"""VAE latents of a data set: the VAE, the statistics of its latents, and the encoder made from both.
 
 N images, C latent channels, H x W latent pixels.
 """
@@ -13,36 +13,35 @@ from typing import Any
 import numpy as np
 import torch
 
-from dnnlib.errors import ConfigError
-from training.dataset.image_folder import ImageFolderDataset
+from dnnlib.errors import ConfigError, one_line
+from training.dataset.contract import ImageDataset
 from training.dataset.items import CONVERT_HINT
-from training.dataset.zip_index import one_line
 from training.encoders import Encoder, StabilityVAEEncoder, StandardRGBEncoder
 from training.snapshot.parts import build_encoder, described, plain
 
 PUBLISHED_VAE = "stabilityai/sd-vae-ft-mse"  # the VAE of the published networks, whose latents' statistics are known
-ENCODER_KEY = "encoder"  # in dataset.json, beside the labels
+ENCODER_KEY = "encoder"  # in dataset.json, next to the labels
 
-# Images from which a data set's latent statistics are measured where all would take too long.
+# Number of images from which `measured_encoder` measures latent statistics: all would take too long.
 MEASURED_IMAGES = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
 class LatentGeometry:
-    """What a VAE makes of pixels."""
+    """The shape of the latents that a VAE makes from pixels."""
 
     channels: int
     downscale: int  # pixels to a latent pixel, in each direction
 
     def resolution(self, pixels: int) -> int:
-        """Latent resolution of square images of so many pixels. Raises ConfigError where they don't divide."""
+        """Return the latent resolution of square images. Raises ConfigError if their size does not divide."""
         if pixels % self.downscale or pixels < self.downscale:
             raise ConfigError(f"images of {pixels}x{pixels} do not divide into latent pixels of {self.downscale}")
         return pixels // self.downscale
 
 
 def vae_geometry(name: str) -> LatentGeometry:
-    """The geometry of the VAE `name`, a hub name or a local folder; reads its config.json and no weights."""
+    """Return the geometry of the VAE `name`, a hub name or a local folder; reads config.json only, no weights."""
     if name == PUBLISHED_VAE:
         return LatentGeometry(channels=4, downscale=8)
     try:
@@ -57,7 +56,7 @@ def vae_geometry(name: str) -> LatentGeometry:
             channels=int(config["latent_channels"]), downscale=1 << (len(config["block_out_channels"]) - 1)
         )
     except KeyError as error:
-        raise ConfigError(f"VAE {name!r} is no AutoencoderKL: its config.json says nothing of {error}") from None
+        raise ConfigError(f"VAE {name!r} is not an AutoencoderKL: its config.json has no entry {error}") from None
     except (OSError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(f"VAE {name!r} cannot be loaded as a hub name or a local folder: {reason}") from None
@@ -65,14 +64,14 @@ def vae_geometry(name: str) -> LatentGeometry:
 
 @dataclass(kw_only=True)
 class LatentStatistics:
-    """Mean and standard deviation, channel by channel, of samples from raw latents, over many images."""
+    """Mean and standard deviation per channel of samples drawn from raw latents, over many images."""
 
     count: int = 0  # latent pixels
     sums: np.ndarray = field(default_factory=lambda: np.zeros(0))  # of the means, float64 [C]
     squares: np.ndarray = field(default_factory=lambda: np.zeros(0))  # of the squared means and deviations, float64 [C]
 
     def add(self, raw: np.ndarray) -> None:
-        """Take in raw latents [N, 2C, H, W], mean and standard deviation for each latent pixel."""
+        """Add raw latents [N, 2C, H, W]: mean and standard deviation for each latent pixel."""
         mean, std = np.split(raw.astype(np.float64), 2, axis=1)
         self.merge(
             LatentStatistics(
@@ -83,7 +82,7 @@ class LatentStatistics:
         )
 
     def merge(self, other: "LatentStatistics") -> None:
-        """Take in what `other` has seen."""
+        """Add the images of `other`."""
         self.count += other.count
         self.sums = other.sums if self.sums.size == 0 else self.sums + other.sums
         self.squares = other.squares if self.squares.size == 0 else self.squares + other.squares
@@ -95,26 +94,14 @@ class LatentStatistics:
 
     @property
     def std(self) -> list[float]:
-        """Standard deviations, [C]: that of the means and that around them."""
+        """Standard deviations, [C], of the means and around the means together."""
         variance = self.squares / self.count - (self.sums / self.count) ** 2
         return [float(value) for value in np.sqrt(np.maximum(variance, 0))]
 
 
-def statistics_of(dataset: ImageFolderDataset, max_items: int | None = None) -> LatentStatistics:
-    """The statistics of a data set of raw latents, over `max_items` spread evenly, or all."""
-    statistics = LatentStatistics()
-    count = min(len(dataset), max_items or len(dataset))
-    chosen = np.linspace(0, len(dataset) - 1, count).astype(int)
-    for part in np.array_split(chosen, -(-count // 64)):
-        statistics.add(dataset.read_batch(part.tolist())[0])
-    return statistics
-
-
 @torch.no_grad()
-def measured_encoder(
-    encoder: StabilityVAEEncoder, dataset: ImageFolderDataset, device: torch.device
-) -> StabilityVAEEncoder:
-    """The encoder of the same VAE with the statistics of this data set of pixels, from up to MEASURED_IMAGES of it."""
+def measured_encoder(encoder: StabilityVAEEncoder, dataset: ImageDataset, device: torch.device) -> StabilityVAEEncoder:
+    """Return the encoder with latent statistics measured on up to MEASURED_IMAGES of a data set of pixels."""
     statistics = LatentStatistics()
     count = min(len(dataset), MEASURED_IMAGES)
     for part in np.array_split(np.linspace(0, len(dataset) - 1, count).astype(int), -(-count // encoder.batch_size)):
@@ -123,18 +110,16 @@ def measured_encoder(
     return encoder.with_statistics(statistics.mean, statistics.std)
 
 
-def vae_encoder(
-    dataset: ImageFolderDataset, vae: str, *, batch_size: int = 8, pixel_min: float = 0
-) -> StabilityVAEEncoder:
-    """An encoder for the pixels of `dataset` by the VAE called `vae`.
+def vae_encoder(dataset: ImageDataset, vae: str, *, batch_size: int = 8, pixel_min: float = 0) -> StabilityVAEEncoder:
+    """Return an encoder for the pixels of `dataset` with the VAE named `vae`.
 
-    The statistics of a VAE other than the published one are placeholders: only its number of channels is known before
-    it has seen the data. Raises ConfigError where the VAE cannot take these images.
+    The statistics of a VAE other than the published one are placeholders until they are measured. Raises ConfigError if
+    the VAE cannot encode these images.
     """
     if dataset.holds_latents:
         raise ConfigError(f"{dataset.name} holds latents already, and a VAE takes pixels")
     if dataset.num_channels not in (1, 3):
-        raise ConfigError(f"{dataset.name} has {dataset.num_channels} channels; a VAE takes grey (1) or RGB (3) images")
+        raise ConfigError(f"{dataset.name} has {dataset.num_channels} channels; a VAE takes gray (1) or RGB (3) images")
     geometry = vae_geometry(vae)
     geometry.resolution(dataset.resolution)
     _require_power_of_two(dataset)
@@ -147,27 +132,27 @@ def vae_encoder(
 
 
 def full_name(vae: str) -> str:
-    """The name of a VAE as a data set or snapshot remembers it: a local folder is found from elsewhere too."""
+    """Return the name of a VAE for a data set or snapshot: local folders as absolute paths, valid from anywhere."""
     return os.path.abspath(vae) if os.path.isdir(vae) else vae
 
 
-def _require_power_of_two(dataset: ImageFolderDataset) -> None:
+def _require_power_of_two(dataset: ImageDataset) -> None:
     side = dataset.resolution
     if side & (side - 1):
         raise ConfigError(
-            f"{dataset.name} holds images of {side}x{side}, which is no power of two, as networks need: {CONVERT_HINT}"
+            f"{dataset.name} holds images of {side}x{side}, not a power of two, as networks need: {CONVERT_HINT}"
         )
 
 
 def rgb(pixels: np.ndarray) -> np.ndarray:
-    """Pixels [N, 1 or 3, H, W] as [N, 3, H, W], grey ones three times."""
+    """Return pixels [N, 1 or 3, H, W] as [N, 3, H, W], with gray ones repeated."""
     return pixels if pixels.shape[1] == 3 else np.repeat(pixels, 3, axis=1)
 
 
-def encoder_of(dataset: ImageFolderDataset) -> Encoder:
-    """The encoder that belongs to a data set: as its dataset.json says, or the published ones.
+def encoder_of(dataset: ImageDataset) -> Encoder:
+    """Return the encoder of a data set: the one in its dataset.json, or the published ones.
 
-    Raises ConfigError where a data set of latents is none that this encoder knows.
+    Raises ConfigError if the encoder does not fit the latents of the data set.
     """
     _require_power_of_two(dataset)
     if not dataset.holds_latents:
@@ -176,7 +161,7 @@ def encoder_of(dataset: ImageFolderDataset) -> Encoder:
     encoder = StabilityVAEEncoder() if entry is None else read_encoder(entry, f"{dataset.name}: dataset.json")
     expected = 2 * len(encoder.scale)
     if dataset.num_channels != expected:
-        hint = "" if entry else "; dataset.json says of no other VAE (dataset_tool.py encode --measure notes it)"
+        hint = "" if entry else "; dataset.json names no other VAE (dataset_tool.py encode --measure adds it)"
         raise ConfigError(
             f"{dataset.name} holds latents of {dataset.num_channels} channels, not {expected}: mean and standard"
             f" deviation of {expected // 2} each are needed{hint}"
@@ -185,21 +170,21 @@ def encoder_of(dataset: ImageFolderDataset) -> Encoder:
 
 
 def encoder_entry(encoder: StabilityVAEEncoder) -> dict[str, Any]:
-    """What dataset.json says of the encoder: its class and all its arguments that matter."""
+    """Return the description of the encoder for dataset.json: its class and its arguments."""
     return described(encoder)
 
 
 def read_encoder_file(path: Path) -> StabilityVAEEncoder:
-    """The encoder that the JSON file `path` describes, as `encoder_entry` does. Raises ConfigError."""
+    """Load the encoder from a JSON file that holds its `encoder_entry`. Raises ConfigError."""
     try:
         entry = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} cannot be read, remove it to have it made anew: {one_line(error)}") from None
+        raise ConfigError(f"{path} cannot be read; remove it to make it again: {one_line(error)}") from None
     return read_encoder(entry, str(path))
 
 
 def read_encoder(entry: Mapping[str, Any], where: str) -> StabilityVAEEncoder:
-    """The encoder that `entry` describes. Raises ConfigError, naming the file `where`, for anything else."""
+    """Return the encoder that `entry` describes. Raises ConfigError, with the file `where`, for anything else."""
     try:
         encoder = build_encoder(str(entry.get("class")), (), plain(dict(entry["arguments"]), "its encoder"))
     except (ConfigError, KeyError, TypeError, ValueError, AttributeError) as error:

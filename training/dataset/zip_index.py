@@ -1,7 +1,7 @@
-"""The index of a ZIP file in a few flat arrays, and a copy of it beside an archive so large that reading it takes long.
+"""The index of a ZIP file in a few flat arrays, and for large archives a copy of it next to the file.
 
-`zipfile` needs half a kilobyte and ten microseconds for each entry, in every process that opens the archive; these
-arrays need some sixty bytes, and a million entries load from the copy in well under a second.
+`zipfile` needs half a kilobyte and ten microseconds per entry, in every process that opens the archive. These arrays
+need about sixty bytes per entry, and the copy loads a million entries in well under a second.
 """
 
 import bisect
@@ -18,19 +18,19 @@ from typing import Any, overload
 import numpy as np
 
 from dnnlib.atomic import atomic_path
-from dnnlib.errors import ConfigError
+from dnnlib.errors import ConfigError, one_line
 
 STORED = 0  # compression methods, as numbered in ZIP files
 _UNREADABLE = 255  # stands for encryption
 _ENCRYPTED_FLAG = 1
 
-# What zipfile and numbers that no file can have raise.
+# Raised by zipfile, and by numbers that no file can have.
 _UNSOUND = (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, OverflowError, IndexError)
 
-_END = struct.Struct("<10xH10x")  # of the record at the end: how many entries there are
+_END = struct.Struct("<10xH10x")  # of the record at the end: the number of entries
 _MAX_COMMENT = 0xFFFF
 
-# From so many entries on, the index is kept beside the archive.
+# From this many entries on, a copy of the index is kept next to the archive.
 _KEEP_ENTRIES = 100_000
 _ARRAYS = {
     "offsets": np.int64,
@@ -51,7 +51,7 @@ class NameTable(Sequence[str]):
 
     @classmethod
     def packed(cls, text: bytes, ends: np.ndarray) -> "NameTable":
-        """The table that has this `text` and these `ends`, [N + 1], of another one."""
+        """Return a table from the `text` and `ends`, int64 [N + 1], of another one."""
         table = cls([])
         table.text, table.ends = text, ends
         return table
@@ -75,14 +75,21 @@ class NameTable(Sequence[str]):
             yield self.text[begin:end].decode("utf-8", "surrogateescape")
 
     def find(self, name: str) -> int | None:
-        """The row of `name`, None if it is not there."""
+        """Return the row of `name`, None if it is missing."""
         row = bisect.bisect_left(self, name)
         return row if row < len(self) and self[row] == name else None
+
+    def is_sound(self) -> bool:
+        """Return whether the ends fit the text, as they do unless the table was read from a damaged file."""
+        ends = self.ends
+        if ends.ndim != 1 or ends.dtype != np.int64 or len(ends) == 0:
+            return False
+        return bool(ends[0] == 0 and ends[-1] == len(self.text) and (np.diff(ends) >= 0).all())
 
 
 @dataclass(frozen=True, kw_only=True)
 class ZipIndex:
-    """What a ZIP file's central directory says of its entries, in the order of their names."""
+    """The central directory of a ZIP file, in the order of the names."""
 
     names: NameTable
     offsets: np.ndarray  # of the local headers, int64
@@ -93,10 +100,9 @@ class ZipIndex:
 
 
 def read_index(path: Path) -> ZipIndex:
-    """The index of the ZIP file `path`, without its folders; ConfigError if that is no sound ZIP file.
+    """Return the index of the ZIP file `path`, without folders. Raises ConfigError if it is damaged.
 
-    Of a huge archive a copy is kept as `path`.index, where that can be written, and used while the archive has the
-    size and time of change that the copy was made from.
+    For large archives the index is kept in `path`.index (if writable), and reused while size and mtime match.
     """
     try:
         status = path.stat()
@@ -107,47 +113,44 @@ def read_index(path: Path) -> ZipIndex:
             if len(index.names) >= _KEEP_ENTRIES:
                 _save_copy(index, path, stamp)
     except _UNSOUND as error:
-        raise ConfigError(f"{path} is no readable ZIP file: {one_line(error)}") from None
+        raise ConfigError(f"{path} is not a readable ZIP file: {one_line(error)}") from None
     return index
 
 
 def _read_directory(path: Path) -> ZipIndex:
     with zipfile.ZipFile(path) as archive:
         require_all_entries(archive)
-        # The last of several entries of one name is the one that counts.
-        found = {entry.filename: entry for entry in archive.infolist() if not entry.is_dir()}
-    names = sorted(found)
-    entries = [found[name] for name in names]
-
-    def column(name: str, values: list[int]) -> np.ndarray:
-        return np.array(values, dtype=_ARRAYS[name])
-
-    return ZipIndex(
-        names=NameTable(names),
-        offsets=column("offsets", [entry.header_offset for entry in entries]),
-        sizes=column("sizes", [entry.file_size for entry in entries]),
-        packed_sizes=column("packed_sizes", [entry.compress_size for entry in entries]),
-        checksums=column("checksums", [entry.CRC for entry in entries]),
-        methods=column("methods", [_method(entry) for entry in entries]),
-    )
+        # Of several entries with one name, the last one counts.
+        by_name = {entry.filename: entry for entry in archive.infolist() if not entry.is_dir()}
+    names = sorted(by_name)
+    rows = [
+        (entry.header_offset, entry.file_size, entry.compress_size, entry.CRC, _method(entry))
+        for entry in map(by_name.__getitem__, names)
+    ]
+    values = zip(*rows, strict=True) if rows else [()] * len(_ARRAYS)
+    columns: dict[str, Any] = {
+        name: np.array(column, dtype=dtype) for (name, dtype), column in zip(_ARRAYS.items(), values, strict=True)
+    }
+    return ZipIndex(names=NameTable(names), **columns)
 
 
 def require_all_entries(archive: zipfile.ZipFile) -> None:
-    """Raise BadZipFile where the table of contents gave fewer entries than the file says that it has.
+    """Raise BadZipFile if the table of contents has fewer entries than the end of the file states.
 
-    `zipfile` reads on behind a damaged length, and misses what lies between: the labels, for one.
+    After a damaged length, `zipfile` continues reading at the wrong place and misses the entries in between, such as
+    the labels.
     """
     file: Any = archive.fp
     size = file.seek(0, io.SEEK_END)
     file.seek(max(size - _END.size - _MAX_COMMENT, 0))
     tail = file.read()
-    # As zipfile does: the end record without a comment, else the last one that there is.
+    # As zipfile does: the end record without a comment, else the last end record.
     place = len(tail) - _END.size
     if not (tail[place:].startswith(b"PK\5\6") and tail.endswith(b"\0\0")):
         place = tail.rfind(b"PK\5\6")
     (stated,) = _END.unpack_from(tail, place)
     count = len(archive.infolist())
-    # Large archives have the count elsewhere, or its last 16 bits only.
+    # Large archives have the count elsewhere, or only its last 16 bits here.
     if stated not in (0xFFFF, count & 0xFFFF):
         raise zipfile.BadZipFile(f"its table of contents is damaged: {count} of {stated} entries can be found")
 
@@ -156,44 +159,29 @@ def _method(entry: zipfile.ZipInfo) -> int:
     return _UNREADABLE if entry.flag_bits & _ENCRYPTED_FLAG else min(entry.compress_type, _UNREADABLE)
 
 
-def _copy_path(path: Path) -> Path:
+def index_copy(path: Path) -> Path:
+    """The file next to the archive `path` that keeps a copy of its index."""
     return path.with_name(f"{path.name}.index")
 
 
 def _load_copy(path: Path, stamp: list[int]) -> ZipIndex | None:
-    """The index from its copy; None where there is no copy, or one that does not fit the archive."""
+    """Load the index from its copy; None if the copy is missing, damaged, or made from another archive."""
     try:
-        with np.load(_copy_path(path), allow_pickle=False) as copy:
+        with np.load(index_copy(path), allow_pickle=False) as copy:
             if copy["stamp"].tolist() != stamp:
                 return None
             columns: dict[str, Any] = {name: copy[name].astype(dtype) for name, dtype in _ARRAYS.items()}
-            text, ends = copy["text"].tobytes(), copy["ends"].astype(np.int64)
-    except Exception:  # whatever NumPy and zipfile raise on damaged bytes; a dozen kinds
+            names = NameTable.packed(copy["text"].tobytes(), copy["ends"].astype(np.int64))
+    except Exception:  # NumPy and zipfile raise a dozen kinds on damaged bytes
         return None
-    lengths = {column.size if column.ndim == 1 else -1 for column in columns.values()}
-    if (
-        ends.ndim != 1
-        or lengths != {len(ends) - 1}
-        or ends[0] != 0
-        or ends[-1] != len(text)
-        or (np.diff(ends) < 0).any()
-    ):
+    if not names.is_sound() or any(column.shape != (len(names),) for column in columns.values()):
         return None
-    return ZipIndex(names=NameTable.packed(text, ends), **columns)
+    return ZipIndex(names=names, **columns)
 
 
 def _save_copy(index: ZipIndex, path: Path, stamp: list[int]) -> None:
     columns = {name: getattr(index, name) for name in _ARRAYS}
     text = np.frombuffer(index.names.text, dtype=np.uint8)
-    # Saves time, no more: a folder that cannot be written to is no mistake.
-    with contextlib.suppress(OSError), atomic_path(_copy_path(path)) as temp, open(temp, "wb") as file:
+    # The copy only saves time, so a folder that cannot be written to is not an error.
+    with contextlib.suppress(OSError), atomic_path(index_copy(path)) as temp, open(temp, "wb") as file:
         np.savez(file, stamp=np.array(stamp), text=text, ends=index.names.ends, **columns)
-
-
-def one_line(error: BaseException) -> str:
-    """The text of an exception without its line breaks, its class name where it has none.
-
-    What comes from a file may be of any length, and hold anything.
-    """
-    text = " ".join(str(error).split())[:400] or type(error).__name__
-    return "".join(sign if sign.isprintable() else "?" for sign in text)

@@ -1,4 +1,4 @@
-"""Shards of a data set on the local disk, as many as a bound allows, shared by the processes of a machine."""
+"""Shards of a data set on the local disk, within a bound, shared by the processes of a machine."""
 
 import contextlib
 import hashlib
@@ -12,25 +12,26 @@ from pathlib import Path
 import filelock
 
 from dnnlib.errors import ConfigError, reason_of
+from training.dataset.zip_index import index_copy
 from training.streaming.remote import RemoteFile, download
 
 _POLL_SEC = 0.1
 _JOIN_SEC = 5.0
-_THREADS = 4  # shards on their way at a time, a machine: processes want the same ones, in the same order
+_THREADS = 4  # downloads at a time on a machine: its processes read the same shards in the same order
 
 
 def cache_name(file: RemoteFile) -> str:
-    """A name for what is kept of this version of the file."""
+    """Return the name in the cache of this version of the file."""
     digest = hashlib.sha256(f"{file.url}\n{file.size}\n{file.version}".encode()).hexdigest()[:20]
     return f"{digest}-{re.sub(r'[^0-9A-Za-z._-]', '_', file.name)[-80:]}"
 
 
 class ShardCache:
-    """A folder of whole files, of at most `limit` bytes in all; what was used longest ago makes room.
+    """A folder of whole files, of at most `limit` bytes in all; the least recently used ones make room.
 
-    Each file is downloaded once, whichever processes and threads want it. A file has its full size from the start of
-    its download, under another name, so that what is on its way counts. Removing a file that is open elsewhere is safe
-    where the system lets names go before data (POSIX); elsewhere it stays until it is closed.
+    Each file is downloaded once for all processes and threads. A download has the full size of its file from the
+    start, under another name, so that it counts against the bound. Removing a file that is open elsewhere is safe on
+    POSIX, where data outlives its name; elsewhere the file stays until it is closed.
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
@@ -38,15 +39,15 @@ class ShardCache:
         self.limit = limit
 
     def path(self, file: RemoteFile) -> Path:
-        """Where the file lies when it is here."""
+        """Path of the file in the cache, present or not."""
         return self.folder / cache_name(file)
 
     def fetch(
         self, file: RemoteFile, keep: Collection[RemoteFile] = (), stopped: Callable[[], bool] = lambda: False
     ) -> Path | None:
-        """Bring the file here, or find that it is. None where it does not fit beside those to `keep`, or if `stopped`.
+        """Return the path of the file, downloaded if needed; None if `keep` leaves no room for it, or if `stopped`.
 
-        Raises ConfigError where the file cannot be had, and where the folder cannot be written.
+        Raises ConfigError if the download fails or the folder cannot be written to.
         """
         path = self.path(file)
         if _touch(path):
@@ -62,7 +63,7 @@ class ShardCache:
                     if not room or not download(file, part, stopped):
                         return None
                     with self._lock("folder").acquire(poll_interval=_POLL_SEC):
-                        os.replace(part, path)  # not while somebody counts, who would see neither name
+                        os.replace(part, path)  # under the lock, as _contents would see neither name otherwise
                 finally:
                     part.unlink(missing_ok=True)
         except OSError as error:
@@ -73,17 +74,17 @@ class ShardCache:
         return path
 
     def discard(self, file: RemoteFile) -> None:
-        """Remove the file, if it is here."""
+        """Remove the file from the cache."""
         _remove(self.path(file))
 
     def _lock(self, name: str) -> filelock.FileLock:
-        # The system frees it when its process ends in any way.
+        # The system frees the lock when its process ends in any way.
         return filelock.FileLock(self.folder / f".{name}.lock", thread_local=False)
 
     def _reserve(self, part: Path, file: RemoteFile, keep: Collection[str], stopped: Callable[[], bool]) -> bool:
-        """Make room for the file and take it, by making it `part` at its full size; False where `keep` is in the way.
+        """Make room for the file and reserve it with `part`, of the full size; False if `keep` leaves too little room.
 
-        To be called with the file's lock held.
+        Call with the file's lock held.
         """
         if file.size > self.limit:
             raise ConfigError(
@@ -92,42 +93,43 @@ class ShardCache:
             )
         while not stopped():
             with self._lock("folder").acquire(poll_interval=_POLL_SEC):
-                whole, on_their_way = self._contents(part)
-                excess = sum(whole.values()) + on_their_way + file.size - self.limit
-                for path in _oldest_first(whole):
+                files, downloading = self._contents(part)
+                excess = sum(num_bytes for _, _, num_bytes in files) + downloading + file.size - self.limit
+                for _, path, num_bytes in sorted(files):
                     if excess <= 0:
                         break
                     if path.name not in keep and _remove(path):
-                        excess -= whole[path]
+                        excess -= num_bytes
                 if excess <= 0:
                     with open(part, "wb") as out:
                         out.truncate(file.size)
                     return True
-            if keep or not on_their_way:
+            if keep or not downloading:
                 return False
             time.sleep(_POLL_SEC)
         return False
 
-    def _contents(self, own_part: Path) -> tuple[dict[Path, int], int]:
-        """Bytes of each file that is here, with the index beside it, and of all that are on their way.
+    def _contents(self, own_part: Path) -> tuple[list[tuple[int, Path, int]], int]:
+        """Return each file as (time of last use, path, bytes with its index), and the bytes of all other downloads.
 
-        What a process that was killed has left behind is removed.
+        Removes downloads that killed processes have left behind.
         """
-        whole: dict[Path, int] = {}
-        on_their_way = 0
+        files: list[tuple[int, Path, int]] = []
+        downloading = 0
         for path in self.folder.iterdir():
             if path == own_part or path.suffix in (".lock", ".index"):
                 continue
-            with contextlib.suppress(OSError):  # it may vanish
+            with contextlib.suppress(OSError):  # the file may vanish meanwhile
                 if path.suffix != ".part":
-                    index = _index_of(path)
-                    whole[path] = path.stat().st_size + (index.stat().st_size if index.exists() else 0)
+                    status, index = path.stat(), index_copy(path)
+                    num_bytes = status.st_size + (index.stat().st_size if index.exists() else 0)
+                    files.append((status.st_mtime_ns, path, num_bytes))
                 elif not self._clear(path):
-                    on_their_way += path.stat().st_size
-        return whole, on_their_way
+                    downloading += path.stat().st_size
+        return files, downloading
 
     def _clear(self, part: Path) -> bool:
-        """Remove a partial file that nobody works on."""
+        """Remove a partial file unless a process is downloading it."""
         try:
             with self._lock(part.name.removeprefix(".").removesuffix(".part")).acquire(timeout=0):
                 part.unlink(missing_ok=True)
@@ -137,14 +139,14 @@ class ShardCache:
 
 
 class ReadAhead:
-    """Brings the shards of the current window and of the next one here, in the background.
+    """Downloads the shards of the current window and of the next one in the background.
 
-    A shard that cannot be had is left to whoever reads it, and tells.
+    A failed download is ignored here: reading the shard tries again and reports the error.
     """
 
     def __init__(self, cache: ShardCache) -> None:
         self._cache = cache
-        self._wanted: list[RemoteFile] = []
+        self._queue: list[RemoteFile] = []
         self._keep: list[RemoteFile] = []
         self._keep_first: list[RemoteFile] = []
         self._change = threading.Condition()
@@ -152,10 +154,10 @@ class ReadAhead:
         self._threads: list[threading.Thread] = []
 
     def enter(self, before: Sequence[RemoteFile], current: Sequence[RemoteFile], after: Sequence[RemoteFile]) -> None:
-        """The shards of three windows in turn; the run has come to the one in the middle."""
+        """Take note of the shards of three successive windows when the run comes to the one in the middle."""
         with self._change:
-            self._wanted = [*current, *after]
-            # Workers may still read the window before, and keep open what they read: it gives way, but as the last.
+            self._queue = [*current, *after]
+            # Workers may still read the window before, and keep its shards open: these make room last.
             self._keep = [*current, *after]
             self._keep_first = [*before, *self._keep]
             self._change.notify_all()
@@ -170,35 +172,27 @@ class ReadAhead:
             self._stopped = True
             self._change.notify_all()
         for thread in self._threads:
-            thread.join(_JOIN_SEC)  # one that waits for the network ends with the process
+            thread.join(_JOIN_SEC)  # a thread that waits for the network ends with the process
         self._threads = []
 
     def _work(self) -> None:
         while True:
             with self._change:
-                self._change.wait_for(lambda: self._wanted or self._stopped)
+                self._change.wait_for(lambda: self._queue or self._stopped)
                 if self._stopped:
                     return
-                file, keep_first, keep = self._wanted.pop(0), self._keep_first, self._keep
+                file, keep_first, keep = self._queue.pop(0), self._keep_first, self._keep
             with contextlib.suppress(ConfigError):
-                if self._cache.fetch(file, keep_first, self._is_stopped) is None:
-                    self._cache.fetch(file, keep, self._is_stopped)
-
-    def _is_stopped(self) -> bool:
-        return self._stopped
+                if self._cache.fetch(file, keep_first, lambda: self._stopped) is None:
+                    self._cache.fetch(file, keep, lambda: self._stopped)
 
 
 def _part_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.part")
 
 
-def _index_of(path: Path) -> Path:
-    """What training/dataset/zip_index.py keeps beside a large archive."""
-    return path.with_name(f"{path.name}.index")
-
-
 def _touch(path: Path) -> bool:
-    """Note that the file is used; False if it is not there."""
+    """Mark the file as used now; False if it is missing."""
     try:
         os.utime(path)
         return True
@@ -209,14 +203,6 @@ def _touch(path: Path) -> bool:
 def _remove(path: Path) -> bool:
     with contextlib.suppress(OSError):
         path.unlink()
-        _index_of(path).unlink(missing_ok=True)
+        index_copy(path).unlink(missing_ok=True)
         return True
     return False
-
-
-def _oldest_first(paths: Collection[Path]) -> list[Path]:
-    used: dict[Path, float] = {}
-    for path in paths:
-        with contextlib.suppress(OSError):
-            used[path] = path.stat().st_mtime_ns
-    return sorted(used, key=used.__getitem__)

@@ -1,6 +1,6 @@
-"""Files behind URLs, through fsspec: which there are, parts of them, and whole ones brought to the local disk.
+"""Files behind URLs, through fsspec: listing them, reading parts of them, downloading them.
 
-What passes by itself (a connection that breaks, a server that is busy) is tried again, from the byte where it stopped.
+Temporary failures (a connection that breaks, a server that is busy) are retried, from the byte where they occurred.
 """
 
 import io
@@ -12,18 +12,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from dnnlib.errors import ConfigError
-from training.dataset.zip_index import one_line
+from dnnlib.download import is_remote
+from dnnlib.errors import ConfigError, one_line
 
 _ATTEMPTS = 6  # without a byte between them
 _FIRST_WAIT_SEC = 0.5  # doubled after every failed attempt
 _LONGEST_WAIT_SEC = 30.0
-_CHUNK_BYTES = 8 << 20  # asked for at a time, so what a break-off may cost
+_CHUNK_BYTES = 8 << 20  # per request, and so at most the loss when a connection breaks
 _TIMEOUT_SEC = 30.0  # without a single byte, over HTTP
-_READ_AHEAD_BYTES = 256 << 10  # least to ask for where only some of a file is wanted
-_MAY_PASS = (408, 425, 429)  # of the 4xx answers, those worth another attempt
+_READ_AHEAD_BYTES = 256 << 10  # least size of a request for a part of a file
+_MAY_PASS = (408, 425, 429)  # 4xx answers that are worth another attempt
 
-# What file systems call the mark of a file's version, the most telling first.
+# Names in fsspec's file systems for the version of a file, the most specific first.
 _VERSION_KEYS = (
     *("ETag", "etag", "md5Hash", "content_md5", "Content-MD5", "mtime"),
     *("LastModified", "Last-Modified", "last_modified", "updated", "created"),
@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 
 class NotThere(ConfigError):
-    """There is no such file."""
+    """The file does not exist."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,15 +42,15 @@ class RemoteFile:
 
     url: str
     size: int  # bytes
-    version: str  # whatever the store tells versions apart by; empty if nothing
+    version: str  # the mark by which the store tells versions apart; may be empty
 
     @property
     def name(self) -> str:
-        """The file's own name, without folders and queries."""
+        """Name of the file, without folders and queries."""
         return _path_of(self.url).rpartition("/")[2]
 
     def require_unchanged(self) -> None:
-        """Raise ConfigError if the store has another version by now."""
+        """Raise ConfigError if the store has another version now."""
         now = find_file(self.url)
         if now != self:
             raise ConfigError(
@@ -59,48 +59,43 @@ class RemoteFile:
             )
 
 
-def is_remote(path: str) -> bool:
-    """Whether `path` is a URL, such as https://host/set.zip or file:///set.zip, and not a local path."""
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+(::[^:]+)*://", path) is not None
-
-
 def suffix_of(url: str) -> str:
-    """The ending of the file's name, from its last dot on, in lower case."""
+    """Return the ending of the file's name, from its last dot on, in lower case."""
     name = _path_of(url).rpartition("/")[2]
     return f".{name.rpartition('.')[2].lower()}" if "." in name else ""
 
 
 def find_file(url: str) -> RemoteFile:
-    """Size and version of the file. Raises NotThere where the store says that it does not exist, else ConfigError."""
+    """Return size and version of a file. Raises NotThere if the store denies that it exists, else ConfigError."""
     system, path = _system(url)
     limit = {"timeout": _TIMEOUT_SEC} if _is_http(url) else {}
-    info = _persistently(lambda: system.info(path, **limit), url)
+    info = _retrying(lambda: system.info(path, **limit), url)
     if info.get("type") == "directory":
         raise NotThere(f"{url} is a folder; name its ZIP files or tars, as in {url.rstrip('/')}/set-*.zip")
     if info.get("size") is None:
-        raise ConfigError(f"the server does not say how long {url} is; use one that tells a file's length")
+        raise ConfigError(f"the server does not report the size of {url}; use one that does")
     version = next((str(info[key]) for key in _VERSION_KEYS if info.get(key)), "")
     return RemoteFile(url=url, size=int(info["size"]), version=version)
 
 
 def find_matches(url: str) -> list[str]:
-    """The URLs that a pattern with * stands for, sorted; for stores that can list their files."""
+    """Return the URLs that match a pattern with *, sorted; for stores that can list their files."""
     system, path = _system(url)
     try:
-        found = _persistently(lambda: system.glob(path), url)
+        found = _retrying(lambda: system.glob(path), url)
     except NotThere:
         return []
     return sorted(each if is_remote(each) else system.unstrip_protocol(each) for each in found)
 
 
 class RemoteReader(io.RawIOBase):
-    """A file that is read in parts, for zipfile and its like. Raises ConfigError where the network gives up."""
+    """A file that is read in parts, for zipfile. Raises ConfigError if the network fails for good."""
 
     def __init__(self, file: RemoteFile) -> None:
         super().__init__()
         self._file = file
         self._position = 0
-        self._start, self._data = 0, b""  # what is in memory
+        self._start, self._data = 0, b""  # the part in memory
 
     def readable(self) -> bool:  # noqa: D102
         return True
@@ -113,7 +108,7 @@ class RemoteReader(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        """Fill `buffer` as far as the file goes."""
+        """Fill `buffer`, up to the end of the file."""
         begin = self._position
         end = min(begin + len(buffer), self._file.size)
         if begin >= end:
@@ -128,9 +123,9 @@ class RemoteReader(io.RawIOBase):
 
 
 def download(file: RemoteFile, dest: Path, stopped: Callable[[], bool] = lambda: False) -> bool:
-    """Write the file to `dest`, all of it and of this version; False where `stopped` called it off.
+    """Write the whole file, in this version, to `dest`; False if `stopped` ended the download early.
 
-    Raises ConfigError where that fails, OSError where `dest` cannot be written.
+    Raises ConfigError if the download fails, OSError if `dest` cannot be written.
     """
     try:
         file.require_unchanged()
@@ -147,10 +142,10 @@ def download(file: RemoteFile, dest: Path, stopped: Callable[[], bool] = lambda:
 
 
 def _read(file: RemoteFile, begin: int, end: int) -> Iterator[bytes]:
-    """Bytes `begin` to `end` - 1 in pieces."""
+    """Yield bytes `begin` to `end` - 1 in pieces."""
     while begin < end:
         stop = min(begin + _CHUNK_BYTES, end)
-        data = _persistently(lambda first=begin, last=stop: _read_range(file, first, last), file.url)  # type: ignore[misc]
+        data = _retrying(lambda first=begin, last=stop: _read_range(file, first, last), file.url)  # type: ignore[misc]
         yield data
         begin += len(data)
 
@@ -161,7 +156,7 @@ def _read_range(file: RemoteFile, begin: int, end: int) -> bytes:
     if _is_http(file.url):
         import aiohttp
 
-        # Else the file system asks for the length once more, at every call, and waits for minutes.
+        # Without a size, the file system asks for it at every call; without a timeout, it waits for minutes.
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=_TIMEOUT_SEC, sock_read=_TIMEOUT_SEC)
         options = {"size": file.size, "timeout": timeout}
     with system.open(path, "rb", cache_type="none", **options) as stream:
@@ -173,8 +168,8 @@ def _read_range(file: RemoteFile, begin: int, end: int) -> bytes:
     return data
 
 
-def _persistently(action: Callable[[], T], url: str) -> T:
-    """What `action` returns, tried several times; ConfigError where it fails in the end, or in a way that will stay."""
+def _retrying(action: Callable[[], T], url: str) -> T:
+    """Return the result of `action`, retried on temporary failures. Raises ConfigError when that does not help."""
     wait_sec = _FIRST_WAIT_SEC
     for attempt in range(_ATTEMPTS):
         try:
@@ -185,7 +180,7 @@ def _persistently(action: Callable[[], T], url: str) -> T:
             raise _missing_package(url, error) from None
         except Exception as error:  # each file system has its own
             reason = _reason(error)
-            _require_hope(error, reason, url)
+            _require_temporary(error, reason, url)
         if attempt + 1 < _ATTEMPTS:
             time.sleep(wait_sec)
             wait_sec = min(wait_sec * 2, _LONGEST_WAIT_SEC)
@@ -193,14 +188,14 @@ def _persistently(action: Callable[[], T], url: str) -> T:
 
 
 def _reason(error: Exception) -> BaseException:
-    """What lies behind an error; fsspec says of whatever goes wrong over HTTP that there is no such file."""
+    """Return the cause of an error: fsspec turns every failure over HTTP into a FileNotFoundError."""
     while isinstance(error.__cause__, Exception):
         error = error.__cause__
     return error
 
 
-def _require_hope(error: Exception, reason: BaseException, url: str) -> None:
-    """Raise where another attempt would end the same way."""
+def _require_temporary(error: Exception, reason: BaseException, url: str) -> None:
+    """Raise if another attempt would fail the same way."""
     status = getattr(reason, "status", None)
     if status in (404, 410) or (isinstance(reason, FileNotFoundError) and status is None):
         raise NotThere(f"{url} does not exist") from None
@@ -210,16 +205,16 @@ def _require_hope(error: Exception, reason: BaseException, url: str) -> None:
     whole_only = isinstance(reason, ValueError) and "range" in str(reason).lower()
     if whole_only or isinstance(error, io.UnsupportedOperation):
         raise ConfigError(
-            f"the server of {url} gives whole files only; use one that knows HTTP range requests"
+            f"the server of {url} gives whole files only; use one that supports HTTP range requests"
         ) from None
 
 
 def _system(url: str) -> tuple[Any, str]:
-    """The file system of `url` and the path in it. Raises ConfigError where a package for it is missing."""
+    """Return the file system of `url` and the path in it. Raises ConfigError if a package for it is missing."""
     try:
         from fsspec.core import url_to_fs
 
-        # Lists of files that are remembered would hide a change.
+        # A cached list of files would hide a change.
         system, path = url_to_fs(url, use_listings_cache=False)
         return system, path
     except ImportError as error:
@@ -240,5 +235,5 @@ def _missing_package(url: str, error: ImportError) -> ConfigError:
 
 
 def _path_of(url: str) -> str:
-    """The path in a URL, without the query of a web address."""
+    """Return the path in a URL, without the query of a web address."""
     return urlsplit(url).path if _is_http(url) else url

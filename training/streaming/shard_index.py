@@ -1,7 +1,7 @@
-"""What has to be known of every shard before a run can read any: how many items, their labels, shape and encoder.
+"""The facts about every shard that a run needs before it reads any: number of items, labels, shape and encoder.
 
-Of a ZIP file that is read through its table of contents, without the items. A tar has none: it is downloaded once. The
-index of each version of a shard is kept in the cache folder, so that this happens once.
+For a ZIP file they come from its table of contents, without the items. A tar has no table of contents: it is downloaded
+once. The cache folder keeps the index of each version of a shard, so that this happens once.
 """
 
 import contextlib
@@ -18,17 +18,17 @@ import filelock
 import numpy as np
 
 from dnnlib.atomic import atomic_path
-from dnnlib.errors import ConfigError
-from training.dataset.items import CONVERT_HINT, Shape, is_item, is_latents, read_shape
+from dnnlib.errors import ConfigError, one_line, reason_of
+from training.dataset.items import CONVERT_HINT, Shape, is_item, is_latents, read_shape, require_one_kind
 from training.dataset.label_file import LABELS_FILE, Label, labels_array, read_labels, require_inside
-from training.dataset.zip_index import NameTable, one_line, require_all_entries
+from training.dataset.tar_files import TarIndex, index_tar
+from training.dataset.zip_index import NameTable, require_all_entries
 from training.streaming.cache import ShardCache, cache_name
 from training.streaming.remote import RemoteFile, RemoteReader, find_file, suffix_of
-from training.streaming.tar import TarIndex, index_tar
 
-_THREADS = 8  # shards looked at at a time
+_THREADS = 8  # shards indexed at a time
 _OPEN_ATTEMPTS = 10
-_FORMAT = 2  # of the files below
+_FORMAT = 2  # of the index files
 _MAX_ENTRY_BYTES = 1 << 30
 
 
@@ -38,18 +38,25 @@ class ShardIndex:
 
     file: RemoteFile
     count: int
-    first: str  # name of the first item; empty where there is none
+    first: str  # name of the first item; empty without items
     shape: Shape | None  # [C, H, W] of the first item
     labels: np.ndarray | None  # int64 [count] or float32 [count, label_dim]
-    encoder: dict[str, Any] | None  # of latents, as dataset.json has it
-    number: tuple[int, int] | None  # which shard of how many
-    tar: TarIndex | None  # of a tar, as load_index gives it
+    encoder: dict[str, Any] | None  # of latents, from dataset.json
+    number: tuple[int, int] | None  # (shard, number of shards)
+    tar: TarIndex | None  # of a tar, from load_index
+
+    @property
+    def label_kind(self) -> str:
+        """The kind of labels, for messages."""
+        if self.labels is None:
+            return "no labels"
+        return "class indices" if self.labels.dtype == np.int64 else f"vectors of {self.labels.shape[1]}"
 
 
 def index_shards(urls: Sequence[str], folder: Path, cache: ShardCache) -> list[ShardIndex]:
-    """The index of each shard, in order, out of `folder` where it is known. Raises ConfigError for what is wrong.
+    """Return the index of each shard, in order, from `folder` if it is there. Raises ConfigError.
 
-    The tables of tars are left out, which would need much memory for many of them.
+    The tables of tars are left out: those of many shards would take much memory. `load_table` loads one.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -62,7 +69,7 @@ def index_shards(urls: Sequence[str], folder: Path, cache: ShardCache) -> list[S
 
 
 def index_path(file: RemoteFile, folder: Path) -> Path:
-    """Where the index of a shard is kept."""
+    """The index file of a shard."""
     return folder / f"{cache_name(file)}.npz"
 
 
@@ -90,8 +97,8 @@ def _index_zip(file: RemoteFile) -> ShardIndex:
             first = _read_entry(archive, names[0], file) if names else None
     except ConfigError:
         raise
-    except Exception as error:  # zipfile and what it decompresses with raise a dozen kinds
-        raise ConfigError(f"{file.url} is no readable ZIP file: {one_line(error)}") from None
+    except Exception as error:  # zipfile and its decompressors raise a dozen kinds
+        raise ConfigError(f"{file.url} is not a readable ZIP file: {one_line(error)}") from None
     labels = None if text is None else read_labels(text, names, f"{file.url}: {LABELS_FILE}")
     return _make_index(file, names, first, labels, text, None)
 
@@ -99,7 +106,7 @@ def _index_zip(file: RemoteFile) -> ShardIndex:
 def _read_entry(archive: zipfile.ZipFile, name: str, file: RemoteFile) -> bytes:
     size = archive.getinfo(name).file_size
     if size > _MAX_ENTRY_BYTES:
-        raise ConfigError(f"{file.url}: {name} claims {size} bytes unpacked, more than any picture has")
+        raise ConfigError(f"{file.url}: {name} claims {size} bytes unpacked, more than any image has")
     return archive.read(name)
 
 
@@ -114,7 +121,7 @@ def _index_tar(file: RemoteFile, cache: ShardCache) -> ShardIndex:
 
 
 def _open_here(file: RemoteFile, cache: ShardCache) -> BinaryIO:
-    """The file on the local disk, which once it is open cannot be lost to others that need room."""
+    """Open the file in the cache. Once open, its data stays even if the cache removes the file to make room."""
     for _ in range(_OPEN_ATTEMPTS):
         path = cache.fetch(file)
         assert path is not None
@@ -133,19 +140,13 @@ def _make_index(
     text: bytes | None,
     tar: TarIndex | None,
 ) -> ShardIndex:
-    num_latents = sum(map(is_latents, names))
-    if num_latents not in (0, len(names)):
-        raise ConfigError(
-            f"{file.url} mixes {num_latents} .npy files and {len(names) - num_latents} pictures; "
-            f"give a data set of one kind"
-        )
-    content = {} if text is None else json.loads(text.decode("utf-8"))  # which read_labels has found to be JSON
+    require_one_kind(names, file.url)
+    content = {} if text is None else json.loads(text.decode("utf-8"))  # read_labels has checked that it is JSON
     encoder, number = content.get("encoder"), content.get("shard")
     if not isinstance(encoder, dict | None):
-        raise ConfigError(f'{file.url} has an "encoder" that is no dictionary; leave it out or encode anew')
-    known = isinstance(number, list) and len(number) == 2 and all(type(each) is int for each in number)
-    if not known:  # written by something else than dataset_tool.py
-        number = None
+        raise ConfigError(f'{file.url} has an "encoder" that is not a dictionary; leave it out or encode again')
+    if not (isinstance(number, list) and len(number) == 2 and all(type(each) is int for each in number)):
+        number = None  # not written by dataset_tool.py
     return ShardIndex(
         file=file,
         count=len(names),
@@ -159,31 +160,24 @@ def _make_index(
 
 
 def _save_index(index: ShardIndex, path: Path) -> None:
-    about = {
-        "format": _FORMAT,
-        "count": index.count,
-        "first": index.first,
-        "shape": index.shape,
-        "encoder": index.encoder,
-        "number": index.number,
-    }
     arrays: dict[str, np.ndarray] = {}
     if index.labels is not None:
         arrays["labels"] = index.labels
     if index.tar is not None:
         arrays["text"] = np.frombuffer(index.tar.names.text, dtype=np.uint8)
         arrays |= {"ends": index.tar.names.ends, "starts": index.tar.starts, "sizes": index.tar.sizes}
-    about["arrays"] = sorted(arrays)
+    about = {name: getattr(index, name) for name in ("count", "first", "shape", "encoder", "number")}
+    about |= {"format": _FORMAT, "arrays": sorted(arrays)}
     arrays["about"] = np.frombuffer(json.dumps(about).encode(), dtype=np.uint8)
     try:
         with atomic_path(path) as temp, open(temp, "wb") as out:
             np.savez(out, **arrays)  # type: ignore[arg-type]
     except OSError as error:
-        raise ConfigError(f"cannot write to {path.parent}: {error.strerror}; give another --data-cache") from None
+        raise ConfigError(f"cannot write to {path.parent}: {reason_of(error)}; give another --data-cache") from None
 
 
 def load_index(file: RemoteFile, path: Path) -> ShardIndex | None:
-    """The index kept at `path`; None where there is none that can be read."""
+    """Load the index of a shard; None if it is missing or damaged."""
     try:
         with np.load(path, allow_pickle=False) as stored:
             about = json.loads(stored["about"].tobytes())
@@ -204,12 +198,12 @@ def load_index(file: RemoteFile, path: Path) -> ShardIndex | None:
                 tar=tar,
             )
             return index if _is_sound(index) else None
-    except Exception:  # whatever NumPy and zipfile raise on damaged bytes; it is made anew
+    except Exception:  # NumPy and zipfile raise a dozen kinds on damaged bytes; the caller makes the index again
         return None
 
 
 def _is_sound(index: ShardIndex) -> bool:
-    """Whether the parts of a stored index fit each other and the file."""
+    """Return whether the parts of a stored index fit each other and the file."""
     labels, tar = index.labels, index.tar
     if labels is not None:
         kind = (np.dtype(np.int64), 1) if labels.ndim == 1 else (np.dtype(np.float32), 2)
@@ -217,47 +211,31 @@ def _is_sound(index: ShardIndex) -> bool:
             return False
     if tar is None:
         return True
-    ends = tar.names.ends
+    columns = (tar.starts, tar.sizes)
     return (
-        len(ends) - 1 == len(tar.starts) == len(tar.sizes) == index.count
-        and all(column.dtype == np.int64 and column.ndim == 1 for column in (ends, tar.starts, tar.sizes))
-        and bool(ends[0] == 0 and ends[-1] == len(tar.names.text) and (np.diff(ends) >= 0).all())
+        tar.names.is_sound()
+        and len(tar.names) == index.count
+        and all(column.dtype == np.int64 and column.shape == (index.count,) for column in columns)
         and bool(((tar.starts >= 0) & (tar.sizes >= 0) & (tar.sizes <= index.file.size - tar.starts)).all())
     )
 
 
-def read_first(index: ShardIndex, folder: Path) -> bytes:
-    """The first item of a shard, by a request for that part of it."""
-    reader = RemoteReader(index.file)
-    if suffix_of(index.file.url) == ".tar":
-        table = load_table(index.file, folder)
-        reader.seek(int(table.starts[0]))
-        return reader.read(int(table.sizes[0])) or b""
-    try:
-        with zipfile.ZipFile(reader) as archive:
-            return _read_entry(archive, index.first, index.file)
-    except ConfigError:
-        raise
-    except Exception as error:  # as above
-        raise ConfigError(f"{index.file.url}: {index.first} cannot be read: {one_line(error)}") from None
-
-
 def load_table(file: RemoteFile, folder: Path) -> TarIndex:
-    """Where the items of a tar lie that index_shards has seen."""
+    """Load the table of a tar that `index_shards` has indexed."""
     index = load_index(file, index_path(file, folder))
     if index is None or index.tar is None:
-        raise ConfigError(f"the index of {file.url} in {folder} has been removed; start again, and it is made anew")
+        raise ConfigError(f"the index of {file.url} in {folder} has been removed; start again to make a new one")
     return index.tar
 
 
 def require_alike(shards: Sequence[ShardIndex], where: str) -> None:
-    """Raise ConfigError unless the shards make up one data set: all there, of one kind, shape and encoder."""
+    """Raise ConfigError unless the shards form one data set: complete, of one kind, shape and encoder."""
     filled = [shard for shard in shards if shard.count]
     if not filled:
         raise ConfigError(f"data set {where} holds no images")
-    wanted = shards[-1].number
-    if wanted is not None and len(shards) > 1 and wanted[1] != len(shards):
-        raise ConfigError(f"{where}: there are {len(shards)} of {wanted[1]} shards; name or upload all")
+    number = shards[-1].number
+    if number is not None and len(shards) > 1 and number[1] != len(shards):
+        raise ConfigError(f"{where}: there are {len(shards)} of {number[1]} shards; name or upload all")
     first = filled[0]
     for shard in filled:
         if shard.shape != first.shape or is_latents(shard.first) != is_latents(first.first):
@@ -271,12 +249,8 @@ def require_alike(shards: Sequence[ShardIndex], where: str) -> None:
         if (shard.labels is None) != (first.labels is None):
             bare, other = (shard, first) if shard.labels is None else (first, shard)
             raise ConfigError(f"{bare.file.url} has no labels, and {other.file.url} has; label all shards or none")
-        if shard.labels is not None and first.labels is not None and _kind(shard.labels) != _kind(first.labels):
+        if shard.label_kind != first.label_kind:
             raise ConfigError(
-                f"{shard.file.url} has {_kind(shard.labels)} as labels, and {first.file.url} {_kind(first.labels)}; "
+                f"{shard.file.url} has {shard.label_kind} as labels, and {first.file.url} {first.label_kind}; "
                 f"give labels of one kind"
             )
-
-
-def _kind(labels: np.ndarray) -> str:
-    return "class indices" if labels.dtype == np.int64 else f"vectors of {labels.shape[1]}"

@@ -1,11 +1,13 @@
-"""A data set of shards behind URLs, of which only those that are being read lie on the local disk.
+"""A data set of shards behind URLs; only the shards that are being read lie on the local disk.
 
 `https://host/set.zip`, `https://host/set-{00000..00063}.tar`, `s3://bucket/set-*.zip`, `file:///mount/set-*.zip`: every
-store that fsspec knows. Shards are ZIP files or tars, each a data set of its own (docs/datasets.md).
+store that fsspec supports. Shards are ZIP files or tars, each a data set of its own (docs/datasets.md).
 """
 
 import bisect
+import json
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,35 +16,30 @@ from typing import Any
 import numpy as np
 
 from dnnlib.download import make_cache_dir_path
-from dnnlib.errors import ConfigError
-from training.dataset.balanced_order import BalancedOrder
-from training.dataset.image_folder import ImageFolderDataset, ItemDetails
-from training.dataset.item_files import ZipFiles
-from training.dataset.items import CONVERT_HINT, ItemDecoder, is_item
-from training.dataset.shard_order import StreamOrder, most_in_a_window
-from training.run.streams import DataOrder, Order
+from dnnlib.errors import ConfigError, reason_of
+from training.dataset.contract import ImageDataset
+from training.dataset.item_files import Files, ZipFiles
+from training.dataset.items import ItemDecoder, is_item
+from training.dataset.order import Order, StreamOrder, largest_window
+from training.dataset.tar_files import TarFiles
 from training.streaming.cache import ReadAhead, ShardCache
-from training.streaming.remote import NotThere, RemoteFile, find_file, find_matches, is_remote, suffix_of
-from training.streaming.shard_index import ShardIndex, index_shards, load_table, read_first, require_alike
-from training.streaming.tar import TarFiles
-
-__all__ = ["StreamedDataset", "data_order", "is_remote"]
+from training.streaming.remote import NotThere, RemoteFile, find_file, find_matches, suffix_of
+from training.streaming.shard_index import ShardIndex, index_shards, load_table, require_alike
 
 _MAX_SHARDS = 100_000
-_OPEN_SHARDS = 32  # at a time; or those of two windows, if they are more
-_READ_ATTEMPTS = 4  # a shard may make room for others between being fetched and being opened
+_OPEN_SHARDS = 32  # at a time; the shards of two windows if these are more
+_READ_ATTEMPTS = 4  # the cache may remove a shard between its download and its opening
 
 
-class StreamedDataset(ImageFolderDataset):
-    """The images or raw latents in shards behind `url`, with the face of ImageFolderDataset.
+class StreamedDataset(ImageDataset):
+    """The images or raw latents in shards behind `url`.
 
     Opening reads the index of every shard, and nothing else of a ZIP file; see training/streaming/shard_index.py. Any
-    item
-    can be read, but for speed items are to be read in the order of `data_order`, which keeps their shards at hand.
+    item can be read, but reading is fast only in the order of `order()`, which downloads shards ahead of their use.
 
     buffer:       images to shuffle over.
     cache_dir:    folder for shards and indices; None for the usual cache folder.
-    cache_bytes:  what the shards there may take, in bytes.
+    cache_bytes:  bound on the bytes of all shards there.
     """
 
     def __init__(
@@ -58,101 +55,67 @@ class StreamedDataset(ImageFolderDataset):
         folder = Path(cache_dir or make_cache_dir_path("datasets"))
         self.url = url
         self.buffer = buffer
-        self.copies = 2 if xflip else 1
         self.shard_cache = ShardCache(folder / "shards", cache_bytes)
         self._index_folder = folder / "index"
         try:
             shards = self._find_shards()
         except OSError as error:
-            raise ConfigError(f"cannot write to {folder}: {error.strerror}; give another --data-cache") from None
+            raise ConfigError(f"cannot write to {folder}: {reason_of(error)}; give another --data-cache") from None
         require_alike(shards, url)
         self.shards: list[RemoteFile] = [shard.file for shard in shards]
         self.counts = np.array([shard.count for shard in shards], dtype=np.int64)
         self._ends: list[int] = np.cumsum(self.counts).tolist()
         self._require_space()
+        self._opened: dict[int, tuple[Files, np.ndarray]] = {}  # the last used comes last
+        self._most_open = max(2 * largest_window(np.ones(len(shards)), self.counts, buffer), _OPEN_SHARDS)
 
         first = next(shard for shard in shards if shard.count)
-        self.name = self.shards[0].name.rpartition(".")[0]
+        assert first.shape is not None
         self._encoder_entry = first.encoder
-        where = f"{first.file.url}: {first.first}"
-        self._decoder = ItemDecoder(read_first(first, self._index_folder), where)
-        self.image_shape = self._decoder.shape
-        _, height, width = self.image_shape
-        if height != width:
-            raise ConfigError(f"{where} is {width}x{height}; images must be square: {CONVERT_HINT}")
-        self._raw_labels = None
+        raw_labels = None
         if use_labels and first.labels is not None:
-            self._raw_labels = np.concatenate([s.labels for s in shards if s.count and s.labels is not None])
-        self._label_dim = 0
-        if self._raw_labels is not None:
-            indices = self._raw_labels.dtype == np.int64
-            self._label_dim = int(self._raw_labels.max()) + 1 if indices else self._raw_labels.shape[1]
-
-        self._cache = None
-        self._opened: dict[int, tuple[ZipFiles | TarFiles, np.ndarray]] = {}  # the one used last comes last
-        self._most_open = max(2 * most_in_a_window(np.ones(len(shards)), self.counts, buffer), _OPEN_SHARDS)
+            raw_labels = np.concatenate([s.labels for s in shards if s.count and s.labels is not None])
+        super().__init__(
+            name=self.shards[0].name.rpartition(".")[0],
+            decoder=ItemDecoder(first.shape, f"{first.file.url}: {first.first}"),
+            raw_labels=raw_labels,
+            num_images=self._ends[-1],
+            xflip=xflip,
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         """State for another process, which opens shards itself."""
         return {**super().__getstate__(), "_opened": {}}
 
-    def __len__(self) -> int:
-        return self.copies * self._ends[-1]
+    @contextmanager
+    def order(self, seed: int, *, balance: bool = False) -> Iterator[Order]:
+        """Yield the order in which a run reads the items; meanwhile, threads download the shards needed next."""
+        assert not balance  # needs all images at hand; training/config.py refuses it
+        ahead = ReadAhead(self.shard_cache)
 
-    def __getitem__(self, idx: int) -> tuple[np.ndarray, np.ndarray]:
-        images, labels = self.read_batch([idx])
-        return images[0], labels[0]
+        def enter(*windows: Sequence[int]) -> None:
+            ahead.enter(*([self.shards[i] for i in window] for window in windows))
 
-    def read_batch(self, indices: Sequence[int], out: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Items `indices` as one array [N, C, H, W], and their labels [N, label_dim]; as in the base class."""
-        if out is None:
-            out = np.empty((len(indices), *self.image_shape), dtype=self.image_dtype)
-        for place, idx in zip(out, indices, strict=True):
-            raw_idx, mirrored = self._source(idx)
-            image = self._load(raw_idx)
-            np.copyto(place, image[:, :, ::-1] if mirrored else image)
-        return out, self._labels(np.asarray(indices, dtype=np.int64))
-
-    def item_labels(self) -> np.ndarray:
-        """The label of every item, as stored; as in the base class."""
-        assert self._raw_labels is not None
-        return np.concatenate([self._raw_labels] * self.copies)
-
-    def get_details(self, idx: int) -> ItemDetails:
-        """Which stored image item `idx` is, whether it is mirrored, and its label as stored."""
-        raw_idx, mirrored = self._source(idx)
-        raw_label = np.zeros(0, dtype=np.float32) if self._raw_labels is None else self._raw_labels[raw_idx]
-        return ItemDetails(raw_idx=raw_idx, xflip=mirrored, raw_label=np.array(raw_label))
+        try:
+            yield StreamOrder(self.counts, seed=seed, buffer=self.buffer, copies=self._copies, enter=enter)
+        finally:
+            ahead.close()
 
     def check_headers(self, max_items: int = 10_000) -> None:
-        """Nothing more: the first item of every shard was looked at when the data set was opened."""
+        """Check nothing more: opening checks the first item of every shard."""
+
+    def fingerprint(self) -> int:
+        """Return a number that almost certainly differs for other versions of the shards."""
+        return zlib.crc32(json.dumps([(file.name, file.size, file.version) for file in self.shards]).encode())
 
     def close(self) -> None:
-        """Let go of the shards; reading again opens them again."""
+        """Release the shards; the next read opens them again."""
         self._opened.clear()
 
     @property
     def encoder_entry(self) -> dict[str, Any] | None:
-        """What dataset.json says of the encoder that made the latents; None if nothing."""
+        """Description in dataset.json of the encoder that made the latents; None if missing."""
         return self._encoder_entry
-
-    def _source(self, idx: int) -> tuple[int, bool]:
-        """The stored image that item `idx` is, and whether it is mirrored."""
-        num_items = len(self)
-        if not -num_items <= idx < num_items:
-            raise IndexError(f"item {idx} of {num_items}")
-        copy, raw_idx = divmod(int(idx) % num_items, self._ends[-1])
-        return raw_idx, copy == 1
-
-    def _labels(self, indices: np.ndarray) -> np.ndarray:
-        if self._raw_labels is None:
-            return np.zeros((len(indices), 0), dtype=np.float32)
-        raw_labels = self._raw_labels[indices % self._ends[-1]]
-        if not self.has_onehot_labels:
-            return raw_labels
-        onehot = np.zeros((len(indices), self.label_dim), dtype=np.float32)
-        onehot[np.arange(len(indices)), raw_labels] = 1
-        return onehot
 
     def _find_shards(self) -> list[ShardIndex]:
         urls = expand_url(self.url)
@@ -164,7 +127,7 @@ class StreamedDataset(ImageFolderDataset):
         return index_shards(urls, self._index_folder, self.shard_cache)
 
     def _numbered_shards(self) -> list[str]:
-        """name-00000.zip and so on for name.zip, as many as the first one says that there are."""
+        """Return name-00000.zip and so on for name.zip, as many as the first one states."""
         head, _, tail = self.url.rpartition(".zip")
         first = f"{head}-00000.zip{tail}"
         try:
@@ -176,9 +139,9 @@ class StreamedDataset(ImageFolderDataset):
         return [f"{head}-{i:05d}.zip{tail}" for i in range(number[1])]
 
     def _require_space(self) -> None:
-        """Raise ConfigError unless any window that may come fits in the cache."""
+        """Raise ConfigError unless every possible window fits in the cache."""
         sizes = np.array([shard.size for shard in self.shards])
-        needed = most_in_a_window(sizes, self.counts, self.buffer)
+        needed = largest_window(sizes, self.counts, self.buffer)
         if needed > self.shard_cache.limit:
             raise ConfigError(
                 f"--shuffle-buffer={self.buffer} images lie in shards of up to {needed} bytes, more than "
@@ -187,7 +150,7 @@ class StreamedDataset(ImageFolderDataset):
             )
 
     def _locate(self, raw_idx: int) -> tuple[int, int]:
-        """The shard that an image is in, and which of its images it is."""
+        """Return the shard of a stored image, and its number within the shard."""
         shard = bisect.bisect_right(self._ends, raw_idx)
         return shard, raw_idx - (self._ends[shard - 1] if shard else 0)
 
@@ -205,7 +168,7 @@ class StreamedDataset(ImageFolderDataset):
                 files, rows = self._open(shard)
                 return files.read(int(rows[row]))
             except ConfigError as error:
-                # The file may be gone by now, or a disk may have spoilt it: once more from the source.
+                # The file may have been removed or damaged on the disk: download it again.
                 self._opened.pop(shard, None)
                 self.shard_cache.discard(self.shards[shard])
                 if attempt + 1 == _READ_ATTEMPTS:
@@ -213,15 +176,15 @@ class StreamedDataset(ImageFolderDataset):
                     raise ConfigError(str(error).replace(path, self.shards[shard].url)) from None
         raise AssertionError
 
-    def _open(self, shard: int) -> tuple[ZipFiles | TarFiles, np.ndarray]:
-        """A shard that is in the cache, and the rows of its images."""
+    def _open(self, shard: int) -> tuple[Files, np.ndarray]:
+        """Return a shard that is in the cache, and the rows of its images."""
         opened = self._opened.pop(shard, None)
         if opened is None:
-            self._let_go()
+            self._close_unused()
             file = self.shards[shard]
             path = self.shard_cache.path(file)
             if suffix_of(file.url) == ".tar":
-                files: ZipFiles | TarFiles = TarFiles(path, load_table(file, self._index_folder))
+                files: Files = TarFiles(path, load_table(file, self._index_folder))
             else:
                 files = ZipFiles(path)
             rows = np.array([row for row, name in enumerate(files.names) if is_item(name)], dtype=np.int64)
@@ -231,47 +194,22 @@ class StreamedDataset(ImageFolderDataset):
         self._opened[shard] = opened
         return opened
 
-    def _let_go(self) -> None:
-        """Close shards that have left the cache, which take up the disk until then, and those used long ago."""
+    def _close_unused(self) -> None:
+        """Close shards used long ago, and those removed from the cache, which occupy the disk while they are open."""
         for shard, (files, _) in list(self._opened.items()):
             if len(self._opened) >= self._most_open or not files.path.exists():
                 self._opened.pop(shard, None)
 
 
-@contextmanager
-def data_order(dataset: ImageFolderDataset, seed: int, *, balance: bool = False) -> Iterator[Order]:
-    """The order in which a run reads `dataset`. While it lasts, shards that are needed soon are fetched beside it.
-
-    With `balance`, every class comes equally often, for which all images have to be at hand.
-    """
-    if balance:
-        assert not isinstance(dataset, StreamedDataset)
-        yield BalancedOrder(dataset.item_labels(), seed)
-        return
-    if not isinstance(dataset, StreamedDataset):
-        yield DataOrder(len(dataset), seed)
-        return
-    ahead = ReadAhead(dataset.shard_cache)
-    shards = dataset.shards
-
-    def enter(*windows: Sequence[int]) -> None:
-        ahead.enter(*([shards[i] for i in window] for window in windows))
-
-    try:
-        yield StreamOrder(dataset.counts, seed=seed, buffer=dataset.buffer, copies=dataset.copies, enter=enter)
-    finally:
-        ahead.close()
-
-
 def expand_url(url: str) -> list[str]:
-    """The URLs that one with {00000..00063} or * stands for. Raises ConfigError where there is none."""
+    """Return the URLs that one with {00000..00063} or * stands for. Raises ConfigError if there are none."""
     if suffix_of(url) not in (".zip", ".tar"):
         raise ConfigError(f"--data={url} is neither a .zip nor an uncompressed .tar; name such files, as in set-*.zip")
     span = re.search(r"\{(\d+)\.\.(\d+)\}", url)
     if span is not None:
         first, last = int(span[1]), int(span[2])
         if not first <= last < first + _MAX_SHARDS:
-            raise ConfigError(f"--data={url}: {span[0]} is no range of shards; write e.g. {{00000..00063}}")
+            raise ConfigError(f"--data={url}: {span[0]} is not a range of shards; write e.g. {{00000..00063}}")
         numbers = (f"{i:0{len(span[1])}d}" for i in range(first, last + 1))
         return [each for number in numbers for each in expand_url(url[: span.start()] + number + url[span.end() :])]
     if "*" not in url:

@@ -4,7 +4,6 @@ import collections
 import itertools
 import json
 import tracemalloc
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +11,15 @@ import numpy as np
 import pytest
 
 from tests.edm2.report.test_report import page_of
-from tests.helpers.tiny import tiny_config, train, write_dataset
+from tests.helpers.shards import stream
+from tests.helpers.tiny import tiny_config, train, write_labels
 from tests.helpers.two_brightnesses import write_flat_pictures
 from tests.scripts.test_train_edm2 import SHORT, printed_options, run
-from tests.training.streaming.test_streaming_dataset import stream
 from torch_utils.distributed import World
-from training.config import TrainingConfig
 from training.dataset import ImageFolderDataset
-from training.dataset.balanced_order import BalancedOrder
+from training.dataset.order import BalancedOrder, BatchPositions
 from training.run.run_folder import RunFolder
-from training.run.streams import BatchPositions
 from training.snapshot import load_snapshot
-from training.streaming.streamed import data_order
 from training.training_loop import TrainingRun, open_dataset
 
 # Classes of very different sizes, in no order; nobody is in class 3.
@@ -108,7 +104,7 @@ def test_mirrored_copies_count_as_images(tmp_path: Path):
     data = write_flat_pictures(tmp_path / "data.zip", num_dark=6, num_bright=2)
     dataset = ImageFolderDataset(data, xflip=True)
     assert dataset.item_labels().tolist() == [int(dataset.get_label(i).argmax()) for i in range(16)]
-    with data_order(dataset, 0, balance=True) as order:
+    with dataset.order(0, balance=True) as order:
         seen = [order[position] for position in range(24)]
     counts = collections.Counter(seen)
     assert [counts[item] for item in (6, 7, 14, 15)] == [3] * 4  # bright, and their mirror images
@@ -120,7 +116,7 @@ def test_an_unconditional_run_can_be_balanced_by_the_labels_of_its_data(tmp_path
     data = write_flat_pictures(tmp_path / "data.zip", num_dark=18, num_bright=2)
     config = tiny_config(data, cond=False, balance=True, duration=16, snapshot=16, snapshot_format="safetensors")
     trained = train(TrainingRun(config, RunFolder(tmp_path / "run"), world=World()))
-    with data_order(trained.dataset, 0, balance=True) as order:
+    with trained.dataset.order(0, balance=True) as order:
         labels = trained.dataset.item_labels()[[order[position] for position in range(100)]]
     assert labels.sum() == 50
     snapshot = load_snapshot(next((tmp_path / "run").glob("*.safetensors")))
@@ -148,22 +144,11 @@ def test_the_run_reads_the_balanced_order(tmp_path: Path, monkeypatch: pytest.Mo
     assert read == [order[position] for position in range(len(read))] and len(read) >= 48
 
 
-def write_labels(path: Path, labels: list[Any] | None) -> Path:
-    """The pictures of a data set with other labels."""
-    with zipfile.ZipFile(write_dataset(path.with_name("plain.zip"))) as plain, zipfile.ZipFile(path, "w") as file:
-        names = [name for name in plain.namelist() if name.endswith(".png")]
-        for name in names:
-            file.writestr(name, plain.read(name))
-        pairs = None if labels is None else [[n, labels[i % len(labels)]] for i, n in enumerate(names)]
-        file.writestr("dataset.json", json.dumps({"labels": pairs}))
-    return path
-
-
 @pytest.mark.parametrize(
     ("labels", "options", "message"),
     [
-        (None, [], "has no labels, and so no classes to --balance"),
-        (None, ["--cond=False"], "has no labels, and so no classes to --balance"),
+        (None, [], "has no labels, which --balance needs"),
+        (None, ["--cond=False"], "has no labels, which --balance needs"),
         ([[0.5, 0.5], [1.0, 0.0]], [], "--balance needs class indices as labels, and those of"),
     ],
 )
@@ -179,7 +164,9 @@ def test_shards_behind_a_url_are_refused_before_anything_is_fetched(tmp_path, ca
     url = "https://localhost:1/set-*.zip"
     assert run(*SHORT, f"--outdir={tmp_path / 'run'}", f"--data={url}", "--balance") == 2
     error = capsys.readouterr().err
-    assert f"--balance needs all images at hand, and of --data={url}" in error and error.count("\n") == 1
+    assert (
+        f"--balance needs all images on a local disk, but --data={url} is streamed" in error and error.count("\n") == 1
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -202,15 +189,6 @@ def test_the_options_are_shown_recorded_and_not_to_be_changed_in_a_run(tmp_path,
     error = capsys.readouterr().err
     assert "balance: True in the run, False asked for; label_dropout: 0.1 in the run, 0.0 asked for" in error
     assert run(*args, "--balance", "--label-dropout=0.1", "--duration=40") == 0
-
-
-def test_a_run_from_before_the_options_goes_on():
-    config = TrainingConfig(data="data.zip")
-    stored = json.loads(config.to_json())
-    del stored["balance"], stored["label_dropout"]
-    assert config.differences(json.dumps(stored)) == []
-    changed = TrainingConfig(data="data.zip", balance=True, label_dropout=0.5).differences(json.dumps(stored))
-    assert [text.partition(":")[0] for text in changed] == ["balance", "label_dropout"]
 
 
 def test_bounds_of_the_order_hold_for_small_sets_by_brute_force():

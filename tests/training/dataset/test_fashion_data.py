@@ -1,4 +1,4 @@
-"""The shipped data set is what its card says, and the script beside it makes data sets."""
+"""The shipped data set is what its card says, and the script next to it makes data sets."""
 
 import gzip
 import hashlib
@@ -28,7 +28,7 @@ def images():
 
 
 @pytest.mark.parametrize(("name", "per_class"), FILES.items())
-def test_images_are_grey_32x32_with_an_even_share_of_ten_classes(name, per_class):
+def test_images_are_gray_32x32_with_an_even_share_of_ten_classes(name, per_class):
     dataset = ImageFolderDataset(DATA / name, resolution=32)
     assert (dataset.num_channels, dataset.label_dim, dataset.has_onehot_labels) == (1, 10, True)
     labels = np.stack([dataset.get_label(i) for i in range(len(dataset))])
@@ -70,7 +70,9 @@ def test_the_script_keeps_pixels_and_labels_and_repeats_its_bytes(tmp_path):
 
     def make(dest, *options):
         script = [sys.executable, str(DATA / "make_fashion_mnist.py"), "--source", str(tmp_path)]
-        return subprocess.run([*script, "--dest", str(tmp_path / dest), *options], capture_output=True, text=True)
+        return subprocess.run(
+            [*script, "--dest", str(tmp_path / dest), *options], capture_output=True, text=True, timeout=120
+        )
 
     assert make("a.zip", "--split", "test", "--per-class", "2").returncode == 0
     assert make("b.zip", "--split", "test", "--per-class", "2").returncode == 0

@@ -1,4 +1,4 @@
-"""Pictures to be measured: where they may come from, which are chosen, and what is refused."""
+"""Images to be measured: where they may come from, which are chosen, and what is refused."""
 
 import io
 import os
@@ -12,7 +12,7 @@ import torch
 
 from dnnlib.errors import ConfigError
 from torch_utils.distributed import World
-from training.dataset.image_set import PictureBatches, PictureSet, choose_pictures
+from training.dataset.image_set import ImageSet, ImageSetBatches, choose_images
 
 NAMES = ["000000/a.png", "000000/b.png", "001000/c.png", "d.png", "e.bmp"]
 
@@ -39,14 +39,14 @@ def write(path: Path, files: dict[str, bytes]) -> Path:
     return path
 
 
-def pictures(shape=(6, 9, 3)):
-    return {name: encoded(pixels(i, shape), name) for i, name in enumerate(NAMES)} | {"notes.txt": b"no picture"}
+def image_files(shape=(6, 9, 3)):
+    return {name: encoded(pixels(i, shape), name) for i, name in enumerate(NAMES)} | {"notes.txt": b"not an image"}
 
 
 @pytest.mark.parametrize("place", ["folder", "set.zip"])
 @pytest.mark.parametrize("shape", [(6, 9, 3), (5, 5)])
-def test_pictures_of_any_size_from_folders_within_folders_and_zip_files(tmp_path, place, shape):
-    found = PictureSet(write(tmp_path / place, pictures(shape)))
+def test_images_of_any_size_from_folders_within_folders_and_zip_files(tmp_path, place, shape):
+    found = ImageSet(write(tmp_path / place, image_files(shape)))
     assert len(found) == 5
     for i in range(5):
         expected = np.atleast_3d(pixels(i, shape)).transpose(2, 0, 1)
@@ -56,30 +56,30 @@ def test_pictures_of_any_size_from_folders_within_folders_and_zip_files(tmp_path
 @pytest.mark.parametrize(
     "name, data, message",
     [
-        ("0.png", encoded(pixels(0, (6, 9, 4))), "0.png has 4 channels; metrics take grey .1. or colour .3."),
-        ("z.npy", b"", "z.npy holds latents, and metrics compare pictures"),
+        ("0.png", encoded(pixels(0, (6, 9, 4))), "0.png has 4 channels; metrics take gray .1. or color .3."),
+        ("z.npy", b"", "z.npy holds latents, and metrics compare images"),
     ],
 )
-def test_what_is_no_picture_of_one_or_three_channels_is_refused(tmp_path, name, data, message):
+def test_images_must_have_one_or_three_channels(tmp_path, name, data, message):
     with pytest.raises(ConfigError, match=message):
-        PictureSet(write(tmp_path / "folder", {**pictures(), name: data}))
+        ImageSet(write(tmp_path / "folder", {**image_files(), name: data}))
 
 
-def test_places_without_pictures_are_refused(tmp_path):
+def test_places_without_images_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="nowhere does not exist"):
-        PictureSet(tmp_path / "nowhere")
-    with pytest.raises(ConfigError, match="holds no pictures; it has 1 other files"):
-        PictureSet(write(tmp_path / "other", {"notes.txt": b""}))
+        ImageSet(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="holds no images; it has 1 other files"):
+        ImageSet(write(tmp_path / "other", {"notes.txt": b""}))
 
 
 def read_all(found, batch=2, workers=0, choice=None):
     choice = np.arange(len(found)) if choice is None else choice
-    return list(PictureBatches(found, choice, batch=batch, workers=workers, world=World()))
+    return list(ImageSetBatches(found, choice, batch=batch, workers=workers, world=World()))
 
 
 @pytest.mark.parametrize("odd, workers", [((9, 6, 3), 0), ((6, 9), 0), ((9, 6, 3), 1)])
-def test_mixed_pictures_are_refused_in_one_line_that_names_the_file(tmp_path, workers, odd):
-    found = PictureSet(write(tmp_path / "set.zip", {**pictures(), "d.png": encoded(pixels(0, odd))}))
+def test_mixed_images_are_refused_in_one_line_that_names_the_file(tmp_path, workers, odd):
+    found = ImageSet(write(tmp_path / "set.zip", {**image_files(), "d.png": encoded(pixels(0, odd))}))
     with pytest.raises(
         ConfigError, match=r"^\S+set.zip: d.png is .*, but the first image, 000000/a.png, is 9x6"
     ) as caught:
@@ -88,35 +88,35 @@ def test_mixed_pictures_are_refused_in_one_line_that_names_the_file(tmp_path, wo
 
 
 def test_a_choice_is_random_disjoint_and_the_seed_determines_it(tmp_path):
-    found = PictureSet(write(tmp_path / "folder", {f"{i:03d}.png": encoded(pixels(i, (2, 2))) for i in range(40)}))
-    parts = choose_pictures(found, 12, seed=1, repeat=3)
+    found = ImageSet(write(tmp_path / "folder", {f"{i:03d}.png": encoded(pixels(i, (2, 2))) for i in range(40)}))
+    parts = choose_images(found, 12, seed=1, repeat=3)
     assert [len(part) for part in parts] == [12, 12, 12] and len(set(np.concatenate(parts).tolist())) == 36
-    assert np.array_equal(parts[0], choose_pictures(found, 12, seed=1)[0])
-    assert not np.array_equal(parts[0], choose_pictures(found, 12, seed=2)[0])
+    assert np.array_equal(parts[0], choose_images(found, 12, seed=1)[0])
+    assert not np.array_equal(parts[0], choose_images(found, 12, seed=2)[0])
     assert parts[0].tolist() != sorted(parts[0].tolist())
-    assert sorted(choose_pictures(found, 40, seed=0)[0].tolist()) == list(range(40))
+    assert sorted(choose_images(found, 40, seed=0)[0].tolist()) == list(range(40))
 
 
-def test_too_few_pictures_are_an_error_unless_fewer_are_allowed(tmp_path):
-    found = PictureSet(write(tmp_path / "folder", pictures()))
-    with pytest.raises(ConfigError, match=r"holds 5 pictures and 6 are asked for; .*--allow-fewer"):
-        choose_pictures(found, 6, seed=0)
-    with pytest.raises(ConfigError, match="holds 5 pictures and 3 times 2 are asked for"):
-        choose_pictures(found, 2, seed=0, repeat=3)
-    assert [len(part) for part in choose_pictures(found, 50000, seed=0, allow_fewer=True)] == [5]
-    assert [len(part) for part in choose_pictures(found, 50000, seed=0, repeat=2, allow_fewer=True)] == [2, 2]
-    with pytest.raises(ConfigError, match="3 x 1 pictures"):
-        choose_pictures(found, 50000, seed=0, repeat=3, allow_fewer=True)
+def test_too_few_images_are_an_error_unless_fewer_are_allowed(tmp_path):
+    found = ImageSet(write(tmp_path / "folder", image_files()))
+    with pytest.raises(ConfigError, match=r"holds 5 images and 6 are asked for; .*--allow-fewer"):
+        choose_images(found, 6, seed=0)
+    with pytest.raises(ConfigError, match="holds 5 images and 3 times 2 are asked for"):
+        choose_images(found, 2, seed=0, repeat=3)
+    assert [len(part) for part in choose_images(found, 50000, seed=0, allow_fewer=True)] == [5]
+    assert [len(part) for part in choose_images(found, 50000, seed=0, repeat=2, allow_fewer=True)] == [2, 2]
+    with pytest.raises(ConfigError, match="3 x 1 images"):
+        choose_images(found, 50000, seed=0, repeat=3, allow_fewer=True)
 
 
 def test_batches_of_all_processes_are_the_choice(tmp_path):
-    found = PictureSet(write(tmp_path / "folder", pictures()))
+    found = ImageSet(write(tmp_path / "folder", image_files()))
     choice = np.array([3, 0, 4, 1])
     for size in (1, 2, 3):
         images = {}
         for rank in range(size):
             world = World(rank=rank, size=size)
-            batches = PictureBatches(found, choice, batch=2, workers=0, world=world)
+            batches = ImageSetBatches(found, choice, batch=2, workers=0, world=world)
             assert len(batches) == len(list(batches))
             for batch in batches:
                 assert len(batch.images) <= 2
@@ -126,14 +126,14 @@ def test_batches_of_all_processes_are_the_choice(tmp_path):
 
 
 def test_reading_draws_from_no_global_generator(tmp_path):
-    found = PictureSet(write(tmp_path / "folder", pictures()))
+    found = ImageSet(write(tmp_path / "folder", image_files()))
     before = torch.get_rng_state()
     read_all(found)
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_workers_give_the_same_pictures(tmp_path):
-    found = PictureSet(write(tmp_path / "set.zip", pictures()))
+def test_workers_give_the_same_images(tmp_path):
+    found = ImageSet(write(tmp_path / "set.zip", image_files()))
     alone, spawned = read_all(found), read_all(found, workers=1)
     assert os.environ.get("OMP_NUM_THREADS") and len(alone) == len(spawned) == 3
     for a, b in zip(alone, spawned, strict=True):

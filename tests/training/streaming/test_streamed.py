@@ -31,17 +31,18 @@ from tests.helpers.shards import (
     one_line_error,
     plain_order,
     png,
+    stream,
     write_shards,
     write_tar,
 )
 from tests.helpers.tiny import assert_same_state, tiny_config, train, write_dataset
 from torch_utils.distributed import World
-from training.dataset import BatchReader, ImageFolderDataset
+from training.dataset import BatchReader, ImageDataset, ImageFolderDataset
+from training.dataset.order import BatchPositions
 from training.run.run_folder import RunFolder
-from training.run.streams import BatchPositions
 from training.streaming import remote
 from training.streaming import streamed as stream_module
-from training.streaming.streamed import StreamedDataset, data_order, expand_url
+from training.streaming.streamed import expand_url
 from training.training_loop import Saved, TrainingRun
 
 
@@ -62,11 +63,7 @@ def server(folder: Path) -> Iterator[ShardServer]:
         yield running
 
 
-def stream(url: str, *, buffer: int = 8, cache_bytes: int = 1 << 30, **options: Any) -> StreamedDataset:
-    return StreamedDataset(url, buffer=buffer, cache_bytes=cache_bytes, **options)
-
-
-def assert_same_items(actual: ImageFolderDataset, expected: ImageFolderDataset, indices: Sequence[int]) -> None:
+def assert_same_items(actual: ImageDataset, expected: ImageDataset, indices: Sequence[int]) -> None:
     for a, b in zip(actual.read_batch(indices), expected.read_batch(indices), strict=True):
         assert np.array_equal(a, b)
 
@@ -104,7 +101,7 @@ def test_opening_downloads_no_shard_and_the_second_time_reads_no_index(tmp_path:
         assert sum(size for *_, size in server.requests) < 5 * (600 << 10)
         server.requests.clear()
         assert len(stream(f"{server.url}/set.zip")) == TOTAL
-        # All that is asked for anew is which versions there are, and the first item.
+        # The second opening only asks for the versions.
         assert sum(size for *_, size in server.requests) <= 600 << 10
 
 
@@ -175,7 +172,7 @@ def test_a_loader_brings_the_batches_of_the_order(folder: Path, workers: int):
     dataset = stream(f"{folder.as_uri()}/set-*.zip", xflip=True)
     expected = ImageFolderDataset(folder, xflip=True)
     plain = [i for epoch in range(3) for i in itertools.chain(*plain_order(COUNTS, 3, 8, 2, epoch))]
-    with data_order(dataset, 3) as order:
+    with dataset.order(3) as order:
         loader = torch.utils.data.DataLoader(
             BatchReader(dataset),
             batch_size=None,
@@ -210,7 +207,7 @@ def test_a_set_larger_than_the_cache_streams_through_it(tmp_path: Path):
     dataset = stream(f"{folder.as_uri()}/set-*.zip", buffer=4, cache_bytes=4 * shard_bytes)
     expected = ImageFolderDataset(folder)
     most = 0
-    with data_order(dataset, 0) as order:
+    with dataset.order(0) as order:
         for position in range(2 * len(dataset)):
             item = order[position]
             assert np.array_equal(dataset[item][0], expected[item][0])
@@ -221,7 +218,7 @@ def test_a_set_larger_than_the_cache_streams_through_it(tmp_path: Path):
 def test_a_shard_is_downloaded_once_for_all_who_read_it(server: ShardServer):
     dataset = stream(f"{server.url}/set.zip")
     opened = len(server.requests)
-    with data_order(dataset, 0) as order:
+    with dataset.order(0) as order:
         other = stream(f"{server.url}/set.zip")  # such as another process has
         for position in range(2 * TOTAL):
             item = order[position]
@@ -257,7 +254,7 @@ def test_shards_that_have_left_the_cache_do_not_stay_open(folder: Path):
     assert list(dataset._opened) == [1, 3]
 
 
-def test_a_damaged_copy_is_fetched_anew(folder: Path):
+def test_a_damaged_copy_is_fetched_again(folder: Path):
     dataset = stream(f"{folder.as_uri()}/set-*.zip")
     expected = ImageFolderDataset(folder)
     dataset.shard_cache.fetch(dataset.shards[0])
@@ -307,7 +304,7 @@ def test_a_server_without_ranges_is_named(server: ShardServer, tmp_path: Path):
     server.ranges = False
     message = one_line_error(lambda: stream(f"{server.url}/set.zip"))
     assert message == (
-        f"the server of {server.url}/set-00000.zip gives whole files only; use one that knows HTTP range requests"
+        f"the server of {server.url}/set-00000.zip gives whole files only; use one that supports HTTP range requests"
     )
 
 
@@ -399,9 +396,9 @@ def change(path: Path, entries: dict[str, bytes]) -> None:
         ({"a.png": png(np.random.default_rng(0))}, "has no labels"),
         ({"a.png": png(np.random.default_rng(0)), "dataset.json": b'{"labels": [["a.png", [1, 2]]]}'}, "of one kind"),
         ({"a.png": png(np.random.default_rng(0)), "dataset.json": b"{"}, "is not JSON"),
-        ({"a.png": b"", "b.npy": b""}, "mixes 1 .npy files and 1 pictures"),
+        ({"a.png": b"", "b.npy": b""}, "mixes 1 .npy files and 1 images"),
         ({"../a.png": b""}, "leads out of its folder"),
-        ({"a.png": b"no picture"}, "is no readable image"),
+        ({"a.png": b"not an image"}, "is not a readable image"),
     ],
 )
 def test_shards_that_do_not_go_together_are_refused(folder: Path, entries: dict[str, bytes], words: str):
@@ -432,10 +429,10 @@ def test_a_zip_that_claims_absurd_sizes_is_refused_before_it_is_unpacked(tmp_pat
         file.writestr("a.png", bytes(100))
         file.filelist[0].file_size = 3 << 30  # as the table of contents will have it
     message = one_line_error(lambda: stream((tmp_path / "a.zip").as_uri()))
-    assert message.endswith(f"a.zip: a.png claims {3 << 30} bytes unpacked, more than any picture has")
+    assert message.endswith(f"a.zip: a.png claims {3 << 30} bytes unpacked, more than any image has")
 
 
-def test_pictures_that_are_not_square_are_refused(tmp_path: Path):
+def test_images_that_are_not_square_are_refused(tmp_path: Path):
     data = io.BytesIO()
     PIL.Image.new("RGB", (8, 4)).save(data, format="PNG")
     change(tmp_path / "a.zip", {"a.png": data.getvalue()})
@@ -447,9 +444,9 @@ def test_files_of_other_kinds_are_refused(tmp_path: Path):
     for name in ("a.zip", "a.tar"):
         (tmp_path / name).write_bytes(b"not an archive" * 100)
         url = (tmp_path / name).as_uri()
-        assert "is no readable" in one_line_error(functools.partial(stream, url))
+        assert "is not a readable" in one_line_error(functools.partial(stream, url))
     assert "neither a .zip nor an uncompressed .tar" in one_line_error(lambda: stream("https://host/a.tar.gz"))
-    assert "is no range" in one_line_error(lambda: expand_url("https://host/a-{5..3}.zip"))
+    assert "is not a range" in one_line_error(lambda: expand_url("https://host/a-{5..3}.zip"))
     assert "Install s3fs" in one_line_error(lambda: stream("s3://bucket/a.zip"))
     assert expand_url("https://host/a-{08..10}.zip?b") == [f"https://host/a-{i}.zip?b" for i in ("08", "09", "10")]
 
@@ -511,8 +508,8 @@ def test_the_script_trains_from_a_url_with_the_same_option(folder: Path, tmp_pat
     assert result.exit_code == 0, result.output
     assert "Continuing from" in result.output
     for args, words in [
-        ([data, "--shuffle-buffer=0"], "--shuffle-buffer=0 must be a number above 0"),
-        ([data, "--data-cache-size=1kB"], "'1kB' is no size"),
+        ([data, "--shuffle-buffer=0"], "--shuffle-buffer=0 must be above 0"),
+        ([data, "--data-cache-size=1kB"], "'1kB' is not a size"),
         ([data, "--data-cache-size=1K"], "--data-cache-size=1000"),
         ([f"--data={folder}", "--shuffle-buffer=8"], "is for data behind a URL"),
     ]:

@@ -89,7 +89,7 @@ def test_the_bound_holds_while_many_fetch_different_files(tmp_path: Path, monkey
         assert path.read_bytes() == (tmp_path / "data" / path.name.partition("-")[2]).read_bytes()
 
 
-def test_a_download_whose_process_is_killed_is_made_anew(tmp_path: Path):
+def test_a_download_whose_process_is_killed_is_made_again(tmp_path: Path):
     files = write_files(tmp_path / "data", "ab", size=3000)
     cache = ShardCache(tmp_path / "shards", 7000)
     with serve(tmp_path / "data") as server:
@@ -105,7 +105,7 @@ def test_a_download_whose_process_is_killed_is_made_anew(tmp_path: Path):
         assert len(leftovers(cache)) == 1
         assert cached(cache) == []
         process.send_signal(signal.SIGTERM if os.name == "nt" else signal.SIGKILL)
-        process.wait()
+        process.wait(timeout=120)
         server.stall = False
         cache.fetch(files["b"])  # clears away what the other left, which else would be in the way for ever
         assert leftovers(cache) == []

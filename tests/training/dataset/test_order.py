@@ -1,4 +1,4 @@
-"""The order of a data set of shards is a function of the position, and goes by windows of shards."""
+"""The order of the data depends on the position in the run alone; that of shards goes by windows of shards."""
 
 import itertools
 from typing import Any
@@ -7,7 +7,41 @@ import numpy as np
 import pytest
 
 from tests.helpers.shards import COUNTS, TOTAL, plain_order
-from training.dataset.shard_order import StreamOrder, most_in_a_window
+from training.dataset.order import BatchPositions, DataOrder, StreamOrder, largest_window
+
+
+def take(positions: BatchPositions, num: int) -> list[list[int]]:
+    return list(itertools.islice(positions, num))
+
+
+def test_every_epoch_is_another_permutation():
+    order = DataOrder(50, seed=1)
+    epochs = [tuple(order[50 * epoch + i] for i in range(50)) for epoch in range(4)]
+    assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
+    assert len(set(epochs)) == 4
+
+
+def test_the_order_depends_on_the_seed_and_not_on_the_way_it_is_read():
+    forward = [DataOrder(7, seed=3)[i] for i in range(30)]
+    order = DataOrder(7, seed=3)
+    assert [order[i] for i in reversed(range(30))] == forward[::-1]
+    assert [DataOrder(7, seed=4)[i] for i in range(30)] != forward
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_processes_divide_every_batch_among_them(num_ranks):
+    whole = take(BatchPositions(DataOrder(11, 0), start=0, batch_size=8), 6)  # batches that straddle epochs
+    parts = [
+        take(BatchPositions(DataOrder(11, 0), start=0, batch_size=8, rank=rank, num_ranks=num_ranks), 6)
+        for rank in range(num_ranks)
+    ]
+    joined = [list(itertools.chain.from_iterable(shares)) for shares in zip(*parts, strict=True)]
+    assert joined == whole
+
+
+def test_a_later_start_gives_the_batches_from_there_on():
+    whole = take(BatchPositions(DataOrder(11, 0), start=0, batch_size=8, rank=1, num_ranks=2), 6)
+    assert take(BatchPositions(DataOrder(11, 0), start=24, batch_size=8, rank=1, num_ranks=2), 3) == whole[3:]
 
 
 @pytest.mark.parametrize(("buffer", "copies"), [(1, 1), (8, 1), (8, 2), (12, 1), (1000, 2)])
@@ -45,7 +79,7 @@ def test_no_window_is_larger_than_the_bound(buffer: int):
         counts = rng.integers(0, 12, 6)
         counts[0] += 1
         sizes = rng.integers(1, 1000, 6)
-        bound = most_in_a_window(sizes, counts, buffer)
+        bound = largest_window(sizes, counts, buffer)
         for shards in itertools.permutations(np.flatnonzero(counts)):
             needed = np.searchsorted(np.cumsum(counts[list(shards)]), buffer) + 1
             assert sizes[list(shards[:needed])].sum() <= bound

@@ -62,20 +62,20 @@ def refused(path, **options):
 
 
 @pytest.fixture
-def colours():
+def colors():
     return [noise(8, 8, 3) for _ in range(12)]
 
 
 @pytest.fixture
-def archive(tmp_path, colours):
-    """Twelve colour images in two folders, stored in descending order, labels 0, 1, 2 and 4."""
+def archive(tmp_path, colors):
+    """Twelve color images in two folders, stored in descending order, labels 0, 1, 2 and 4."""
     names = [f"{i // 6:05d}/img{i:08d}.png" for i in range(12)]
     labels = [[name, [0, 1, 2, 4][i % 4]] for i, name in enumerate(names)]
-    files = {name: png(pixels) for name, pixels in list(zip(names, colours, strict=True))[::-1]}
-    return write(tmp_path / "colours.zip", {**files, "dataset.json": {"labels": labels}})
+    files = {name: png(pixels) for name, pixels in list(zip(names, colors, strict=True))[::-1]}
+    return write(tmp_path / "colors.zip", {**files, "dataset.json": {"labels": labels}})
 
 
-def test_folder_and_zip_give_the_same_items_in_sorted_order(archive, tmp_path, colours):
+def test_folder_and_zip_give_the_same_items_in_sorted_order(archive, tmp_path, colors):
     with zipfile.ZipFile(archive) as file:
         file.extractall(tmp_path / "folder")
     for path in (archive, tmp_path / "folder"):
@@ -83,7 +83,7 @@ def test_folder_and_zip_give_the_same_items_in_sorted_order(archive, tmp_path, c
         assert len(dataset) == 12
         assert (dataset.name, dataset.image_shape) == (path.stem, (3, 8, 8))
         assert (dataset.num_channels, dataset.resolution) == (3, 8)
-        for i, pixels in enumerate(colours):
+        for i, pixels in enumerate(colors):
             image, label = dataset[i]
             assert image.dtype == np.uint8 and image.flags.c_contiguous and image.flags.writeable
             assert np.array_equal(image, pixels.transpose(2, 0, 1))
@@ -233,7 +233,7 @@ def test_places_that_hold_no_data_set(tmp_path):
     (tmp_path / "empty").mkdir()
     assert "no images" in refused(tmp_path / "empty")
     assert "no images" in refused(write(tmp_path / "text.zip", {"readme.txt": b"hello"}))
-    (tmp_path / "fake.zip").write_bytes(b"this is no archive")
+    (tmp_path / "fake.zip").write_bytes(b"this is not an archive")
     assert "ZIP" in refused(tmp_path / "fake.zip")
 
 
@@ -254,7 +254,7 @@ def test_a_zip_with_a_damaged_entry(archive, tmp_path):
 
 def test_images_that_cannot_be_decoded(tmp_path):
     whole = png(noise(64, 64))
-    assert "a.png is no readable image" in refused(write(tmp_path / "text", {"a.png": b"text"}))
+    assert "a.png is not a readable image" in refused(write(tmp_path / "text", {"a.png": b"text"}))
     assert "b.png is damaged" in refused(write(tmp_path / "cut", {"a.png": whole, "b.png": whole[:2000]}))
     assert "a.png is damaged" in refused(write(tmp_path / "cut-first.zip", {"a.png": whole[:2000]}))
 
@@ -263,7 +263,7 @@ def test_images_that_differ_from_the_first(tmp_path):
     first = png(noise(8, 8, 3))
     sizes = refused(write(tmp_path / "sizes", {"a.png": first, "b.png": png(noise(16, 16, 3))}))
     assert "b.png is 16x16 with 3 channels" in sizes and "a.png, is 8x8" in sizes
-    assert "1 channel," in refused(write(tmp_path / "grey", {"a.png": first, "b.png": png(noise(8, 8))}))
+    assert "1 channel," in refused(write(tmp_path / "gray", {"a.png": first, "b.png": png(noise(8, 8))}))
     assert "mixes" in refused(write(tmp_path / "kinds", {"a.png": first, "b.npy": npy(np.zeros((8, 4, 4)))}))
 
 

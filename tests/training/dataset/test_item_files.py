@@ -163,7 +163,7 @@ def test_numbers_that_no_file_can_have(tmp_path, field, value):
     tail = bytearray(data[end:])
     tail[12:16] = struct.pack("<I", len(header))
     path.write_bytes(data[:entry] + header + tail)
-    with pytest.raises(ConfigError, match=r"is no readable ZIP file|cannot be read"):
+    with pytest.raises(ConfigError, match=r"is not a readable ZIP file|cannot be read"):
         files = ZipFiles(path)
         files.read(0)
 
@@ -180,12 +180,12 @@ def test_an_entry_without_a_name(tmp_path):
     try:
         names = list(ZipFiles(path).names)
     except ConfigError as error:
-        assert "is no readable ZIP file" in str(error)
+        assert "is not a readable ZIP file" in str(error)
     else:
         assert names == [""]
 
 
-def test_a_huge_archives_index_is_kept_beside_it_while_it_fits(tmp_path, monkeypatch):
+def test_a_huge_archives_index_is_kept_next_to_it_while_it_fits(tmp_path, monkeypatch):
     monkeypatch.setattr(dataset_index, "_KEEP_ENTRIES", 3)
     path = write_zip(tmp_path / "a.zip", {f"{i}.npy": npy(item) for i, item in enumerate(latents(3))})
     first = read_index(path)
@@ -197,7 +197,7 @@ def test_a_huge_archives_index_is_kept_beside_it_while_it_fits(tmp_path, monkeyp
     assert list(again.names) == list(first.names)
     for name in dataset_index._ARRAYS:
         assert np.array_equal(getattr(again, name), getattr(first, name))
-    # Another archive of this name, and a damaged copy: read anew.
+    # Another archive of this name, and a damaged copy: read again.
     write_zip(path, {"other.npy": b"", "b.npy": b""})
     assert list(read_index(path).names) == ["b.npy", "other.npy"]
     write_zip(path, {"x": b"", "y": b"", "z": b""})
@@ -259,8 +259,8 @@ def test_missing_last_shards_are_noticed(tmp_path):
 
 
 def test_a_batch_holds_what_single_items_hold(tmp_path):
-    pictures = [RNG.integers(0, 256, (4, 4, 3), dtype=np.uint8) for _ in range(6)]
-    for i, pixels in enumerate(pictures):
+    arrays = [RNG.integers(0, 256, (4, 4, 3), dtype=np.uint8) for _ in range(6)]
+    for i, pixels in enumerate(arrays):
         PIL.Image.fromarray(pixels).save(tmp_path / f"{i}.png")
     labels = {"labels": [[f"{i}.png", [i, 0.5]] for i in range(6)]}
     (tmp_path / "dataset.json").write_text(json.dumps(labels))
