@@ -1,7 +1,5 @@
 """Make data sets for training: command line."""
 
-import os
-import re
 import signal
 import sys
 from pathlib import Path
@@ -12,24 +10,14 @@ from tqdm import tqdm
 
 from dnnlib.cli import BYTES, main
 
-# Worker processes of `convert` import this file when they start. What a command needs beyond the above is imported by
-# the command, so that they don't wait for torch.
+# Worker processes of `convert` import this file when they start. Commands import everything else themselves, so that
+# neither workers nor --help wait for torch.
 
-
-# Processes that share the work finish far apart, and wait for each other at the end alone.
+# Processes that share the work finish far apart, and wait for each other only at the end.
 PATIENCE_HOURS = 48
 
-
-class _ResolutionType(click.ParamType):
-    name = "WxH"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        if isinstance(value, tuple):
-            return value
-        match = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", value)
-        if match is None:
-            self.fail(f"'{value}' is no size; write width and height, as in 64x64", param, ctx)
-        return int(match[1]), int(match[2])
+PATH = click.Path(path_type=Path)
+COUNT = click.IntRange(min=1)
 
 
 @click.group()
@@ -38,25 +26,20 @@ def cmdline() -> None:
 
 
 @cmdline.command()
-@click.option("--source", metavar="PATH", type=click.Path(path_type=Path), required=True, help="Where the pictures are")
-@click.option("--dest", metavar="PATH", type=click.Path(path_type=Path), required=True, help="ZIP file or empty folder")
-@click.option("--max-images", metavar="INT", type=click.IntRange(min=1), help="Take the first N in the order of names")
+@click.option("--source", metavar="PATH", type=PATH, required=True, help="The images")
+@click.option("--dest", metavar="PATH", type=PATH, required=True, help="ZIP file or empty folder")
+@click.option("--max-images", metavar="INT", type=COUNT, help="Take the first N in the order of names")
 @click.option("--balanced", is_flag=True, help="Take --max-images evenly over the classes")
-@click.option(
-    "--resolution",
-    metavar="WxH",
-    type=_ResolutionType(),
-    help="Size of the results, as in 64x64 [default: as they are]",
-)
+@click.option("--resolution", metavar="WxH", help="Size of the results, as in 64x64 [default: as they are]")
 @click.option(
     "--transform",
     type=click.Choice(["center-crop", "center-crop-wide", "center-crop-dhariwal"]),
-    help="How to bring pictures to --resolution [default: scale, not keeping the aspect]",
+    help="How to bring images to --resolution [default: scale, not keeping the aspect]",
 )
-@click.option("--exif", is_flag=True, help="Turn pictures upright as their EXIF data says [default: ignore it]")
-@click.option("--split", metavar="NAME", help="Which part of a source that has several [default: train]")
-@click.option("--label", metavar="NAME", help="Which labels of a source that has several, as in coarse")
-@click.option("--shards", metavar="INT", type=click.IntRange(min=1), help="Write N files name-00000.zip, ...")
+@click.option("--exif", is_flag=True, help="Turn images upright as their EXIF data says [default: ignore it]")
+@click.option("--split", metavar="NAME", help="Part of a source that has several [default: train]")
+@click.option("--label", metavar="NAME", help="Labels of a source that has several kinds, as in coarse")
+@click.option("--shards", metavar="INT", type=COUNT, help="Write N files name-00000.zip, ...")
 @click.option("--shard-size", type=BYTES, help="Write files name-00000.zip, ... of at most this size: 2GB")
 @click.option(
     "--on-error",
@@ -66,23 +49,23 @@ def cmdline() -> None:
     help="What to do at a file that cannot be read; skip lists them",
 )
 @click.option("--overwrite", is_flag=True, help="Replace existing ZIP files")
-@click.option("--skip-existing", is_flag=True, help="Leave files alone that hold just this; shards appear one by one")
-@click.option("--workers", metavar="INT", type=click.IntRange(min=1), help="Processes to use [default: one per core]")
-def convert(workers: int | None, **options: Any) -> None:
-    """Make a data set out of pictures, on all cores.
+@click.option("--skip-existing", is_flag=True, help="Keep finished files of the same command; shards appear one by one")
+@click.option("--workers", metavar="INT", type=COUNT, help="Processes to use [default: one per core]")
+def convert(resolution: str | None, workers: int | None, **options: Any) -> None:
+    """Make a data set from images, on all cores.
 
-    The source is a folder or a ZIP file of pictures (JPEG, PNG, WebP, BMP, GIF, TIFF), the files of MNIST or CIFAR, an
-    LMDB, a Hugging Face data set on disk, or WebDataset tars; docs/datasets.md tells what becomes of each. Labels come
-    from a dataset.json, else from the names of the top-level folders. The result does not depend on the number of
+    The source is a folder or a ZIP file of images (JPEG, PNG, WebP, BMP, GIF, TIFF), the files of MNIST or CIFAR, an
+    LMDB, a Hugging Face data set on disk, or WebDataset tars; docs/datasets.md describes how each is converted. Labels
+    come from a dataset.json, else from the names of the top-level folders. The result does not depend on the number of
     processes, and appears when it is complete.
 
     \b
-    # ImageNet at 64x64, as the published models saw it
+    # ImageNet at 64x64, as for the published models
     python dataset_tool.py convert --source=imagenet/train --dest=img64.zip \\
         --resolution=64x64 --transform=center-crop-dhariwal
 
     \b
-    # CIFAR-10 as it is downloaded
+    # CIFAR-10 as downloaded
     python dataset_tool.py convert --source=cifar-10-python.tar.gz --dest=cifar10.zip
 
     \b
@@ -91,35 +74,34 @@ def convert(workers: int | None, **options: Any) -> None:
         --dest=photos.zip --shards=64 --resolution=256x256 --transform=center-crop
     """
     from torch_utils import distributed
-    from training.conversion.convert import Conversion, ConvertOptions
+    from torch_utils.processes.dealing import cores_per_process
+    from training.conversion.convert import ConvertOptions, DatasetConversion
+    from training.conversion.transforms import parse_resolution
 
-    # So that `kill`, and torchrun when another process fails, leave no unfinished files behind.
+    # After `kill`, or from torchrun when another process fails: end by an exception, which removes unfinished files.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    request = ConvertOptions(**options, workers=workers or default_workers())
+    size = None if resolution is None else parse_resolution(resolution)
+    request = ConvertOptions(**options, resolution=size, workers=workers or cores_per_process())
     with distributed.joined("cpu", patience_hours=PATIENCE_HOURS) as world:
-        conversion = Conversion(request, world)
-        left_out, num_unreadable = 0, 0
+        conversion = DatasetConversion(request, world)
         with tqdm(total=len(conversion), desc="Converting", unit="image", disable=not world.is_main) as progress:
             for step in conversion:
                 progress.update(step.num_images)
-                left_out += step.left_out
-                num_unreadable += len(step.unreadable)
                 for line in step.unreadable:
                     progress.write(f"Left out: {line}", file=sys.stderr)
-        counts = (conversion.num_kept, left_out, num_unreadable)
-        totals = [sum(column) for column in zip(*world.all_gather_objects(counts), strict=True)]
+        summary = conversion.summary()
     if world.is_main:
-        click.echo(describe_result(request.dest, conversion, *totals))
+        click.echo(summary)
 
 
 @cmdline.command()
-@click.argument("path", metavar="PATH", type=click.Path(path_type=Path))
-@click.option("--grid", metavar="FILE.png", type=click.Path(path_type=Path), help="Write a contact sheet")
-@click.option("--json", "json_file", metavar="FILE", type=click.Path(path_type=Path), help="Write the report as JSON")
+@click.argument("path", metavar="PATH", type=PATH)
+@click.option("--grid", metavar="FILE.png", type=PATH, help="Write a contact sheet")
+@click.option("--json", "json_file", metavar="FILE", type=PATH, help="Write the report as JSON")
 def inspect(path: Path, grid: Path | None, json_file: Path | None) -> None:
     """Look at every item of a data set, and tell whether training would take it.
 
-    Exit code 0 if so, 1 if not; the problems are listed with what mends them.
+    Exit code 0 if it would, 1 if not; every problem is listed with its remedy.
 
     \b
     python dataset_tool.py inspect datasets/img64.zip --grid=sheet.png
@@ -143,24 +125,24 @@ def inspect(path: Path, grid: Path | None, json_file: Path | None) -> None:
     if grid is not None:
         write_sheet(grid, inspection.sample(), num_columns=8)
     if not report.accepted:
-        sys.exit(1)  # click would make a return value of it
+        sys.exit(1)  # click would print a returned number
 
 
 _TRANSCODE_OPTIONS = [
-    click.option("--source", metavar="PATH", type=click.Path(path_type=Path), required=True, help="Data set to read"),
-    click.option("--dest", metavar="PATH", type=click.Path(path_type=Path), required=True, help="ZIP or empty folder"),
-    click.option("--max-images", metavar="INT", type=click.IntRange(min=1), help="Take the first N"),
-    click.option("--shards", metavar="INT", type=click.IntRange(min=1), help="Write N files name-00000.zip, ..."),
-    click.option("--batch", metavar="INT", type=click.IntRange(min=1), default=8, show_default=True, help="At once"),
+    click.option("--source", metavar="PATH", type=PATH, required=True, help="Data set to read"),
+    click.option("--dest", metavar="PATH", type=PATH, required=True, help="ZIP file or empty folder"),
+    click.option("--max-images", metavar="INT", type=COUNT, help="Take the first N"),
+    click.option("--shards", metavar="INT", type=COUNT, help="Write N files name-00000.zip, ..."),
+    click.option("--batch", metavar="INT", type=COUNT, default=8, show_default=True, help="Images at once"),
     click.option("--device", metavar="NAME", help="cpu, cuda, cuda:N or mps [default: the best one here]"),
     click.option("--overwrite", is_flag=True, help="Replace existing ZIP files"),
-    click.option("--skip-existing", is_flag=True, help="End at once where the result is there, made from the same"),
-    click.option("--grid", metavar="FILE.png", type=click.Path(path_type=Path), help="Contact sheet of the result"),
+    click.option("--skip-existing", is_flag=True, help="Keep a finished result of the same command"),
+    click.option("--grid", metavar="FILE.png", type=PATH, help="Contact sheet of the result"),
 ]
 
 
 def transcode_options(command: Any) -> Any:
-    """What `encode` and `decode` share."""
+    """Add the options of `encode` and `decode`."""
     for option in reversed(_TRANSCODE_OPTIONS):
         command = option(command)
     return command
@@ -172,17 +154,17 @@ def transcode_options(command: Any) -> Any:
 @click.option(
     "--measure/--no-measure",
     default=None,
-    help="Measure the latents' statistics for training [default: for another than the published VAE]",
+    help="Measure the latents' statistics for training [default: unless the VAE is the published one]",
 )
 @click.option(
-    "--pixel-min", metavar="FLOAT", type=float, default=0, show_default=True, help="Black, as the VAE sees it: 0 or -1"
+    "--pixel-min", metavar="FLOAT", type=float, default=0, show_default=True, help="Black for the VAE: 0 or -1"
 )
 def encode(model_url: str | None, measure: bool | None, pixel_min: float, **options: Any) -> None:
-    """Encode the pictures of a data set as raw VAE latents: mean and standard deviation for each latent pixel.
+    """Encode the images of a data set as raw VAE latents: mean and standard deviation for each latent pixel.
 
     The published networks were trained on latents of the default VAE, for pixels from 0 to 1. Other VAEs that diffusers
-    knows as AutoencoderKL work as well; dataset.json then says which one it was and what training has to know. The same
-    command again takes up work that was interrupted. --grid shows pictures beside what their latents decode to.
+    loads as AutoencoderKL work as well; dataset.json then notes the VAE and what training needs. The same command
+    continues interrupted work. --grid shows images next to the decoding of their latents.
 
     \b
     python dataset_tool.py encode --source=img512.zip --dest=img512-sd.zip
@@ -194,11 +176,10 @@ def encode(model_url: str | None, measure: bool | None, pixel_min: float, **opti
     """
     from training.dataset.latents import PUBLISHED_VAE, vae_encoder
 
-    measure = model_url not in (None, PUBLISHED_VAE) if measure is None else measure
     run_transcoding(
         lambda source, batch: vae_encoder(source, model_url or PUBLISHED_VAE, batch_size=batch, pixel_min=pixel_min),
         to_latents=True,
-        measure=measure,
+        measure=model_url not in (None, PUBLISHED_VAE) if measure is None else measure,
         **options,
     )
 
@@ -207,7 +188,7 @@ def encode(model_url: str | None, measure: bool | None, pixel_min: float, **opti
 @transcode_options
 @click.option("--model-url", metavar="NAME|DIR", help="VAE: hub name or diffusers folder [default: the data set's own]")
 def decode(model_url: str | None, **options: Any) -> None:
-    """Decode raw VAE latents, as `encode` writes them, to pictures.
+    """Decode raw VAE latents, as written by `encode`, to images.
 
     \b
     python dataset_tool.py decode --source=img512-sd.zip --dest=img512-decoded.zip
@@ -228,7 +209,7 @@ def run_transcoding(
     grid: Path | None,
     **options: Any,
 ) -> None:
-    """What `encode` and `decode` do: check, load the VAE, run, and draw the contact sheet."""
+    """Encode or decode: check, load the VAE, run, and draw the contact sheet."""
     from torch_utils import distributed
     from torch_utils.precision import numerics
     from training.conversion import transcode
@@ -237,7 +218,7 @@ def run_transcoding(
 
     dataset = ImageFolderDataset(source)
     encoder = make_encoder(dataset, batch)
-    dataset.check_headers(1000)  # what differs from the rest is told now, not after hours
+    dataset.check_headers(1000)  # fail now rather than after hours if items differ
     if grid is not None:
         require_sheet(grid)
     with distributed.joined(device, patience_hours=PATIENCE_HOURS) as world:
@@ -253,31 +234,9 @@ def run_transcoding(
             for step in work:
                 progress.update(step.num_images)
             if grid is not None and world.is_main:
-                write_sheet(grid, transcode.samples(dataset, work.encoder, world.device), num_columns=8)
+                write_sheet(grid, transcode.sample_images(dataset, work.encoder, world.device), num_columns=8)
     if world.is_main:
-        place = dest if shards is None else f"{dest} in {len(work.parts)} files"
-        there = ", there already" if work.finished else ""
-        click.echo(f"{place}: {work.num_images} images{there}" + (f"; contact sheet {grid}" if grid else ""))
-
-
-def describe_result(dest: Path, conversion: Any, num_kept: int, left_out: int, num_unreadable: int) -> str:
-    """What was written, in one line."""
-    width, height = conversion.size
-    if num_kept:
-        text = f"{dest}: {num_kept} of {conversion.num_parts} files there already"
-        return text if num_kept == conversion.num_parts else f"{text}, the others written; images of {width}x{height}"
-    text = f"{dest}: {conversion.num_images - left_out - num_unreadable} images of {width}x{height}"
-    if conversion.num_parts > 1:
-        text += f" in {conversion.num_parts} files"
-    if left_out:
-        text += f"; left out {left_out} that are smaller"
-    return text + (f"; left out {num_unreadable} that cannot be read" if num_unreadable else "")
-
-
-def default_workers() -> int:
-    """One for each core that this process may use, divided among the processes that torchrun started here."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        click.echo(work.summary() + (f"; contact sheet {grid}" if grid else ""))
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""From pictures as people have them to a data set. What workers import from here needs neither torch nor a GPU."""
+"""Conversion of images to data sets, and of data sets to latents. Worker processes import neither torch nor click."""

@@ -1,7 +1,8 @@
-"""What a source of pictures is, whatever its kind."""
+"""The contract of an image source, whatever its kind, and the choice among its images."""
 
+import importlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,30 +12,80 @@ from dnnlib.errors import ConfigError
 from training.dataset.label_file import Label
 
 
-class Reader(Protocol):
-    """Gives the picture for a key; pickled once for each worker. Raises ConfigError or pictures.Unreadable."""
+class ImageReader(Protocol):
+    """Reads the image of a key; pickled once for each worker. Raises ConfigError or Unreadable."""
 
     def read(self, key: Any, /) -> bytes | memoryview | np.ndarray:
-        """An encoded picture, or its pixels: uint8 [H, W, C] or [H, W]."""
+        """Return an encoded image, or its pixels: uint8 [H, W, C] or [H, W]."""
         ...
+
+
+class ArrayReader:
+    """Reader of sources whose keys are the pixels themselves, which travel to the workers with their task."""
+
+    def read(self, key: np.ndarray) -> np.ndarray:
+        """Return `key`."""
+        return key
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """N pictures in their order."""
+    """N images in their order."""
 
     path: Path
-    names: Sequence[str]  # [N], for people
-    keys: Sequence[Any]  # [N], what the reader takes; they travel to the workers one by one
-    reader: Reader
+    names: Sequence[str]  # [N], for messages
+    keys: Sequence[Any]  # [N], arguments of the reader; they travel to the workers one by one
+    reader: ImageReader
     labels: Sequence[Label] | None  # [N], all of one kind
-    classes: Sequence[str] | None = None  # what the class indices stand for
+    classes: Sequence[str] | None = None  # names of the class indices
 
 
-def choose_split(path: Path, splits: Sequence[str], wanted: str | None) -> str:
-    """The name of the split to take: the wanted one, else the only one, else 'train'; ConfigError if it is missing."""
-    if wanted is None:
-        wanted = splits[0] if len(splits) == 1 else "train"
-    if wanted not in splits:
-        raise ConfigError(f"{path} has no split '{wanted}'; choose one by --split={'|'.join(splits)}")
-    return wanted
+def import_optional(module: str, what: str) -> Any:
+    """Import a module of the extra `formats`, which reading `what` needs. Raises ConfigError if it is missing."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        package = module.partition(".")[0]
+        raise ConfigError(
+            f"reading {what} needs the package {package}; install it by pip install -e '.[formats]'"
+        ) from None
+
+
+def choose_split(path: Path, splits: Sequence[str], split: str | None) -> str:
+    """Return `split`, by default the only one of `splits`, else 'train'. Raises ConfigError if it does not exist."""
+    if split is None:
+        split = splits[0] if len(splits) == 1 else "train"
+    if split not in splits:
+        raise ConfigError(f"{path} has no split '{split}'; choose one by --split={'|'.join(splits)}")
+    return split
+
+
+def choose_images(source: Source, max_images: int | None, *, balanced: bool = False) -> Source:
+    """Take the first max_images images of `source`; with `balanced`, the first of every class, in source order.
+
+    A class with fewer images than its share gives all of them, and the others give more. A remainder goes to the
+    classes of the smallest index.
+    """
+    count = len(source.names)
+    if balanced:
+        if source.labels is None or isinstance(source.labels[0], list):
+            kind = "no labels" if source.labels is None else "labels that are vectors"
+            raise ConfigError(
+                f"--balanced takes images evenly over classes, but {source.path} has {kind}; leave it out"
+            )
+        classes = np.asarray(source.labels)
+        by_class = np.argsort(classes, kind="stable")
+        starts = np.searchsorted(classes[by_class], classes[by_class])
+        rank = np.empty(count, dtype=np.int64)  # position of each image within its class
+        rank[by_class] = np.arange(count) - starts
+        rows: Sequence[int] = np.sort(np.lexsort((classes, rank))[:max_images]).tolist()
+    elif max_images is None or max_images >= count:
+        return source
+    else:
+        rows = range(max_images)
+    return replace(
+        source,
+        names=[source.names[row] for row in rows],
+        keys=[source.keys[row] for row in rows],
+        labels=None if source.labels is None else [source.labels[row] for row in rows],
+    )

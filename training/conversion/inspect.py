@@ -1,51 +1,96 @@
-"""A look at every item of a data set: what is in it, and whether training would take it.
+"""A look at every item of a data set: statistics, and all the reasons why training would refuse it.
 
-Unlike `ImageFolderDataset`, which stops at the first mistake, this collects them all.
+`ImageFolderDataset` stops at the first mistake; this collects them all.
 
 N items, C channels, H x W pixels.
 """
 
 import hashlib
 import os
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from dnnlib.errors import ConfigError
-from training.conversion.inspect_report import Report, describe
 from training.conversion.transforms import require_trainable_size
+from training.conversion.workers import map_in_order
 from training.dataset.image_folder import ImageFolderDataset
 from training.dataset.item_files import Files, FolderFiles, open_files
-from training.dataset.items import ItemDecoder, Shape, is_item, is_latents
+from training.dataset.items import ItemDecoder, Shape, is_item, is_latents, read_shape
 from training.dataset.label_file import Label, read_file_labels, require_inside
 from training.dataset.latents import LatentStatistics, encoder_of
 from training.encoders import StabilityVAEEncoder
 
-__all__ = ["Inspection", "Report", "describe"]
-
-_SHOWN = 5  # names listed of many
-_AHEAD = 64  # items being decoded at once
-# How far the latents may be from what the encoder assumes before the report says so: in units of the assumed deviation,
-# and as a ratio of deviations. Data sets differ; the published statistics are ImageNet's.
+_MAX_LISTED = 5  # names in a message
+_MAX_PENDING = 64  # items being decoded at once
+# The report notes latents that differ this much from what the encoder assumes: difference of means in units of the
+# assumed deviation, and ratio of deviations. Data sets differ; the published statistics are ImageNet's.
 _FAR_MEAN, _FAR_STD = 0.5, 1.5
 
 
+@dataclass(kw_only=True)
+class Report:
+    """The findings. Training refuses a data set with `problems`; `notes` are worth knowing."""
+
+    path: str
+    kind: str = "images"  # or latents
+    num_items: int = 0
+    other_files: int = 0
+    shapes: dict[str, int] = field(default_factory=dict)  # WxHxC: items
+    labels: str = "none"
+    classes: dict[int, int] = field(default_factory=dict)  # class: items
+    mean: list[float] = field(default_factory=list)  # by channel, over items of the most frequent shape
+    std: list[float] = field(default_factory=list)
+    latents: dict[str, list[float]] = field(
+        default_factory=dict
+    )  # statistics of samples, and those the encoder assumes
+    duplicates: list[list[str]] = field(default_factory=list)  # groups of items with equal content
+    damaged: list[str] = field(default_factory=list)  # name: reason
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def accepted(self) -> bool:
+        """True if training would take the data set."""
+        return not self.problems
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Add a ConfigError of the block to the problems instead of raising it."""
+        try:
+            yield
+        except ConfigError as error:
+            self.problems.append(str(error))
+
+
 class Item(NamedTuple):
-    """What decoding one item gave."""
+    """Result of decoding one item."""
 
     shape: Shape | None = None
     digest: bytes = b""  # of the decoded numbers
-    sums: np.ndarray | None = None  # float64 [2, C]: of the numbers and of their squares, divided by H * W
-    statistics: LatentStatistics | None = None  # of latents
+    moments: LatentStatistics | None = None  # of the stored numbers
+    samples: LatentStatistics | None = None  # of samples from raw latents
     reason: str = ""  # why it cannot be read
 
 
+@dataclass(kw_only=True)
+class _Totals:
+    """Sums over the items of one shape."""
+
+    rows: list[int] = field(default_factory=list)
+    moments: LatentStatistics = field(default_factory=LatentStatistics)
+    samples: LatentStatistics = field(default_factory=LatentStatistics)
+
+
 class Inspection:
-    """Iterate over it, one step an item, to fill `report`. Raises ConfigError where there is no data set at all."""
+    """Iterate over it, one step per item, to fill `report`. Raises ConfigError if `path` holds no data set at all."""
 
     def __init__(self, path: Path, *, num_threads: int | None = None) -> None:
         self._files: Files = open_files(path)
@@ -53,24 +98,22 @@ class Inspection:
         if not self._rows:
             raise ConfigError(f"data set {path} holds no images; it has {len(self._files.names)} other files")
         self._num_threads = num_threads or min(8, os.cpu_count() or 1)
-        num_latents = sum(is_latents(self._files.names[row]) for row in self._rows)
+        num_items, num_latents = len(self._rows), sum(is_latents(self._files.names[row]) for row in self._rows)
         self.report = Report(
             path=str(path),
-            kind="latents" if num_latents > len(self._rows) // 2 else "pictures",
-            num_items=len(self._rows),
-            other_files=len(self._files.names) - len(self._rows),
+            kind="latents" if num_latents > num_items // 2 else "images",
+            num_items=num_items,
+            other_files=len(self._files.names) - num_items,
         )
-        if 0 < num_latents < len(self._rows):
+        if 0 < num_latents < num_items:
             self.report.problems.append(
-                f"{num_latents} .npy files and {len(self._rows) - num_latents} pictures are mixed;"
-                " move one kind to a data set of its own"
+                f"{num_latents} .npy files and {num_items - num_latents} images are mixed; move one kind to a data set"
+                " of its own"
             )
         if not isinstance(self._files, FolderFiles):
-            try:
+            with self.report.collecting():
                 require_inside(self._files.names, str(path))
-            except ConfigError as error:
-                self.report.problems.append(str(error))
-        self._by_shape: dict[Shape, list[int]] = defaultdict(list)
+        self._totals: dict[Shape, _Totals] = defaultdict(_Totals)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -78,41 +121,43 @@ class Inspection:
     def __iter__(self) -> Iterator[Item]:
         """Look at every item, in a few threads; then draw the conclusions."""
         self._check_labels()
-        totals = _Totals()
+        rows_by_digest: dict[bytes, list[int]] = defaultdict(list)
         for row, item in zip(self._rows, self._items(), strict=True):
-            if item.shape is None:
+            if item.shape is None or item.moments is None:
                 self.report.damaged.append(f"{self._files.names[row]}: {item.reason}")
             else:
-                self._by_shape[item.shape].append(row)
-                totals.add(row, item)
+                totals = self._totals[item.shape]
+                totals.rows.append(row)
+                totals.moments.merge(item.moments)
+                if item.samples is not None:
+                    totals.samples.merge(item.samples)
+                rows_by_digest[item.digest].append(row)
             yield item
-        self._conclude(totals)
+        self.report.duplicates = [self._names(rows) for rows in rows_by_digest.values() if len(rows) > 1]
+        self._conclude()
 
     def _items(self) -> Iterator[Item]:
-        pending: deque[Future[Item]] = deque()
         with ThreadPoolExecutor(self._num_threads) as pool:
             try:
-                for row in self._rows:
-                    pending.append(pool.submit(_look_at, self._files, row))
-                    if len(pending) >= _AHEAD:
-                        yield pending.popleft().result()
-                while pending:
-                    yield pending.popleft().result()
+                yield from map_in_order(pool, partial(_read_item, self._files), self._rows, max_pending=_MAX_PENDING)
             finally:
                 pool.shutdown(cancel_futures=True)
 
+    def _names(self, rows: list[int]) -> list[str]:
+        return [self._files.names[row] for row in rows]
+
     def _check_labels(self) -> None:
-        report, names = self.report, [self._files.names[row] for row in self._rows]
+        report = self.report
         try:
-            labels = read_file_labels(self._files, names)
+            labels = read_file_labels(self._files, self._names(self._rows))
         except ConfigError as error:
             report.labels = "unusable"
             report.problems.append(
-                f"{error}; mend dataset.json, or make the data set anew with dataset_tool.py convert"
+                f"{error}; correct dataset.json, or make the data set again with dataset_tool.py convert"
             )
             return
         if labels is None:
-            report.notes.append("there are no labels: training needs --cond=False")
+            report.notes.append("the images have no labels: training needs --cond=False")
         elif isinstance(labels[0], list):
             report.labels = f"vectors of {len(labels[0])}"
         else:
@@ -126,18 +171,17 @@ class Inspection:
         empty = sorted(set(range(max(counts) + 1)) - set(counts))
         if empty:
             report.notes.append(f"{len(empty)} classes below {max(counts)} have no images: {_listed(empty)}")
-        if max(counts.values()) > 10 * min(counts.values()):
-            smallest = min(counts, key=lambda label: counts[label])
+        smallest = min(counts, key=lambda label: counts[label])
+        if max(counts.values()) > 10 * counts[smallest]:
             report.notes.append(
-                f"classes differ much in size: {max(counts.values())} images at the most, {counts[smallest]} in class"
-                f" {smallest}"
+                f"the largest class has {max(counts.values())} images, the smallest, class {smallest}, only"
+                f" {counts[smallest]}"
             )
 
-    def _conclude(self, totals: "_Totals") -> None:
+    def _conclude(self) -> None:
         report = self.report
-        ordered = sorted(self._by_shape, key=lambda shape: -len(self._by_shape[shape]))
-        report.shapes = {f"{w}x{h}x{c}": len(self._by_shape[c, h, w]) for c, h, w in ordered}
-        report.duplicates = [[self._files.names[row] for row in rows] for rows in totals.duplicates()]
+        shapes = sorted(self._totals, key=lambda shape: -len(self._totals[shape].rows))
+        report.shapes = {f"{w}x{h}x{c}": len(self._totals[c, h, w].rows) for c, h, w in shapes}
         if report.duplicates:
             extra = sum(len(group) - 1 for group in report.duplicates)
             report.notes.append(f"{extra} items repeat the content of others, such as {_listed(report.duplicates[0])}")
@@ -146,46 +190,32 @@ class Inspection:
                 f"{len(report.damaged)} items cannot be read, such as {report.damaged[0]}; replace or remove them"
                 " (dataset_tool.py convert --on-error=skip leaves them out)"
             )
-        if ordered:
-            self._check_shapes(ordered, totals)
+        if shapes:
+            self._check_shapes(shapes)
         if report.accepted:
-            self._open_as_training_does()
+            with report.collecting():
+                encoder_of(ImageFolderDataset(report.path, use_labels=report.labels != "none"))
 
-    def _open_as_training_does(self) -> None:
-        report = self.report
-        try:
-            encoder_of(ImageFolderDataset(report.path, use_labels=report.labels != "none"))
-        except ConfigError as error:
-            report.problems.append(str(error))
-
-    def _check_shapes(self, ordered: list[Shape], totals: "_Totals") -> None:
-        report = self.report
-        report.mean, report.std = totals.moments(ordered[0])
-        if len(ordered) > 1:
-            odd = [self._files.names[rows[0]] for rows in (self._by_shape[shape] for shape in ordered[1:])]
+    def _check_shapes(self, shapes: list[Shape]) -> None:
+        report, totals = self.report, self._totals[shapes[0]]
+        report.mean, report.std = totals.moments.mean, totals.moments.std
+        if len(shapes) > 1:
+            odd = self._names([self._totals[shape].rows[0] for shape in shapes[1:]])
             report.problems.append(
-                f"items have {len(ordered)} different sizes or channel counts, for example {_listed(odd)}; convert with"
-                " --resolution=WxH brings pictures to one size, all as RGB"
+                f"items have {len(shapes)} different sizes or channel counts, for example {_listed(odd)}; convert with"
+                " --resolution=WxH brings images to one size, all as RGB"
             )
-        self._check_size(ordered[0])
-        if report.kind == "latents" and ordered[0] in totals.statistics:
-            self._check_latents(totals.statistics[ordered[0]])
-
-    def _check_size(self, shape: Shape) -> None:
-        try:
-            require_trainable_size((shape[2], shape[1]), "its size")
-        except ConfigError as error:
-            self.report.problems.append(str(error))
+        with report.collecting():
+            require_trainable_size((shapes[0][2], shapes[0][1]), "its size")
+        if report.kind == "latents" and totals.samples.count:
+            with report.collecting():
+                self._check_latents(totals.samples)
 
     def _check_latents(self, statistics: LatentStatistics) -> None:
-        """Hold the latents against what the encoder will take them for."""
+        """Compare the statistics of the latents with those that their encoder assumes."""
         report = self.report
         report.latents = {"mean": statistics.mean, "std": statistics.std}
-        try:
-            encoder = encoder_of(ImageFolderDataset(report.path, use_labels=False))
-        except ConfigError as error:
-            report.problems.append(str(error))
-            return
+        encoder = encoder_of(ImageFolderDataset(report.path, use_labels=False))
         assert isinstance(encoder, StabilityVAEEncoder)
         scale, bias = np.array(encoder.scale), np.array(encoder.bias)
         mean, std = 0 - bias / scale, 0.5 / scale
@@ -194,18 +224,18 @@ class Inspection:
         ratio = np.array(statistics.std) / std
         if (distance > _FAR_MEAN).any() or (ratio > _FAR_STD).any() or (ratio < 1 / _FAR_STD).any():
             report.notes.append(
-                "the latents are far from what their encoder assumes, and training would see them off-centre or"
+                "the latents are far from what their encoder assumes: in training they would be off-center or"
                 " mis-scaled; dataset_tool.py encode --measure notes their own statistics"
             )
 
     def sample(self, count: int = 48) -> np.ndarray:
         """Items spread over those of the most frequent shape, to look at: uint8 [N, 1 or 3, H, W].
 
-        Of latents, the first three channels of the mean are shown, each brought to the range of grey levels.
+        Of latents, the first three channels of the mean, each scaled to the full range of gray levels.
         """
-        if not self._by_shape:
+        if not self._totals:
             raise ConfigError(f"{self.report.path} has no item that could be shown")
-        rows = max(self._by_shape.values(), key=len)
+        rows = max((totals.rows for totals in self._totals.values()), key=len)
         chosen = [rows[i] for i in np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]
         arrays = np.stack([_decode(self._files, row)[1] for row in chosen])
         if self.report.kind == "latents":
@@ -215,38 +245,13 @@ class Inspection:
         return arrays[:, :3] if arrays.shape[1] >= 3 else arrays[:, :1]
 
 
-class _Totals:
-    """Sums over items, by shape, and who has the same content."""
-
-    def __init__(self) -> None:
-        self._rows: dict[bytes, list[int]] = defaultdict(list)
-        self._sums: dict[Shape, tuple[int, np.ndarray]] = {}
-        self.statistics: dict[Shape, LatentStatistics] = defaultdict(LatentStatistics)
-
-    def add(self, row: int, item: Item) -> None:
-        assert item.shape is not None and item.sums is not None
-        self._rows[item.digest].append(row)
-        count, sums = self._sums.get(item.shape, (0, np.zeros_like(item.sums)))
-        self._sums[item.shape] = count + 1, sums + item.sums
-        if item.statistics is not None:
-            self.statistics[item.shape].merge(item.statistics)
-
-    def duplicates(self) -> list[list[int]]:
-        return [rows for rows in self._rows.values() if len(rows) > 1]
-
-    def moments(self, shape: Shape) -> tuple[list[float], list[float]]:
-        count, sums = self._sums[shape]
-        mean, square = sums / count
-        return mean.tolist(), np.sqrt(np.maximum(square - mean**2, 0)).tolist()
-
-
 def _decode(files: Files, row: int) -> tuple[ItemDecoder, np.ndarray]:
     data, where = files.read(row), files.describe(row)
-    decoder = ItemDecoder(data, where)
+    decoder = ItemDecoder(read_shape(data, where), where)
     return decoder, decoder.decode(data, lambda: where)
 
 
-def _look_at(files: Files, row: int) -> Item:
+def _read_item(files: Files, row: int) -> Item:
     try:
         decoder, array = _decode(files, row)
     except ConfigError as error:
@@ -256,18 +261,49 @@ def _look_at(files: Files, row: int) -> Item:
     if decoder.latents and not np.isfinite(array).all():
         return Item(reason="it holds numbers that are not finite")
     numbers = array.astype(np.float64)
-    statistics = None
+    moments = LatentStatistics(count=numbers[0].size, sums=numbers.sum((1, 2)), squares=(numbers**2).sum((1, 2)))
+    samples = None
     if decoder.latents and array.shape[0] % 2 == 0:
-        statistics = LatentStatistics()
-        statistics.add(array[None])
-    return Item(
-        shape=decoder.shape,
-        digest=hashlib.blake2b(array.tobytes(), digest_size=16, salt=str(array.shape).encode()[:16]).digest(),
-        sums=np.stack([numbers.mean((1, 2)), (numbers**2).mean((1, 2))]),
-        statistics=statistics,
-    )
+        samples = LatentStatistics()
+        samples.add(array[None])
+    digest = hashlib.blake2b(array.tobytes(), digest_size=16, salt=str(array.shape).encode()[:16]).digest()
+    return Item(shape=decoder.shape, digest=digest, moments=moments, samples=samples)
+
+
+def describe(report: Report) -> str:
+    """Format the report as lines of text."""
+    lines = [f"{report.path}: {report.num_items} {report.kind}"]
+    for shape, count in report.shapes.items():
+        size, _, channels = shape.rpartition("x")
+        lines.append(f"  {count} of {size}, {channels} channel{'' if channels == '1' else 's'}")
+    lines.append(f"Labels:   {report.labels}")
+    if report.classes:
+        lines += _histogram(report.classes)
+    moments = {"Mean:    ": report.mean, "Std:     ": report.std} if report.mean else {}
+    moments |= {f"Samples, {name}:": values for name, values in report.latents.items()}
+    lines += [f"{name} {', '.join(f'{value:.4g}' for value in values)}" for name, values in moments.items()]
+    lines.append(f"Other files: {report.other_files}")
+    lines += [f"Damaged:  {text}" for text in report.damaged[:20]]
+    if len(report.damaged) > 20:
+        lines.append(f"Damaged:  and {len(report.damaged) - 20} more")
+    lines += [f"Note:     {text}" for text in report.notes]
+    lines += [f"Problem:  {text}" for text in report.problems]
+    lines.append("Training would take this data set." if report.accepted else "Training would not take this data set.")
+    return "\n".join(lines)
+
+
+def _histogram(classes: dict[int, int], width: int = 40, most: int = 20) -> list[str]:
+    """Draw a bar for each class; of more than `most` classes, for ranges of class sizes."""
+    if len(classes) <= most:
+        largest = max(classes.values())
+        return [f"  {label:>6}  {count:>8}  {'#' * -(-count * width // largest)}" for label, count in classes.items()]
+    counts, edges = np.histogram(list(classes.values()), bins=8)
+    lines = [f"  {len(classes)} classes, by number of images:"]
+    for count, low, high in zip(counts, edges, edges[1:], strict=False):
+        lines.append(f"  {low:>8.0f} to {high:>8.0f}  {count:>6}  {'#' * int(-(-count * width // counts.max()))}")
+    return lines
 
 
 def _listed(values: list[Any]) -> str:
-    more = f" and {len(values) - _SHOWN} more" if len(values) > _SHOWN else ""
-    return ", ".join(str(value) for value in values[:_SHOWN]) + more
+    extra = f" and {len(values) - _MAX_LISTED} more" if len(values) > _MAX_LISTED else ""
+    return ", ".join(str(value) for value in values[:_MAX_LISTED]) + extra

@@ -1,15 +1,14 @@
-"""Pixels to raw latents and back: a data set through a VAE, over all processes, to be taken up again when interrupted.
+"""Pixels to raw latents and back: a data set through a VAE, over all processes, in work that can be interrupted.
 
-The work is done in chunks, which are files of their own in a folder beside the destination until all are there. They
-are then put together, shard by shard, in the order of the source. Chunks are multiples of the VAE's batch, so that
-neither the number of processes nor an interruption changes a result.
+The work is done in chunks, each a file in a folder next to the destination until all are computed. They are then put
+together, shard by shard, in the order of the source. Chunks are multiples of the VAE's batch: neither the number of
+processes nor an interruption changes a result.
 
 N images, C channels, H x W pixels.
 """
 
 import io
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
@@ -21,21 +20,19 @@ import numpy as np
 import torch
 
 from dnnlib.atomic import atomic_path, write_text
-from dnnlib.errors import ConfigError, reason_of
-from dnnlib.folders import make_folder, require_folder
+from dnnlib.disk import make_folder
+from dnnlib.errors import ConfigError, one_line, reason_of
 from torch_utils.distributed import World
-from training.conversion.archive import (
-    Part,
-    existing_shards,
-    is_zip,
-    latents_name,
-    picture_name,
-    plan_parts,
-    writing,
+from training.conversion.archive import Part, existing_shards, image_name, is_zip, latents_name, plan_parts, writing
+from training.conversion.destination import (
+    MADE_KEY,
+    missing_parts,
+    remove_leftovers,
+    remove_stale_shards,
+    request_digest,
+    require_destination,
 )
-from training.conversion.finished import MADE_KEY, missing_parts, remove_leftovers, request_digest
 from training.dataset.image_folder import ImageFolderDataset
-from training.dataset.item_files import find_shards
 from training.dataset.latents import (
     ENCODER_KEY,
     LatentStatistics,
@@ -46,28 +43,83 @@ from training.dataset.latents import (
     rgb,
     vae_geometry,
 )
-from training.dataset.zip_index import one_line
 from training.encoders import StabilityVAEEncoder
-from training.images.png import encode_plain_png
+from training.images.png import PLAIN, encode_png
 
-_REQUEST = "request.json"
 _CHUNK_IMAGES = 256  # at most; a multiple of the VAE's batch
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
-    """Some images are done: computed just now, or found done already."""
+class TranscodeStep:
+    """A few images are done: computed now, or by an earlier, interrupted command."""
 
     num_images: int
 
 
-class Transcoding:
-    """A data set on its way through a VAE: iterate over its steps; the files are there at the end.
+class _ChunkFolder:
+    """The results of an unfinished command, one file per chunk, and its request, which tells whose they are."""
 
-    Making one checks what can be checked without the VAE, and writes nothing. Under torchrun every process makes and
-    runs one; they need a common disk. What was done before an interruption is found in `workdir`, provided that the
-    same is asked for again; with `skip_existing` a result that is there already and was made from the same is left as
-    it is (`finished`). Raises ConfigError.
+    def __init__(self, path: Path, request: dict[str, Any]) -> None:
+        self.path = path
+        self._request = request
+        self._request_file = path / "request.json"
+
+    @property
+    def exists(self) -> bool:
+        """True if an interrupted command left the folder."""
+        return self._request_file.is_file()
+
+    def prepare(self, world: World) -> None:
+        """Make the folder. Raises ConfigError if it holds other work; every process must call this."""
+        if world.is_main:
+            make_folder(self.path)
+            if not self.exists:
+                for path in self.path.iterdir():
+                    path.unlink()  # of unknown origin without a request
+                write_text(self._request_file, json.dumps(self._request))
+        world.barrier()
+        try:
+            request = json.loads(self._request_file.read_text("utf-8"))
+        except ValueError:
+            request = None
+        if request != self._request:
+            raise ConfigError(
+                f"{self.path} holds the unfinished work of another command; finish it, or remove the folder"
+            )
+
+    def __contains__(self, number: int) -> bool:
+        return self._chunk_file(number).is_file()
+
+    def save(self, number: int, array: np.ndarray) -> None:
+        """Write a chunk."""
+        with atomic_path(self._chunk_file(number)) as temp:
+            temp.write_bytes(_npy(array))  # np.save would not report a full disk
+
+    def load(self, number: int) -> np.ndarray:
+        """Map a chunk into memory. Raises ConfigError for a damaged one, which is removed to be computed again."""
+        path = self._chunk_file(number)
+        try:
+            return np.load(path, allow_pickle=False, mmap_mode="r")
+        except (OSError, ValueError, EOFError) as error:
+            with suppress(OSError):
+                path.unlink()
+            raise ConfigError(f"{path} is damaged ({one_line(error)}); the same command computes it again") from None
+
+    def remove(self, *, only_if_empty: bool = False) -> None:
+        """Remove the folder; with `only_if_empty`, unless it holds a chunk."""
+        if not (only_if_empty and any(self.path.glob("*.npy"))):
+            shutil.rmtree(self.path, ignore_errors=True)
+
+    def _chunk_file(self, number: int) -> Path:
+        return self.path / f"{number:08d}.npy"
+
+
+class Transcoding:
+    """A data set on its way through a VAE: iterate over its steps; the files exist at the end.
+
+    The constructor checks what it can without the VAE, and writes nothing. Under torchrun every process makes and runs
+    one; they need a common disk. The same command continues interrupted work from `workdir`. With `skip_existing`, an
+    existing result that was made from the same stays (`finished`). Raises ConfigError.
     """
 
     def __init__(
@@ -87,13 +139,12 @@ class Transcoding:
     ) -> None:
         self._source = source
         self._dest = dest
-        self._encoder = encoder
+        self.encoder = encoder  # of the latents; with `measure`, it gets their statistics at the end
         self._world = world
         self._to_latents = to_latents
         self._measure = measure
         self.num_images = min(len(source), max_images or len(source))  # of all processes
-        self.workdir = dest.with_name(f"{dest.name}.partial")
-        self._request = {
+        request = {
             "source": str(source_path),
             "content": source.fingerprint(),
             "images": self.num_images,
@@ -102,172 +153,117 @@ class Transcoding:
             "result": "latents" if to_latents else "pixels",
         }
         self._made_from = request_digest(
-            {key: value for key, value in self._request.items() if key != "source"} | {"measured": measure}
+            {key: value for key, value in request.items() if key != "source"} | {"measured": measure}
         )
+        self.workdir = dest.with_name(f"{dest.name}.partial")
+        self._computed = _ChunkFolder(self.workdir, request)
+        self._chunk_size = max(_CHUNK_IMAGES // encoder.batch_size, 1) * encoder.batch_size
         self.parts = plan_parts(dest, self.num_images, num_shards=num_shards, per_shard=None)
-        self._chunk = max(_CHUNK_IMAGES // encoder.batch_size, 1) * encoder.batch_size
-        self._stale = existing_shards(dest) if num_shards is not None else []  # of an earlier, larger number
-        resumed = (self.workdir / _REQUEST).is_file()
-        known = skip_existing or resumed
-        self._require_places(source_path, sharded=num_shards is not None, overwrite=overwrite, known=known)
-        replace = overwrite or (resumed and is_zip(dest))
-        # Whether all is there already, because it was finished before, or killed when it was as good as finished.
-        self.finished = known and not missing_parts(self.parts, self._made_from, self._stale, replace=replace)
+        sharded = num_shards is not None
+        self._existing = existing_shards(dest) if sharded else []
+        resumed = self._computed.exists
+        if world.size > 1 and not is_zip(dest):
+            raise ConfigError(f"{world.size} processes write ZIP files; name one as --dest, as in {dest}.zip")
+        resumable = skip_existing or resumed
+        require_destination(dest, source_path, sharded=sharded, overwrite=overwrite, resumable=resumable)
+        # Also true where an earlier command was killed after it had written all parts.
+        self.finished = resumable and not missing_parts(
+            self.parts, self._made_from, self._existing, replace=overwrite or (resumed and is_zip(dest))
+        )
 
     def __len__(self) -> int:
-        """The images that this process has to do."""
+        """Number of images that this process has to do."""
         return sum(len(chunk) for _, chunk in self._chunks())
 
-    def __iter__(self) -> Iterator[Step]:
-        """Compute what is missing, then put it together; see the class."""
-        world = self._world
+    def __iter__(self) -> Iterator[TranscodeStep]:
+        """Compute the missing chunks, then put all together; see the class."""
         if self.finished:
-            self._tidy_up()
-            yield Step(num_images=len(self))
-            return
-        try:
-            self._start()
-            yield from self._compute_missing()
-            world.barrier()
-            self._put_together()
-            world.barrier()
-        except OSError as error:
-            raise ConfigError(
-                f"{self._dest} cannot be written: {reason_of(error)}; what is done stays in {self.workdir}, and"
-                " the same command again goes on from there"
-            ) from None
-        self._tidy_up()
-
-    @property
-    def encoder(self) -> StabilityVAEEncoder:
-        """The encoder that belongs to the latents; with `measure`, once the work is done, that of their statistics."""
-        return self._encoder
-
-    def _tidy_up(self) -> None:
-        """Remove what is of no use any more once the result is there."""
+            yield TranscodeStep(num_images=len(self))
+        else:
+            try:
+                self._computed.prepare(self._world)
+                if self._world.is_main:
+                    remove_leftovers(self.parts)
+                yield from self._compute_missing()
+                self._world.barrier()
+                self._put_together()
+                self._world.barrier()
+            except OSError as error:
+                raise ConfigError(
+                    f"{self._dest} cannot be written: {reason_of(error)}; finished chunks stay in {self.workdir}, and"
+                    " the same command continues from there"
+                ) from None
         if self._world.is_main:
-            written = {part.path for part in self.parts}
-            for path in self._stale:
-                if path not in written:
-                    path.unlink(missing_ok=True)
-            shutil.rmtree(self.workdir, ignore_errors=True)
+            remove_stale_shards(self._existing, self.parts)
+            self._computed.remove()
+
+    def summary(self) -> str:
+        """Describe the result in one line."""
+        dest = f"{self._dest} in {len(self.parts)} files" if len(self.parts) > 1 else str(self._dest)
+        return f"{dest}: {self.num_images} images" + (", there already" if self.finished else "")
 
     def _chunks(self) -> Iterator[tuple[int, range]]:
-        """Number and images of the chunks that are this process's to compute."""
-        starts = range(0, self.num_images, self._chunk)
+        """Number and images of each chunk that this process has to compute."""
+        starts = range(0, self.num_images, self._chunk_size)
         for number in range(self._world.rank, len(starts), self._world.size):
-            yield number, range(starts[number], min(starts[number] + self._chunk, self.num_images))
+            yield number, range(starts[number], min(starts[number] + self._chunk_size, self.num_images))
 
-    def _chunk_path(self, number: int) -> Path:
-        return self.workdir / f"{number:08d}.npy"
+    def _compute_missing(self) -> Iterator[TranscodeStep]:
+        try:
+            for number, chunk in self._chunks():
+                if number not in self._computed:
+                    self._computed.save(number, self._compute(chunk))
+                yield TranscodeStep(num_images=len(chunk))
+        finally:
+            if self._world.size == 1:
+                self._computed.remove(only_if_empty=True)  # an early mistake leaves nothing behind
 
     @torch.no_grad()
     def _compute(self, chunk: range) -> np.ndarray:
-        """Raw latents float32 [N, 2C, H, W], or pixels uint8 [N, 3, H, W]."""
+        """Compute raw latents float32 [N, 2C, H, W], or pixels uint8 [N, 3, H, W]."""
         stored, _ = self._source.read_batch(chunk)
-        if self._to_latents:
-            pixels = torch.from_numpy(rgb(stored)).to(self._world.device)
-            latents = self._encoder.encode_pixels(pixels).cpu().numpy()
-            if not np.isfinite(latents).all():
-                raise ConfigError(
-                    f"the VAE {self._encoder.vae_name} makes numbers that are not finite of images {chunk}"
-                )
-            return latents
-        raw = torch.from_numpy(stored).to(self._world.device)
-        return self._encoder.decode(most_likely(self._encoder, raw)).cpu().numpy()
-
-    def _compute_missing(self) -> Iterator[Step]:
-        try:
-            for number, chunk in self._chunks():
-                path = self._chunk_path(number)
-                if not path.is_file():
-                    result = self._compute(chunk)
-                    with atomic_path(path) as temp:
-                        temp.write_bytes(_npy(result))  # np.save would not say that the disk is full
-                yield Step(num_images=len(chunk))
-        finally:
-            if self._world.size == 1 and not any(self.workdir.glob("*.npy")):
-                shutil.rmtree(self.workdir, ignore_errors=True)  # an early mistake leaves nothing behind
-
-    def _start(self) -> None:
-        """Make the working folder, or make sure that an existing one holds the same work."""
-        request_file = self.workdir / _REQUEST
-        if self._world.is_main:
-            make_folder(self.workdir)
-            if not request_file.is_file():
-                for path in self.workdir.iterdir():
-                    path.unlink()  # nothing tells what it was made from
-                write_text(request_file, json.dumps(self._request))
-        self._world.barrier()
-        try:
-            found = json.loads(request_file.read_text("utf-8"))
-        except ValueError:
-            found = None
-        if found != self._request:
-            raise ConfigError(
-                f"{self.workdir} holds the unfinished work of another command; finish it, or remove the folder"
-            )
-        if self._world.is_main:
-            remove_leftovers(self.parts)
+        if not self._to_latents:
+            raw = torch.from_numpy(stored).to(self._world.device)
+            return self.encoder.decode(most_likely(self.encoder, raw)).cpu().numpy()
+        pixels = torch.from_numpy(rgb(stored)).to(self._world.device)
+        latents = self.encoder.encode_pixels(pixels).cpu().numpy()
+        if not np.isfinite(latents).all():
+            raise ConfigError(f"the VAE {self.encoder.vae_name} makes numbers that are not finite of images {chunk}")
+        return latents
 
     def _put_together(self) -> None:
-        """Write this process's parts of the destination out of the chunks."""
+        """Write this process's parts of the destination from the chunks."""
         if self._measure:
             statistics = LatentStatistics()
-            for number in range(-(-self.num_images // self._chunk)):
-                statistics.add(_load(self._chunk_path(number)))
-            self._encoder = self._encoder.with_statistics(statistics.mean, statistics.std)
-        head: dict[str, Any] = {"labels": [] if self._source.has_labels else None, MADE_KEY: self._made_from}
-        if self._source.has_labels and self._source.class_names is not None:
+            for number in range(-(-self.num_images // self._chunk_size)):
+                statistics.add(self._computed.load(number))
+            self.encoder = self.encoder.with_statistics(statistics.mean, statistics.std)
+        has_labels = self._source.has_labels
+        head: dict[str, Any] = {"labels": [] if has_labels else None, MADE_KEY: self._made_from}
+        if has_labels and self._source.class_names is not None:
             head["classes"] = self._source.class_names
         if self._to_latents:
-            head[ENCODER_KEY] = encoder_entry(self._encoder)
-        name = latents_name if self._to_latents else picture_name
+            head[ENCODER_KEY] = encoder_entry(self.encoder)
+        name = latents_name if self._to_latents else image_name
         for part in self.parts[self._world.rank :: self._world.size]:
             with writing([part], head, name) as (writer,):
                 for index, item in self._items(part):
-                    writer.add(index, _npy(item) if self._to_latents else encode_plain_png(item), self._label(index))
+                    label = self._source.get_details(index).raw_label.tolist() if has_labels else None
+                    writer.add(index, _npy(item) if self._to_latents else encode_png(item, compression=PLAIN), label)
                 writer.finish()
 
     def _items(self, part: Part) -> Iterator[tuple[int, np.ndarray]]:
-        for number in range(part.start // self._chunk, -(-part.stop // self._chunk)):
-            start = number * self._chunk
-            chunk = _load(self._chunk_path(number))
+        for number in range(part.start // self._chunk_size, -(-part.stop // self._chunk_size)):
+            start = number * self._chunk_size
+            chunk = self._computed.load(number)
             for index in range(max(start, part.start), min(start + len(chunk), part.stop)):
                 yield index, chunk[index - start]
 
-    def _label(self, index: int) -> Any:
-        return self._source.get_details(index).raw_label.tolist() if self._source.has_labels else None
-
-    def _require_places(self, source: Path, *, sharded: bool, overwrite: bool, known: bool) -> None:
-        dest = self._dest
-        if dest.resolve() == source.resolve() or (source.is_dir() and dest.resolve().is_relative_to(source.resolve())):
-            raise ConfigError(f"--dest={dest} lies inside of --source={source}; choose a place outside")
-        if sharded and not is_zip(dest):
-            raise ConfigError(f"--dest={dest} is a folder, but shards are ZIP files; name one, as in data.zip")
-        if self._world.size > 1 and not is_zip(dest):
-            raise ConfigError(f"{self._world.size} processes write ZIP files; name one as --dest, as in {dest}.zip")
-        require_folder(dest.parent)
-        if is_zip(dest):
-            found = existing_shards(dest) if sharded else [dest] if dest.exists() else []
-            inputs = {source.resolve()} if source.is_file() else {path.resolve() for path in find_shards(source)}
-            for path in found:
-                if path.is_dir():
-                    raise ConfigError(f"{path} is a folder; choose another --dest")
-                if path.resolve() in inputs:
-                    raise ConfigError(f"{path} is part of --source={source}; choose another --dest")
-            if found and not (overwrite or known):
-                raise ConfigError(f"{found[0]} exists already; choose another --dest, or add --overwrite to replace it")
-        elif dest.is_dir() and any(os.scandir(dest)) and not known:
-            raise ConfigError(f"--dest={dest} is not empty; choose a new folder")
-        elif dest.exists() and not dest.is_dir():
-            raise ConfigError(f"--dest={dest} is a file; name a ZIP file or a folder")
-
 
 def own_encoder(source: ImageFolderDataset, vae: str | None, *, batch: int) -> StabilityVAEEncoder:
-    """The encoder that the latents of `source` belong to, with the VAE called `vae` in the place of its own."""
+    """Return the encoder of the latents in `source`; `vae` names a VAE to use in place of its own."""
     if not source.holds_latents:
-        raise ConfigError(f"{source.name} holds pictures, not latents; `encode` makes those")
+        raise ConfigError(f"{source.name} holds images, not latents; `encode` makes those")
     encoder = encoder_of(source)
     assert isinstance(encoder, StabilityVAEEncoder)
     entry = encoder_entry(encoder)
@@ -277,23 +273,20 @@ def own_encoder(source: ImageFolderDataset, vae: str | None, *, batch: int) -> S
     return read_encoder(entry, f"{source.name}: dataset.json")
 
 
-def _spread(dataset: ImageFolderDataset, count: int) -> list[int]:
-    return [int(i) for i in np.linspace(0, len(dataset) - 1, min(count, len(dataset)))]
-
-
 def most_likely(encoder: StabilityVAEEncoder, raw: torch.Tensor) -> torch.Tensor:
-    """Final latents [N, C, H, W] from raw ones [N, 2C, H, W], the means without noise."""
+    """Final latents [N, C, H, W] from raw ones [N, 2C, H, W]: their means, without noise."""
     return encoder.encode_latents(raw, torch.zeros_like(raw[:, : raw.shape[1] // 2]))
 
 
 @torch.no_grad()
-def samples(source: ImageFolderDataset, encoder: StabilityVAEEncoder, device: torch.device) -> np.ndarray:
-    """Pictures spread over the data set, uint8 [N, 3, H, W]: latents decoded; pixels as they are and, each followed by
-    it, as their latents decode."""
+def sample_images(source: ImageFolderDataset, encoder: StabilityVAEEncoder, device: torch.device) -> np.ndarray:
+    """Decode images spread over the data set, uint8 [N, 3, H, W]. Of pixels, each image is followed by its decoding."""
+    num_images = min(32 if source.holds_latents else 16, len(source))
+    rows = np.linspace(0, len(source) - 1, num_images).astype(int).tolist()
+    stored = source.read_batch(rows)[0]
     if source.holds_latents:
-        raw = torch.from_numpy(source.read_batch(_spread(source, 32))[0]).to(device)
-        return encoder.decode(most_likely(encoder, raw)).cpu().numpy()
-    before = torch.from_numpy(rgb(source.read_batch(_spread(source, 16))[0])).to(device)
+        return encoder.decode(most_likely(encoder, torch.from_numpy(stored).to(device))).cpu().numpy()
+    before = torch.from_numpy(rgb(stored)).to(device)
     after = encoder.decode(most_likely(encoder, encoder.encode_pixels(before)))
     return torch.stack([before, after], dim=1).flatten(0, 1).cpu().numpy()
 
@@ -302,12 +295,3 @@ def _npy(array: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, array)
     return buffer.getvalue()
-
-
-def _load(path: Path) -> np.ndarray:
-    try:
-        return np.load(path, allow_pickle=False, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
-        with suppress(OSError):
-            path.unlink()
-        raise ConfigError(f"{path} is damaged ({one_line(error)}); the same command again computes it anew") from None

@@ -1,6 +1,7 @@
-"""The published ways to bring a picture to a size, in RGB pictures of PIL. Sizes are (width, height), as in PIL."""
+"""The published ways to bring an RGB image to a size. Sizes are (width, height), as in PIL."""
 
 import math
+import re
 from collections.abc import Callable
 
 import PIL.Image
@@ -11,44 +12,46 @@ from dnnlib.errors import ConfigError
 Size = tuple[int, int]  # (width, height)
 
 
-def scale(picture: Image, size: Size) -> Image:
-    """Lanczos to `size`; the aspect is not kept."""
-    return picture.resize(size, Resampling.LANCZOS)
+def scale(image: Image, size: Size) -> Image:
+    """Scale to `size` by Lanczos without keeping the aspect."""
+    return image.resize(size, Resampling.LANCZOS)
 
 
-def center_crop(picture: Image, size: Size) -> Image:
-    """The central square of the shorter side, Lanczos to `size`."""
-    side = min(picture.size)
-    return scale(_central(picture, side, side), size)
+def center_crop(image: Image, size: Size) -> Image:
+    """Crop the central square of the shorter side; Lanczos to `size`."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    right, bottom = (image.width + side) // 2, (image.height + side) // 2
+    return scale(image.crop((left, top, right, bottom)), size)
 
 
-def center_crop_wide(picture: Image, size: Size) -> Image | None:
-    """The central band with the aspect of `size`, Lanczos to it, centred on a black square of its width.
+def center_crop_wide(image: Image, size: Size) -> Image | None:
+    """Crop the central band with the aspect of `size`; Lanczos to it, centered on a black square of its width.
 
-    None where the picture has fewer columns, or the band fewer rows, than the result: such pictures are left out.
+    None if the image has fewer columns, or the band fewer rows, than the result: such images are left out.
     """
     width, height = size
-    band = round(width * picture.height / picture.width)
-    if picture.width < width or band < height:
+    band = round(width * image.height / image.width)
+    if image.width < width or band < height:
         return None
-    top, bottom = (picture.height - band) // 2, (picture.height + band) // 2
+    top, bottom = (image.height - band) // 2, (image.height + band) // 2
     canvas = PIL.Image.new("RGB", (width, width))
-    canvas.paste(scale(picture.crop((0, top, picture.width, bottom)), size), (0, (width - height) // 2))
+    canvas.paste(scale(image.crop((0, top, image.width, bottom)), size), (0, (width - height) // 2))
     return canvas
 
 
-def center_crop_dhariwal(picture: Image, size: Size) -> Image:
-    """Halved with a box filter while that is possible, bicubic until the shorter side fits, cropped centrally.
+def center_crop_dhariwal(image: Image, size: Size) -> Image:
+    """Halve with a box filter while possible, then bicubic until the shorter side fits; crop centrally.
 
     The preparation of ImageNet by Dhariwal and Nichol (arXiv 2105.05233). `size` is square.
     """
     target = size[0]
-    while min(picture.size) >= 2 * target:
-        picture = picture.resize((picture.width // 2, picture.height // 2), Resampling.BOX)
-    factor = target / min(picture.size)
-    picture = picture.resize((round(picture.width * factor), round(picture.height * factor)), Resampling.BICUBIC)
-    left, top = (picture.width - target) // 2, (picture.height - target) // 2
-    return picture.crop((left, top, left + target, top + target))
+    while min(image.size) >= 2 * target:
+        image = image.resize((image.width // 2, image.height // 2), Resampling.BOX)
+    factor = target / min(image.size)
+    image = image.resize((round(image.width * factor), round(image.height * factor)), Resampling.BICUBIC)
+    left, top = (image.width - target) // 2, (image.height - target) // 2
+    return image.crop((left, top, left + target, top + target))
 
 
 TRANSFORMS: dict[str, Callable[[Image, Size], Image | None]] = {
@@ -58,37 +61,44 @@ TRANSFORMS: dict[str, Callable[[Image, Size], Image | None]] = {
 }
 
 
-def result_size(name: str | None, size: Size | None) -> Size | None:
-    """What the transform called `name` makes with --resolution=`size`; None where pictures keep theirs.
+def parse_resolution(text: str) -> Size:
+    """Parse 'WxH'. Raises ConfigError."""
+    match = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text)
+    if match is None:
+        raise ConfigError(f"--resolution={text} is not a size; write width and height, as in 64x64")
+    return int(match[1]), int(match[2])
 
-    Raises ConfigError where that is no size for training: square, and a power of two.
+
+def result_size(name: str | None, size: Size | None) -> Size | None:
+    """Size of the results of transform `name` with --resolution=`size`; None if images keep theirs.
+
+    Raises ConfigError for a size that cannot be trained on: it must be square, and a power of two.
     """
     if size is None:
         if name is not None:
-            raise ConfigError(
-                f"--transform={name} needs a size to bring pictures to; add --resolution=WxH, as in 64x64"
-            )
+            raise ConfigError(f"--transform={name} needs the size of the results; add --resolution=WxH, as in 64x64")
         return None
     width, height = size
     given = f"--resolution={width}x{height}"
     if name == "center-crop-wide":
         if height > width:
-            raise ConfigError(f"{given} is higher than wide; --transform={name} centres it on a square of its width")
+            raise ConfigError(f"{given} is higher than wide; --transform={name} centers it on a square of its width")
     elif width != height:
         raise ConfigError(f"{given} is not square; try {width}x{width}, or --transform=center-crop-wide for black bars")
     if not is_power_of_two(width):
-        raise ConfigError(f"{given} is no power of two, which networks need; try {_nearest(width)}x{_nearest(width)}")
+        side = _nearest_power(width)
+        raise ConfigError(f"{given} is not a power of two, as networks need; try {side}x{side}")
     return width, width
 
 
 def require_trainable_size(size: Size, name: str) -> None:
-    """Raise ConfigError unless pictures of `size`, the first of which is called `name`, can be trained on."""
+    """Raise ConfigError unless networks can be trained on images of `size`; `name` is the first of them."""
     width, height = size
     square = width == height
     if square and is_power_of_two(width):
         return
-    wrong = "no power of two" if square else "not square"
-    side = _nearest(min(size))
+    wrong = "not a power of two" if square else "not square"
+    side = _nearest_power(min(size))
     crop = "" if square else " --transform=center-crop"
     raise ConfigError(
         f"{name} is {width}x{height}, which is {wrong}; add --resolution={side}x{side}{crop}, for example"
@@ -96,16 +106,10 @@ def require_trainable_size(size: Size, name: str) -> None:
 
 
 def is_power_of_two(number: int) -> bool:
-    """Whether `number` >= 1 is a power of two."""
+    """Return whether `number` >= 1 is a power of two."""
     return number & (number - 1) == 0
 
 
-def _nearest(number: int) -> int:
+def _nearest_power(number: int) -> int:
     """The power of two nearest to `number`, by ratio."""
     return 1 << round(math.log2(number))
-
-
-def _central(picture: Image, width: int, height: int) -> Image:
-    left, top = (picture.width - width) // 2, (picture.height - height) // 2
-    right, bottom = (picture.width + width) // 2, (picture.height + height) // 2
-    return picture.crop((left, top, right, bottom))

@@ -1,1 +1,1 @@
-"""Image files: decoding, PNG in and out, contact sheets."""
+"""Image files: decoding of all formats, PNG encoding and files, contact sheets."""

@@ -1,4 +1,4 @@
-"""The files of a data set: the same bytes for the same pictures, whole or not there at all, readable by any unzip."""
+"""The files of a data set: the same bytes for the same images, whole or not there at all, readable by any unzip."""
 
 import errno
 import json
@@ -14,7 +14,7 @@ from training.conversion import archive
 from training.conversion.archive import (
     entry_bytes,
     existing_shards,
-    pictures_per_shard,
+    images_per_shard,
     plan_parts,
     shard_path,
     writing,
@@ -65,7 +65,7 @@ def test_a_folder_holds_the_same_files(tmp_path):
     assert "set/.tmp" not in "".join(below(tmp_path))
 
 
-def test_the_same_pictures_make_the_same_bytes(tmp_path):
+def test_the_same_images_make_the_same_bytes(tmp_path):
     for name in ("a.zip", "b.zip"):
         parts = plan_parts(tmp_path / name, 5, num_shards=None, per_shard=None)
         with writing(parts, HEAD) as writers:
@@ -86,20 +86,20 @@ def test_more_than_an_old_zip_can_count(tmp_path, monkeypatch, limit, value):
     with zipfile.ZipFile(path) as file:
         assert file.testzip() is None
     if shutil.which("unzip"):
-        assert subprocess.run(["unzip", "-tqq", path], capture_output=True).returncode == 0
+        assert subprocess.run(["unzip", "-tqq", path], capture_output=True, timeout=120).returncode == 0
 
 
 def test_what_unzip_makes_can_be_read(tmp_path):
     if not shutil.which("unzip"):
-        pytest.skip("there is no unzip here")
+        pytest.skip("unzip is not installed")
     parts = plan_parts(tmp_path / "set.zip", 2, num_shards=None, per_shard=None)
     with writing(parts, HEAD) as writers:
         fill(writers, parts)
-    subprocess.run(["unzip", "-q", tmp_path / "set.zip", "-d", tmp_path / "out"], check=True)
+    subprocess.run(["unzip", "-q", tmp_path / "set.zip", "-d", tmp_path / "out"], check=True, timeout=120)
     assert (tmp_path / "out/00000/img00000001.png").stat().st_mode & 0o777 == 0o644
 
 
-def test_shards_share_the_pictures_out_in_order(tmp_path):
+def test_shards_share_the_images_out_in_order(tmp_path):
     parts = plan_parts(tmp_path / "set.zip", 10, num_shards=4, per_shard=None)
     assert [part.stop - part.start for part in parts] == [2, 3, 2, 3]
     assert [part.path.name for part in parts] == [f"set-{i:05d}.zip" for i in range(4)]
@@ -121,7 +121,7 @@ def test_shards_share_the_pictures_out_in_order(tmp_path):
 def test_shards_of_a_size_are_filled_but_not_over_it(tmp_path, label):
     head = {"labels": None if label is None else [], "classes": ["cat"] * 40}
     each, limit = entry_bytes(3000, label), 100_000
-    count = pictures_per_shard(limit, each, head)
+    count = images_per_shard(limit, each, head)
     parts = plan_parts(tmp_path / "set.zip", 3 * count, num_shards=None, per_shard=count)
     with writing(parts, head) as writers:
         for writer, part in zip(writers, parts, strict=True):
@@ -138,7 +138,7 @@ def test_shards_that_cannot_be(tmp_path):
     with pytest.raises(ConfigError, match="more than the 100000"):
         plan_parts(tmp_path / "set.zip", 200_000, num_shards=None, per_shard=1)
     with pytest.raises(ConfigError, match="does not hold one image, which takes 5000"):
-        pictures_per_shard(1000, 5000, HEAD)
+        images_per_shard(1000, 5000, HEAD)
 
 
 def test_other_files_are_no_shards(tmp_path):
@@ -182,10 +182,10 @@ def small_disk(tmp_path):
     place = tmp_path / "disk"
     place.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place]
-    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True, timeout=120).returncode:
         pytest.skip("mounting a small disk is not allowed here")
     yield place
-    subprocess.run(["umount", place], check=True)
+    subprocess.run(["umount", place], check=True, timeout=120)
 
 
 @pytest.mark.parametrize("dest", ["set.zip", "set", "."])

@@ -16,9 +16,8 @@ import pytest
 
 from dnnlib.errors import ConfigError
 from training.conversion import archive
-from training.conversion.convert import Conversion, ConvertOptions
-from training.conversion.image_source import Source
-from training.conversion.selection import choose_rows
+from training.conversion.convert import ConvertOptions, DatasetConversion
+from training.conversion.image_source import Source, choose_images
 from training.dataset import ImageFolderDataset
 
 RNG = np.random.default_rng(7)
@@ -43,7 +42,7 @@ def write(path, files):
 
 def convert(source, dest, **options):
     """Convert, and give the steps and the data set."""
-    conversion = Conversion(ConvertOptions(source=source, dest=dest, **options))
+    conversion = DatasetConversion(ConvertOptions(source=source, dest=dest, **options))
     steps = list(conversion)
     assert sum(step.num_images for step in steps) == len(conversion)
     return steps, ImageFolderDataset(dest)
@@ -69,7 +68,7 @@ def labels(dataset):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Forty pictures of various sizes in three classes, named so that their order is not that of making."""
+    """Forty images of various sizes in three classes, named so that their order is not that of making."""
     for i in RNG.permutation(40):
         write(tmp_path / "source", {f"{'cab'[i % 3]}/{i:02d}.png": png(noise(*RNG.integers(20, 60, 2), 3))})
     return tmp_path / "source"
@@ -78,10 +77,8 @@ def folder(tmp_path):
 def expected(folder, size=16):
     """What the spec says: sorted paths, RGB, Lanczos; labels from the sorted top-level names."""
     paths = sorted(folder.rglob("*.png"), key=lambda path: path.relative_to(folder).as_posix())
-    pictures = [
-        PIL.Image.open(path).convert("RGB").resize((size, size), PIL.Image.Resampling.LANCZOS) for path in paths
-    ]
-    return np.stack(pictures).transpose(0, 3, 1, 2), [ord(path.parent.name) - ord("a") for path in paths]
+    images = [PIL.Image.open(path).convert("RGB").resize((size, size), PIL.Image.Resampling.LANCZOS) for path in paths]
+    return np.stack(images).transpose(0, 3, 1, 2), [ord(path.parent.name) - ord("a") for path in paths]
 
 
 @pytest.mark.parametrize("dest", ["out.zip", "out"])
@@ -106,7 +103,7 @@ def test_bytes_do_not_depend_on_the_number_of_workers(folder, tmp_path, monkeypa
     assert found[0] == found[1] == found[2]
 
 
-def test_pictures_that_fit_keep_their_pixels(tmp_path):
+def test_images_that_fit_keep_their_pixels(tmp_path):
     images = [noise(8, 8, 3) for _ in range(3)]
     source = write(tmp_path / "source", {f"{i}.png": png(image) for i, image in enumerate(images)})
     _, dataset = convert(source, tmp_path / "out.zip")
@@ -132,12 +129,12 @@ def test_max_images_are_the_first_in_sorted_order(folder, tmp_path):
 
 
 def balanced(counts, max_images):
-    """How many of each class are taken when class i has counts[i] pictures, in any order."""
+    """How many of each class are taken when class i has counts[i] images, in any order."""
     classes = RNG.permutation(np.repeat(np.arange(len(counts)), counts)).tolist()
     names = [f"{i:04d}" for i in range(len(classes))]
     source = Source(path="x", names=names, keys=names, reader=None, labels=classes)
-    rows = choose_rows(source, max_images, balanced=True)
-    assert list(rows) == sorted(set(rows))
+    rows = [int(name) for name in choose_images(source, max_images, balanced=True).names]
+    assert rows == sorted(set(rows))
     for number in range(len(counts)):  # within a class, the first
         mine = [row for row, label in enumerate(classes) if label == number]
         chosen = [row for row in rows if classes[row] == number]
@@ -203,8 +200,8 @@ def test_an_empty_shard_does_no_harm(tmp_path):
     labelled = {"labels": [[name, i] for i, name in enumerate(files)]}
     source = write(tmp_path / "source", {**files, "dataset.json": labelled})
     options = {"resolution": (64, 64), "transform": "center-crop-wide", "shards": 3}
-    Conversion(ConvertOptions(source=source, dest=tmp_path / "set.zip", **options))
-    list(Conversion(ConvertOptions(source=source, dest=tmp_path / "set.zip", **options)))
+    DatasetConversion(ConvertOptions(source=source, dest=tmp_path / "set.zip", **options))
+    list(DatasetConversion(ConvertOptions(source=source, dest=tmp_path / "set.zip", **options)))
     assert labels(ImageFolderDataset(tmp_path / "set.zip")) == [0, 1, 4, 5]
 
 
@@ -217,7 +214,7 @@ def test_unreadable_files_are_listed_with_their_reason_or_stop_it_all(folder, tm
     assert "a/empty.png cannot be read: the file is empty; --on-error=skip leaves such files out" in message
     steps, dataset = convert(folder, tmp_path / "out.zip", resolution=(16, 16), on_error="skip")
     listed = [line for step in steps for line in step.unreadable]
-    reasons = {"a/empty.png": "the file is empty", "b/text.jpg": "it is none of BMP, GIF", "c/cut.png": "image file is"}
+    reasons = {"a/empty.png": "the file is empty", "b/text.jpg": "it is not a BMP, GIF", "c/cut.png": "image file is"}
     for line, (name, reason) in zip(listed, reasons.items(), strict=True):
         assert line.startswith(f"{folder}: {name} cannot be read: {reason}")
     images, classes = expected_without(folder, ["empty", "text", "cut"])
@@ -275,7 +272,7 @@ def test_mixed_sizes_are_refused_with_the_files_and_what_to_do(tmp_path):
     assert "3.png is 32x16" in refused(source, tmp_path / "out.zip", on_error="skip")
 
 
-@pytest.mark.parametrize(("size", "told"), [((40, 60), "not square"), ((28, 28), "no power of two")])
+@pytest.mark.parametrize(("size", "told"), [((40, 60), "not square"), ((28, 28), "not a power of two")])
 def test_sizes_that_cannot_be_trained_on(tmp_path, size, told):
     source = write(tmp_path / "source", {"a.png": png(noise(*size, 3))})
     message = refused(source, tmp_path / "out.zip")
@@ -333,7 +330,7 @@ def test_a_disk_that_is_too_small_is_known_before_the_work_begins(folder, tmp_pa
     usage = collections.namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10**6, 10**6, 0))
     message = refused(folder, tmp_path / "out.zip", resolution=(16, 16))
-    assert "GB are free there" in message and "No space left on device" in message
+    assert "are free there" in message and "No space left on device" in message
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(0, 0, 0))  # of some network file systems
     convert(folder, tmp_path / "out.zip", resolution=(16, 16))
 
@@ -356,7 +353,9 @@ def test_a_disk_that_fills_up(folder, tmp_path, monkeypatch, options):
 
 def test_a_killed_worker_is_said_so_and_leaves_nothing(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("training.conversion.convert._MAX_CHUNK", 1)  # so that most of the work is still to be done
-    conversion = Conversion(ConvertOptions(source=folder, dest=tmp_path / "out.zip", resolution=(16, 16), workers=2))
+    conversion = DatasetConversion(
+        ConvertOptions(source=folder, dest=tmp_path / "out.zip", resolution=(16, 16), workers=2)
+    )
     with pytest.raises(ConfigError, match=r"a worker process was killed.*try --workers=1"):
         for _ in conversion:
             for worker in multiprocessing.active_children():
@@ -366,7 +365,7 @@ def test_a_killed_worker_is_said_so_and_leaves_nothing(folder, tmp_path, monkeyp
 
 @pytest.mark.parametrize("dest", ["out.zip", "out"])
 def test_an_abandoned_conversion_leaves_nothing(folder, tmp_path, dest):
-    steps = iter(Conversion(ConvertOptions(source=folder, dest=tmp_path / dest, resolution=(16, 16))))
+    steps = iter(DatasetConversion(ConvertOptions(source=folder, dest=tmp_path / dest, resolution=(16, 16))))
     next(steps)
     steps.close()
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
@@ -375,7 +374,7 @@ def test_an_abandoned_conversion_leaves_nothing(folder, tmp_path, dest):
 def test_skip_existing_goes_on_with_the_shards_that_are_missing(folder, tmp_path):
     options = {"resolution": (16, 16), "shards": 4, "skip_existing": True}
     convert(folder, tmp_path / "whole.zip", **options)
-    steps = iter(Conversion(ConvertOptions(source=folder, dest=tmp_path / "set.zip", **options)))
+    steps = iter(DatasetConversion(ConvertOptions(source=folder, dest=tmp_path / "set.zip", **options)))
     while not (tmp_path / "set-00001.zip").exists():
         next(steps)
     steps.close()
@@ -385,14 +384,15 @@ def test_skip_existing_goes_on_with_the_shards_that_are_missing(folder, tmp_path
         ImageFolderDataset(tmp_path / "set.zip")
     left = tmp_path / ".set-00002.zip.0123456789ab.tmp"  # of a process that was killed
     left.write_bytes(b"half")
-    conversion = Conversion(ConvertOptions(source=folder, dest=tmp_path / "set.zip", **options))
+    conversion = DatasetConversion(ConvertOptions(source=folder, dest=tmp_path / "set.zip", **options))
     assert [part.number for part in conversion.parts] == [2, 3] and conversion.num_kept == 2
     list(conversion)
     for number in range(4):
         name = f"-{number:05d}.zip"
         assert (tmp_path / f"set{name}").read_bytes() == (tmp_path / f"whole{name}").read_bytes()
     assert (
-        not left.exists() and not Conversion(ConvertOptions(source=folder, dest=tmp_path / "set.zip", **options)).parts
+        not left.exists()
+        and not DatasetConversion(ConvertOptions(source=folder, dest=tmp_path / "set.zip", **options)).parts
     )
 
 

@@ -29,7 +29,7 @@ def npy(array):
     return buffer.getvalue()
 
 
-def picture(size=8):
+def image(size=8):
     return png(RNG.integers(0, 256, (size, size, 3), dtype=np.uint8))
 
 
@@ -48,8 +48,8 @@ def inspected(path):
 
 @pytest.fixture
 def sound(tmp_path):
-    """Eight pictures, two of class 0, six of class 2."""
-    files = {f"{i}.png": picture() for i in range(8)}
+    """Eight images, two of class 0, six of class 2."""
+    files = {f"{i}.png": image() for i in range(8)}
     labels = {"labels": [[f"{i}.png", 0 if i < 2 else 2] for i in range(8)]}
     return write(tmp_path / "sound.zip", {**files, "dataset.json": labels})
 
@@ -67,8 +67,8 @@ def test_counts_and_moments_of_a_sound_data_set(sound):
 
 
 def test_everything_wrong_is_listed_at_once(tmp_path):
-    twin = picture()
-    files = {"a.png": twin, "b.png": twin, "c.png": picture(16), "d.png": b"text", "e.png": picture()[:90]}
+    twin = image()
+    files = {"a.png": twin, "b.png": twin, "c.png": image(16), "d.png": b"text", "e.png": image()[:90]}
     path = write(tmp_path / "bad.zip", {**files, "dataset.json": {"labels": [["a.png", 0]]}})
     report = inspected(path)
     assert not report.accepted
@@ -122,15 +122,15 @@ def test_latents_are_held_against_what_their_encoder_assumes(tmp_path, scale, to
 
 
 def test_one_channel_is_one(tmp_path):
-    grey = png(np.zeros((8, 8), np.uint8))
-    assert "1 of 8x8, 1 channel\n" in describe(inspected(write(tmp_path / "a.zip", {"a.png": grey})))
+    gray = png(np.zeros((8, 8), np.uint8))
+    assert "1 of 8x8, 1 channel\n" in describe(inspected(write(tmp_path / "a.zip", {"a.png": gray})))
 
 
 def test_many_classes_are_summed_up(tmp_path):
-    one = picture()
+    one = image()
     files = {f"{i}.png": one for i in range(60)}
     labels = {"labels": [[f"{i}.png", i // 2] for i in range(60)]}
-    assert "30 classes, by how many images they have" in describe(
+    assert "30 classes, by number of images" in describe(
         inspected(write(tmp_path / "a.zip", {**files, "dataset.json": labels}))
     )
 
@@ -138,14 +138,14 @@ def test_many_classes_are_summed_up(tmp_path):
 @pytest.mark.parametrize("name", ["../a.png", "/a.png", "x/../../a.png"])
 def test_names_that_lead_out_of_the_archive(sound, name):
     with zipfile.ZipFile(sound, "a") as archive:
-        archive.writestr(name, picture())
+        archive.writestr(name, image())
     report = inspected(sound)
     assert not report.accepted and any("leads out of its folder" in text for text in report.problems)
 
 
 def test_what_only_opening_shows(tmp_path):
     for i in range(2):
-        files = {f"{i}.png": picture(), "dataset.json": {"labels": [[f"{i}.png", 0]], "shard": [i, 3]}}
+        files = {f"{i}.png": image(), "dataset.json": {"labels": [[f"{i}.png", 0]], "shard": [i, 3]}}
         write(tmp_path / f"a-{i:05d}.zip", files)
     report = inspected(tmp_path / "a.zip")
     assert not report.accepted and "2 of 3 shards" in report.problems[0]

@@ -25,7 +25,7 @@ from training.conversion.transcode import Transcoding, own_encoder
 from training.dataset import ImageFolderDataset
 from training.dataset.latents import LatentStatistics, encoder_of, read_encoder, vae_encoder, vae_geometry
 from training.encoders import StabilityVAEEncoder
-from training.images.png import encode_plain_png
+from training.images.png import PLAIN, encode_png
 from training.sampling.generation import generate_images
 from training.snapshot import load_snapshot
 
@@ -54,16 +54,16 @@ def vae(tmp_path_factory):
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    """Twenty pictures of 32x32 in three classes."""
+def images(tmp_path):
+    """Twenty images of 32x32 in three classes."""
     names = [f"00000/img{i:08d}.png" for i in range(20)]
-    path = tmp_path / "pictures.zip"
+    path = tmp_path / "images.zip"
     with zipfile.ZipFile(path, "w") as archive:
         for name in names:
             pixels = RNG.integers(0, 256, (4, 4, 3), dtype=np.uint8)
-            picture = PIL.Image.fromarray(pixels).resize((32, 32), PIL.Image.Resampling.BICUBIC)
+            image = PIL.Image.fromarray(pixels).resize((32, 32), PIL.Image.Resampling.BICUBIC)
             with archive.open(name, "w") as file:
-                picture.save(file, "png")
+                image.save(file, "png")
         archive.writestr("dataset.json", json.dumps({"labels": [[name, i % 3] for i, name in enumerate(names)]}))
     return path
 
@@ -94,25 +94,25 @@ def test_geometry_of_a_vae_without_its_weights(vae, tmp_path):
     assert (published.channels, published.downscale) == (4, 8)
 
 
-def test_a_folder_that_holds_no_sound_vae(vae, pictures, tmp_path):
+def test_a_folder_that_holds_no_sound_vae(vae, images, tmp_path):
     folder = Path(shutil.copytree(vae, tmp_path / "bad"))
     config = json.loads((folder / "config.json").read_text())
     for change, message in [
         ({"latent_channels": 5}, "cannot be loaded.*size mismatch"),
-        (None, "says nothing of 'latent"),
+        (None, "has no entry 'latent"),
     ]:
         text = json.dumps({} if change is None else {**config, **change})
         (folder / "config.json").write_text(text)
         with pytest.raises(ConfigError, match=message) as caught:
-            run("encode", "--source", pictures, "--dest", tmp_path / "z.zip", "--model-url", folder)
+            run("encode", "--source", images, "--dest", tmp_path / "z.zip", "--model-url", folder)
         assert len(str(caught.value)) < 600 and "\n" not in str(caught.value)
-    assert {path.name for path in tmp_path.iterdir()} == {"bad", "pictures.zip"}
+    assert {path.name for path in tmp_path.iterdir()} == {"bad", "images.zip"}
 
 
-def test_encode_writes_what_the_vae_says_and_what_training_needs_to_know(vae, pictures, tmp_path):
-    output = run("encode", "--source", pictures, "--dest", tmp_path / "z.zip", "--model-url", vae, "--batch=4")
+def test_encode_writes_what_the_vae_says_and_what_training_needs_to_know(vae, images, tmp_path):
+    output = run("encode", "--source", images, "--dest", tmp_path / "z.zip", "--model-url", vae, "--batch=4")
     assert "20 images" in output and not (tmp_path / "z.zip.partial").exists()
-    source, latents = ImageFolderDataset(pictures), ImageFolderDataset(tmp_path / "z.zip")
+    source, latents = ImageFolderDataset(images), ImageFolderDataset(tmp_path / "z.zip")
     assert latents.holds_latents and latents.image_shape == (6, 8, 8) and latents.label_dim == 3
     raw, labels = latents.read_batch(range(20))
     pixels, expected_labels = source.read_batch(range(20))
@@ -127,10 +127,10 @@ def test_encode_writes_what_the_vae_says_and_what_training_needs_to_know(vae, pi
     assert torch.allclose(final.std((0, 2, 3)), torch.full([3], 0.5), atol=0.01)
 
 
-def test_decode_reads_what_encode_wrote(vae, pictures, tmp_path):
-    run("encode", "--source", pictures, "--dest", tmp_path / "z", "--model-url", vae, "--grid", tmp_path / "g.png")
+def test_decode_reads_what_encode_wrote(vae, images, tmp_path):
+    run("encode", "--source", images, "--dest", tmp_path / "z", "--model-url", vae, "--grid", tmp_path / "g.png")
     run("decode", "--source", tmp_path / "z", "--dest", tmp_path / "p.zip", "--grid", tmp_path / "h.png")
-    source, decoded = ImageFolderDataset(pictures), ImageFolderDataset(tmp_path / "p.zip")
+    source, decoded = ImageFolderDataset(images), ImageFolderDataset(tmp_path / "p.zip")
     assert decoded.image_shape == (3, 32, 32)
     model = diffusers.AutoencoderKL.from_pretrained(vae).eval()
     raw = ImageFolderDataset(tmp_path / "z").read_batch(range(20))[0]
@@ -167,9 +167,9 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(transcode, "_CHUNK_IMAGES", 4)
 
 
-def test_interrupted_work_is_taken_up_again(vae, pictures, tmp_path, monkeypatch, small_chunks):
-    list(encoded(pictures, tmp_path / "whole.zip", vae))
-    work = encoded(pictures, tmp_path / "z.zip", vae)
+def test_interrupted_work_is_taken_up_again(vae, images, tmp_path, monkeypatch, small_chunks):
+    list(encoded(images, tmp_path / "whole.zip", vae))
+    work = encoded(images, tmp_path / "z.zip", vae)
     steps = iter(work)
     for _ in range(3):
         next(steps)
@@ -178,39 +178,39 @@ def test_interrupted_work_is_taken_up_again(vae, pictures, tmp_path, monkeypatch
     computed = []
     original = Transcoding._compute
     monkeypatch.setattr(Transcoding, "_compute", lambda self, chunk: computed.append(chunk) or original(self, chunk))
-    assert sum(step.num_images for step in encoded(pictures, tmp_path / "z.zip", vae)) == 20
+    assert sum(step.num_images for step in encoded(images, tmp_path / "z.zip", vae)) == 20
     assert [chunk.start for chunk in computed] == [12, 16]
     assert (tmp_path / "z.zip").read_bytes() == (tmp_path / "whole.zip").read_bytes()
 
 
 @needs_sigkill
-def test_killed_work_is_taken_up_again_and_leaves_nothing(vae, pictures, tmp_path, small_chunks):
+def test_killed_work_is_taken_up_again_and_leaves_nothing(vae, images, tmp_path, small_chunks):
     """Killed at a chunk, then at the finished file, before it has its name."""
-    list(encoded(pictures, tmp_path / "whole.zip", vae))
+    list(encoded(images, tmp_path / "whole.zip", vae))
     before = {path.name for path in tmp_path.iterdir()}
     dest = tmp_path / "z.zip"
     code = f"""
 from tests.training.conversion.test_transcode import encoded, transcode
 transcode._CHUNK_IMAGES = 4
-list(encoded(Path({str(pictures)!r}), Path({str(dest)!r}), {vae!r}))
+list(encoded(Path({str(images)!r}), Path({str(dest)!r}), {vae!r}))
 """
     killed_at_replace(4, code)  # the request and two chunks are there
     assert len(list((tmp_path / "z.zip.partial").glob("0*.npy"))) == 2 and not dest.exists()
     killed_at_replace(4, code)  # after the other three
     assert len(list((tmp_path / "z.zip.partial").glob("0*.npy"))) == 5 and not dest.exists()
     assert any(path.suffix == ".tmp" for path in tmp_path.iterdir())
-    list(encoded(pictures, dest, vae))
+    list(encoded(images, dest, vae))
     assert dest.read_bytes() == (tmp_path / "whole.zip").read_bytes()
     assert {path.name for path in tmp_path.iterdir()} == before | {"z.zip"}
 
 
 @pytest.mark.parametrize("name", ["z.zip", "z"])
-def test_skip_existing_knows_its_own_results(vae, pictures, tmp_path, name, monkeypatch):
+def test_skip_existing_knows_its_own_results(vae, images, tmp_path, name, monkeypatch):
     dest = tmp_path / name
-    command = ["encode", "--source", pictures, "--dest", dest, "--model-url", vae, "--batch=4", "--skip-existing"]
+    command = ["encode", "--source", images, "--dest", dest, "--model-url", vae, "--batch=4", "--skip-existing"]
     assert "there already" not in run(*command)
     monkeypatch.setattr(Transcoding, "_compute", None)
-    moved = pictures.rename(tmp_path / "elsewhere.zip")  # the place of the source does not matter
+    moved = images.rename(tmp_path / "elsewhere.zip")  # the place of the source does not matter
     command[2] = moved
     assert f"{dest}: 20 images, there already" in run(*command)
     hint = "add --overwrite" if name == "z.zip" else "remove it"
@@ -220,28 +220,28 @@ def test_skip_existing_knows_its_own_results(vae, pictures, tmp_path, name, monk
         run(*command[:-1])
 
 
-def test_a_folder_that_was_left_half_moved_is_written_anew(vae, pictures, tmp_path, small_chunks):
+def test_a_folder_that_was_left_half_moved_is_written_again(vae, images, tmp_path, small_chunks):
     dest = tmp_path / "z"
-    steps = iter(encoded(pictures, dest, vae))
+    steps = iter(encoded(images, dest, vae))
     next(steps)
     steps.close()
     (dest / "00000").mkdir(parents=True)
     (dest / "00000" / "img-mean-std-00000000.npy").write_bytes(b"half")
     (dest / ".0123456789ab.tmp").mkdir()
-    list(encoded(pictures, dest, vae))
+    list(encoded(images, dest, vae))
     assert sorted(path.name for path in dest.iterdir()) == ["00000", "dataset.json"]
     assert len(ImageFolderDataset(dest)) == 20
-    steps = iter(encoded(pictures, tmp_path / "y", vae))
+    steps = iter(encoded(images, tmp_path / "y", vae))
     next(steps)
     steps.close()
     (tmp_path / "y").mkdir()
     (tmp_path / "y" / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match="does not say what it was made from"):
-        encoded(pictures, tmp_path / "y", vae)
+        encoded(images, tmp_path / "y", vae)
 
 
-def test_interrupted_while_shards_are_put_together(vae, pictures, tmp_path, monkeypatch, small_chunks):
-    list(encoded(pictures, tmp_path / "whole.zip", vae, num_shards=3))
+def test_interrupted_while_shards_are_put_together(vae, images, tmp_path, monkeypatch, small_chunks):
+    list(encoded(images, tmp_path / "whole.zip", vae, num_shards=3))
     real = transcode.writing
 
     def fails(parts, *args):
@@ -251,41 +251,41 @@ def test_interrupted_while_shards_are_put_together(vae, pictures, tmp_path, monk
 
     monkeypatch.setattr(transcode, "writing", fails)
     with pytest.raises(ConfigError, match="cannot be written: No space left on device"):
-        list(encoded(pictures, tmp_path / "z.zip", vae, num_shards=3))
+        list(encoded(images, tmp_path / "z.zip", vae, num_shards=3))
     monkeypatch.setattr(transcode, "writing", real)
-    list(encoded(pictures, tmp_path / "z.zip", vae, num_shards=3))
+    list(encoded(images, tmp_path / "z.zip", vae, num_shards=3))
     for number in range(3):
         name = f"-{number:05d}.zip"
         assert (tmp_path / f"z{name}").read_bytes() == (tmp_path / f"whole{name}").read_bytes()
     raw = ImageFolderDataset(tmp_path / "z.zip").read_batch(range(20))[0]
-    list(encoded(pictures, tmp_path / "one.zip", vae))
+    list(encoded(images, tmp_path / "one.zip", vae))
     assert np.array_equal(raw, ImageFolderDataset(tmp_path / "one.zip").read_batch(range(20))[0])
 
 
-def test_other_work_in_progress_is_left_alone(vae, pictures, tmp_path, small_chunks):
-    steps = iter(encoded(pictures, tmp_path / "z.zip", vae))
+def test_other_work_in_progress_is_left_alone(vae, images, tmp_path, small_chunks):
+    steps = iter(encoded(images, tmp_path / "z.zip", vae))
     next(steps)
     steps.close()
     with pytest.raises(ConfigError, match=r"z\.zip\.partial holds the unfinished work of another command"):
-        run("encode", "--source", pictures, "--dest", tmp_path / "z.zip", "--model-url", vae, "--max-images=5")
+        run("encode", "--source", images, "--dest", tmp_path / "z.zip", "--model-url", vae, "--max-images=5")
 
 
-def test_a_source_that_changed_is_another_one(vae, pictures, tmp_path, small_chunks):
-    steps = iter(encoded(pictures, tmp_path / "z.zip", vae))
+def test_a_source_that_changed_is_another_one(vae, images, tmp_path, small_chunks):
+    steps = iter(encoded(images, tmp_path / "z.zip", vae))
     next(steps)
     steps.close()
-    source = ImageFolderDataset(pictures)
+    source = ImageFolderDataset(images)
     names = [f"00000/img{i:08d}.png" for i in range(20)]
     with zipfile.ZipFile(tmp_path / "new.zip", "w") as archive:
         for i, name in enumerate(names):
-            archive.writestr(name, encode_plain_png(255 - source[i][0]))
-    os.replace(tmp_path / "new.zip", pictures)
+            archive.writestr(name, encode_png(255 - source[i][0], compression=PLAIN))
+    os.replace(tmp_path / "new.zip", images)
     with pytest.raises(ConfigError, match="unfinished work of another command"):
-        list(encoded(pictures, tmp_path / "z.zip", vae))
+        list(encoded(images, tmp_path / "z.zip", vae))
 
 
-def test_decoding_differently_is_other_work(vae, pictures, tmp_path, small_chunks):
-    run("encode", "--source", pictures, "--dest", tmp_path / "z.zip", "--model-url", vae)
+def test_decoding_differently_is_other_work(vae, images, tmp_path, small_chunks):
+    run("encode", "--source", images, "--dest", tmp_path / "z.zip", "--model-url", vae)
     shutil.copytree(vae, tmp_path / "other")
 
     def work(**kwargs):
@@ -303,16 +303,16 @@ def test_decoding_differently_is_other_work(vae, pictures, tmp_path, small_chunk
     assert sum(step.num_images for step in work()) == 20
 
 
-def test_fewer_shards_than_before_remain(vae, pictures, tmp_path):
-    command = ["encode", "--source", pictures, "--dest", tmp_path / "z.zip", "--model-url", vae]
+def test_fewer_shards_than_before_remain(vae, images, tmp_path):
+    command = ["encode", "--source", images, "--dest", tmp_path / "z.zip", "--model-url", vae]
     run(*command, "--shards=4")
     run(*command, "--shards=2", "--overwrite")
     assert len(list(tmp_path.glob("z-*.zip"))) == 2
     assert len(ImageFolderDataset(tmp_path / "z.zip")) == 20
 
 
-def test_a_source_does_not_overwrite_itself(vae, pictures, tmp_path):
-    pictures.rename(tmp_path / "p-00000.zip")
+def test_a_source_does_not_overwrite_itself(vae, images, tmp_path):
+    images.rename(tmp_path / "p-00000.zip")
     with pytest.raises(ConfigError, match=r"p-00000\.zip is part of --source"):
         run(
             *("encode", "--source", tmp_path / "p-*.zip", "--dest", tmp_path / "p.zip", "--model-url", vae),
@@ -320,16 +320,16 @@ def test_a_source_does_not_overwrite_itself(vae, pictures, tmp_path):
         )
 
 
-def test_a_local_vae_is_found_from_elsewhere(vae, pictures, tmp_path, monkeypatch):
+def test_a_local_vae_is_found_from_elsewhere(vae, images, tmp_path, monkeypatch):
     monkeypatch.chdir(Path(vae).parent)
-    run("encode", "--source", pictures, "--dest", tmp_path / "z.zip", "--model-url", Path(vae).name)
+    run("encode", "--source", images, "--dest", tmp_path / "z.zip", "--model-url", Path(vae).name)
     monkeypatch.chdir(tmp_path)
     run("decode", "--source", "z.zip", "--dest", "p.zip")
     assert encoder_of(ImageFolderDataset(tmp_path / "z.zip")).vae_name == vae
 
 
 def test_an_early_mistake_leaves_nothing_behind(vae, tmp_path):
-    image = encode_plain_png(np.zeros((3, 32, 32), np.uint8))
+    image = encode_png(np.zeros((3, 32, 32), np.uint8), compression=PLAIN)
     with zipfile.ZipFile(tmp_path / "p.zip", "w") as archive:
         archive.writestr("0.png", image)
         archive.writestr("1.png", image[:300] + image[400:])
@@ -349,21 +349,21 @@ def test_the_names_of_classes_come_along(vae, tmp_path):
         assert ImageFolderDataset(tmp_path / f"{name}.zip").class_names == ["cat", "dog"]
 
 
-def test_damaged_work_is_computed_anew(vae, pictures, tmp_path, small_chunks):
-    work = encoded(pictures, tmp_path / "z.zip", vae)
+def test_damaged_work_is_computed_again(vae, images, tmp_path, small_chunks):
+    work = encoded(images, tmp_path / "z.zip", vae)
     steps = iter(work)
     for _ in range(2):
         next(steps)
     steps.close()
     (work.workdir / "00000001.npy").write_bytes(b"half")
-    with pytest.raises(ConfigError, match="the same command again computes it anew"):
-        list(encoded(pictures, tmp_path / "z.zip", vae))
-    assert sum(step.num_images for step in encoded(pictures, tmp_path / "z.zip", vae)) == 20
+    with pytest.raises(ConfigError, match="the same command computes it again"):
+        list(encoded(images, tmp_path / "z.zip", vae))
+    assert sum(step.num_images for step in encoded(images, tmp_path / "z.zip", vae)) == 20
 
 
 @pytest.mark.slow
-def test_two_processes_write_what_one_writes(vae, pictures, tmp_path):
-    command = ["encode", f"--source={pictures}", f"--model-url={vae}", "--batch=4", "--device=cpu", "--shards=2"]
+def test_two_processes_write_what_one_writes(vae, images, tmp_path):
+    command = ["encode", f"--source={images}", f"--model-url={vae}", "--batch=4", "--device=cpu", "--shards=2"]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     run(*command, "--dest", tmp_path / "one.zip")
     subprocess.run(
@@ -371,6 +371,7 @@ def test_two_processes_write_what_one_writes(vae, pictures, tmp_path):
         check=True,
         capture_output=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=120,
     )
     for number in range(2):
         first, second = (tmp_path / f"{name}-{number:05d}.zip" for name in ("one", "two"))
@@ -388,8 +389,8 @@ def train(*args):
     return result.output
 
 
-def test_encode_train_generate_decode(vae, pictures, tmp_path):
-    run("encode", "--source", pictures, "--dest", tmp_path / "z.zip", "--model-url", vae)
+def test_encode_train_generate_decode(vae, images, tmp_path):
+    run("encode", "--source", images, "--dest", tmp_path / "z.zip", "--model-url", vae)
     train("--data", tmp_path / "z.zip", "--outdir", tmp_path / "run")
     snapshot = load_snapshot(tmp_path / "run" / "network-snapshot-0000000-0.100.pkl")
     assert (snapshot.net.img_resolution, snapshot.net.img_channels) == (8, 3)
@@ -399,11 +400,11 @@ def test_encode_train_generate_decode(vae, pictures, tmp_path):
     assert batch.images.shape == (3, 3, 32, 32) and batch.images.dtype == torch.uint8
 
 
-def test_training_encodes_pixels_as_it_goes(vae, pictures, tmp_path):
+def test_training_encodes_pixels_as_it_goes(vae, images, tmp_path):
     """From the same statistics, a run that encodes on the fly learns what one on encoded data learns."""
-    run("encode", "--source", pictures, "--dest", tmp_path / "z.zip", "--model-url", vae)
+    run("encode", "--source", images, "--dest", tmp_path / "z.zip", "--model-url", vae)
     train("--data", tmp_path / "z.zip", "--outdir", tmp_path / "stored")
-    output = train("--data", pictures, "--outdir", tmp_path / "fly", "--encode-on-the-fly", "--model-url", vae)
+    output = train("--data", images, "--outdir", tmp_path / "fly", "--encode-on-the-fly", "--model-url", vae)
     assert f"8x8, 3 channels by {vae}" in output
     nets = []
     for name in ("stored", "fly"):
@@ -412,19 +413,19 @@ def test_training_encodes_pixels_as_it_goes(vae, pictures, tmp_path):
         nets.append(snapshot.net.state_dict())
     for name, value in nets[0].items():
         assert torch.allclose(value.float(), nets[1][name].float(), atol=2e-3), name
-    # Measured once: a run that goes on finds the statistics in its folder.
+    # Measured once: a run that continues finds the statistics in its folder.
     text = (tmp_path / "fly" / "encoder.json").read_text()
     assert read_encoder(json.loads(text), "").vae_name == vae
     (tmp_path / "fly" / "encoder.json").write_text(text)
     (tmp_path / "fly" / "network-snapshot-0000000-0.100.pkl").unlink()
-    train("--data", pictures, "--outdir", tmp_path / "fly", "--encode-on-the-fly", "--model-url", vae)
+    train("--data", images, "--outdir", tmp_path / "fly", "--encode-on-the-fly", "--model-url", vae)
     assert (tmp_path / "fly" / "encoder.json").read_text() == text
 
 
-def test_a_vae_that_overflows_is_named(vae, pictures, tmp_path, monkeypatch):
+def test_a_vae_that_overflows_is_named(vae, images, tmp_path, monkeypatch):
     monkeypatch.setattr(StabilityVAEEncoder, "encode_pixels", lambda self, x: torch.full([len(x), 6, 8, 8], torch.nan))
     with pytest.raises(ConfigError, match="makes numbers that are not finite"):
-        run("encode", "--source", pictures, "--dest", tmp_path / "z.zip", "--model-url", vae)
+        run("encode", "--source", images, "--dest", tmp_path / "z.zip", "--model-url", vae)
     assert not (tmp_path / "z.zip").exists()
 
 
@@ -439,32 +440,32 @@ def test_statistics_add_up_whatever_the_batches():
     assert np.allclose(statistics.std, np.sqrt(mean.var((0, 2, 3)) + (std**2).mean((0, 2, 3))))
 
 
-def test_bad_input_ends_in_one_line_and_writes_nothing(vae, pictures, tmp_path):
-    run("encode", "--source", pictures, "--dest", tmp_path / "z.zip", "--model-url", vae)
+def test_bad_input_ends_in_one_line_and_writes_nothing(vae, images, tmp_path):
+    run("encode", "--source", images, "--dest", tmp_path / "z.zip", "--model-url", vae)
     odd, four = tmp_path / "odd.zip", "stabilityai/sd-vae-ft-mse"
     with zipfile.ZipFile(odd, "w") as archive:
-        archive.writestr("0.png", encode_plain_png(np.zeros((3, 24, 24), np.uint8)))
+        archive.writestr("0.png", encode_png(np.zeros((3, 24, 24), np.uint8), compression=PLAIN))
     before = sorted(tmp_path.rglob("*"))
     for args, message in [
         (["encode", "--source", tmp_path / "z.zip", "--dest", tmp_path / "y.zip"], "holds latents already"),
-        (["decode", "--source", pictures, "--dest", tmp_path / "y.zip"], "holds pictures, not latents"),
-        (["encode", "--source", pictures, "--dest", tmp_path / "z.zip", "--model-url", vae], "exists already"),
-        (["encode", "--source", pictures, "--dest", pictures, "--model-url", vae], "lies inside of"),
+        (["decode", "--source", images, "--dest", tmp_path / "y.zip"], "holds images, not latents"),
+        (["encode", "--source", images, "--dest", tmp_path / "z.zip", "--model-url", vae], "exists already"),
+        (["encode", "--source", images, "--dest", images, "--model-url", vae], "lies inside of"),
         (
-            ["encode", "--source", pictures, "--dest", tmp_path / "y.zip", "--model-url", tmp_path / "no"],
+            ["encode", "--source", images, "--dest", tmp_path / "y.zip", "--model-url", tmp_path / "no"],
             "cannot be loaded",
         ),
-        (["encode", "--source", pictures, "--dest", tmp_path / "y", "--shards=2", "--model-url", vae], "ZIP files"),
+        (["encode", "--source", images, "--dest", tmp_path / "y", "--shards=2", "--model-url", vae], "ZIP files"),
         (
             ["decode", "--source", tmp_path / "z.zip", "--dest", tmp_path / "y.zip", "--model-url", four],
             "4 latent channels",
         ),
         (
             ["encode", "--source", odd, "--dest", tmp_path / "y.zip", "--model-url", vae],
-            "24x24, which is no power of two",
+            "24x24, not a power of two",
         ),
         (
-            ["encode", "--source", pictures, "--dest", tmp_path / "y.zip", "--model-url", vae, "--pixel-min=2"],
+            ["encode", "--source", images, "--dest", tmp_path / "y.zip", "--model-url", vae, "--pixel-min=2"],
             "below 1",
         ),
         (["encode", "--source", tmp_path / "no.zip", "--dest", tmp_path / "y.zip"], "does not exist"),
@@ -473,8 +474,8 @@ def test_bad_input_ends_in_one_line_and_writes_nothing(vae, pictures, tmp_path):
             run(*args)
     for args, message in [
         (["--data", tmp_path / "z.zip", "--encode-on-the-fly"], "holds latents already"),
-        (["--data", odd, "--cond=False"], "24x24, which is no power of two"),
-        (["--data", pictures, "--model-url", vae], "needs --encode-on-the-fly"),
+        (["--data", odd, "--cond=False"], "24x24, not a power of two"),
+        (["--data", images, "--model-url", vae], "needs --encode-on-the-fly"),
     ]:
         with pytest.raises(ConfigError, match=message):
             train("--outdir", tmp_path / "run", *args)

@@ -15,8 +15,8 @@ CASES = [name for name in GOLDEN if not name.endswith(".in")]
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_pixel_is_that_of_the_published_tool(case):
-    picture, name = case.split(".")
-    source = PIL.Image.fromarray(GOLDEN[f"{picture}.in"])
+    image, name = case.split(".")
+    source = PIL.Image.fromarray(GOLDEN[f"{image}.in"])
     size = (64, 48) if name == "center-crop-wide" else (32, 32)
     result = (scale if name == "scale" else TRANSFORMS[name])(source, size)
     if GOLDEN[case].size == 0:
@@ -26,7 +26,7 @@ def test_every_pixel_is_that_of_the_published_tool(case):
         assert np.array_equal(np.asarray(result), GOLDEN[case])
 
 
-def test_the_golden_file_covers_every_transform_and_a_picture_that_is_left_out():
+def test_the_golden_file_covers_every_transform_and_a_image_that_is_left_out():
     assert {case.split(".")[1] for case in CASES} == {*TRANSFORMS, "scale"}
     assert any(GOLDEN[case].size == 0 for case in CASES)
 
@@ -35,7 +35,7 @@ def test_the_golden_file_covers_every_transform_and_a_picture_that_is_left_out()
     ("width", "height", "kept"), [(64, 64, True), (63, 64, False), (128, 96, True), (129, 95, False)]
 )
 def test_center_crop_wide_leaves_out_what_it_would_have_to_enlarge(width, height, kept):
-    # The band of 64x48 in a WxH picture has round(64 H / W) rows: 64, -, 48, 47.
+    # The band of 64x48 in a WxH image has round(64 H / W) rows: 64, -, 48, 47.
     assert (center_crop_wide(PIL.Image.new("RGB", (width, height)), (64, 48)) is not None) == kept
 
 
@@ -56,11 +56,11 @@ def test_what_comes_out_has_the_size_that_was_announced():
 @pytest.mark.parametrize(
     ("name", "size", "told"),
     [
-        ("center-crop", None, "--transform=center-crop needs a size"),
+        ("center-crop", None, "--transform=center-crop needs the size"),
         (None, (64, 48), "64x48 is not square; try 64x64"),
         ("center-crop-dhariwal", (64, 32), "not square"),
         ("center-crop-wide", (48, 64), "higher than wide"),
-        ("center-crop-wide", (48, 32), "no power of two, which networks need; try 64x64"),
+        ("center-crop-wide", (48, 32), "not a power of two, as networks need; try 64x64"),
         (None, (100, 100), "try 128x128"),
     ],
 )
@@ -69,9 +69,9 @@ def test_sizes_that_cannot_be_trained_on_are_refused_with_one_that_can(name, siz
         result_size(name, size)
 
 
-def test_pictures_that_keep_their_size_must_be_square_and_a_power_of_two():
+def test_images_that_keep_their_size_must_be_square_and_a_power_of_two():
     require_trainable_size((64, 64), "a.png")
     with pytest.raises(ConfigError, match=r"a.png is 60x40, .*not square; add --resolution=32x32 --transform"):
         require_trainable_size((60, 40), "a.png")
-    with pytest.raises(ConfigError, match=r"a.png is 28x28, .*no power of two; add --resolution=32x32, for example"):
+    with pytest.raises(ConfigError, match=r"a.png is 28x28, .*not a power of two; add --resolution=32x32, for example"):
         require_trainable_size((28, 28), "a.png")

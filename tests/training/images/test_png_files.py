@@ -9,10 +9,11 @@ import pytest
 from PIL.PngImagePlugin import PngImageFile
 
 from dnnlib.errors import ConfigError
-from training.images.png_files import PngHead, encode_png, read_png, read_png_head, write_png
+from training.images.png import encode_png
+from training.images.png_files import PngHead, read_png, read_png_head, write_png
 
 
-def picture(channels: int, height: int, width: int, seed: int = 0) -> np.ndarray:
+def smooth_image(channels: int, height: int, width: int, seed: int = 0) -> np.ndarray:
     """A smooth random field with some noise and a flat part, so that every filter and run has something to do."""
     rng = np.random.default_rng(seed)
     slopes = rng.normal(size=[channels, 2, 1, 1])
@@ -25,7 +26,7 @@ def picture(channels: int, height: int, width: int, seed: int = 0) -> np.ndarray
 @pytest.mark.parametrize("compression", range(10))
 @pytest.mark.parametrize(("channels", "height", "width"), [(1, 1, 1), (3, 1, 7), (1, 9, 1), (3, 33, 21), (1, 16, 40)])
 def test_pillow_reads_back_the_same_pixels(compression: int, channels: int, height: int, width: int):
-    image = picture(channels, height, width)
+    image = smooth_image(channels, height, width)
     data = encode_png(image, compression=compression)
     with PIL.Image.open(io.BytesIO(data)) as file:
         file.load()
@@ -36,13 +37,13 @@ def test_pillow_reads_back_the_same_pixels(compression: int, channels: int, heig
 
 
 def test_memory_order_plays_no_part():
-    image = picture(3, 12, 8)
+    image = smooth_image(3, 12, 8)
     swapped = np.ascontiguousarray(image.transpose(1, 2, 0)).transpose(2, 0, 1)
     assert encode_png(image) == encode_png(swapped)
 
 
 def test_the_fast_level_packs_about_as_well_as_pillow_and_none_does_not():
-    image = picture(3, 128, 128)
+    image = smooth_image(3, 128, 128)
     sizes = {level: len(encode_png(image, compression=level)) for level in (0, 1, 6)}
     assert sizes[1] < 1.2 * sizes[6] < sizes[0]
     assert image.size < sizes[0] < image.size + 1000
@@ -51,12 +52,12 @@ def test_the_fast_level_packs_about_as_well_as_pillow_and_none_does_not():
 @pytest.mark.parametrize("compression", [0, 1, 6])
 def test_texts_are_read_by_others_and_by_us(tmp_path: Path, compression: int):
     path = tmp_path / "a.png"
-    write_png(path, picture(3, 5, 4), compression=compression, texts={"a": "1", "generate_images": '{"seed": 3}'})
+    write_png(path, smooth_image(3, 5, 4), compression=compression, texts={"a": "1", "generate_images": '{"seed": 3}'})
     with PIL.Image.open(path) as file:
         assert isinstance(file, PngImageFile)
         assert file.text == {"a": "1", "generate_images": '{"seed": 3}'}
     assert read_png_head(path) == PngHead(shape=(3, 5, 4), texts={"a": "1", "generate_images": '{"seed": 3}'})
-    assert np.array_equal(read_png(path), picture(3, 5, 4))
+    assert np.array_equal(read_png(path), smooth_image(3, 5, 4))
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "I;16"])
@@ -70,7 +71,7 @@ def test_heads_of_other_peoples_files(tmp_path: Path, mode: str):
 
 def test_what_is_not_whole_has_no_head(tmp_path: Path):
     path = tmp_path / "a.png"
-    data = encode_png(picture(3, 9, 9), texts={"a": "b"})
+    data = encode_png(smooth_image(3, 9, 9), texts={"a": "b"})
     assert read_png_head(path) is None
     for length in range(len(data)):
         path.write_bytes(data[:length])
@@ -87,6 +88,6 @@ def test_what_cannot_be_written_or_read_is_said(tmp_path: Path):
         encode_png(np.zeros([4, 2, 2], np.uint8))
     with pytest.raises(ConfigError, match="--png-compression=10"):
         encode_png(np.zeros([3, 2, 2], np.uint8), compression=10)
-    (tmp_path / "a.png").write_text("no picture")
+    (tmp_path / "a.png").write_text("not an image")
     with pytest.raises(ConfigError, match=r"a\.png cannot be read"):
         read_png(tmp_path / "a.png")

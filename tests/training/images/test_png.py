@@ -8,8 +8,8 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from training.images import png as dataset_png
-from training.images.png import decode_plain_png, encode_plain_png
+from training.images import png as png_module
+from training.images.png import PLAIN, decode_plain_png, encode_png
 
 RNG = np.random.default_rng(6)
 
@@ -41,17 +41,24 @@ def parts(data):
 
 
 def rebuilt(chunks):
-    return data_start + b"".join(chunk(*c) for c in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*c) for c in chunks)
 
 
-data_start = b"\x89PNG\r\n\x1a\n"
+def plain_png(image):
+    """An uncompressed PNG with unfiltered rows of [C, H, W], written after the specification."""
+    channels, height, width = image.shape
+    rows = b"".join(b"\0" + row.tobytes() for row in image.transpose(1, 2, 0))
+    header = struct.pack(">IIBBBBB", width, height, 8, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    return rebuilt([(b"IHDR", header), (b"IDAT", zlib.compress(rows, 0)), (b"IEND", b"")])
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (5, 3), (64, 64), (200, 150)])
 def test_a_plain_png_is_what_pillow_reads(channels, height, width):
     image = RNG.integers(0, 256, (channels, height, width), dtype=np.uint8)
-    data = encode_plain_png(image)
+    data = plain_png(image)
+    if channels in (1, 3):
+        assert encode_png(image, compression=PLAIN) == data
     assert np.array_equal(pillow(data), image)
     for view in (data, memoryview(data)):
         assert np.array_equal(decode_plain_png(view, (channels, height, width)), image)
@@ -64,7 +71,7 @@ def test_filtered_rows_are_decoded_or_left_to_pillow(channels, level, with_pyspn
     if with_pyspng:
         pytest.importorskip("pyspng")
     else:
-        monkeypatch.setattr(dataset_png, "_filtered_decoder", lambda: None)
+        monkeypatch.setattr(png_module, "_filtered_decoder", lambda: None)
     smooth = np.cumsum(RNG.integers(0, 5, (channels, 40, 40)), axis=2).astype(np.uint8)
     data = png(smooth, compress_level=level)
     pixels = zlib.decompress(b"".join(content for name, content in parts(data) if name == b"IDAT"))
@@ -75,7 +82,7 @@ def test_filtered_rows_are_decoded_or_left_to_pillow(channels, level, with_pyspn
 
 def test_pixels_in_several_chunks_and_chunks_that_say_nothing_of_them():
     image = RNG.integers(0, 256, (3, 20, 20), dtype=np.uint8)
-    header, pixels, end = parts(encode_plain_png(image))
+    header, pixels, end = parts(plain_png(image))
     text = (b"tEXt", b"Title\0x")
     data = rebuilt([header, text, (b"IDAT", pixels[1][:100]), (b"IDAT", pixels[1][100:]), text, end])
     assert np.array_equal(decode_plain_png(data, image.shape), image)
@@ -83,7 +90,7 @@ def test_pixels_in_several_chunks_and_chunks_that_say_nothing_of_them():
 
 def test_what_is_not_plain_is_left_to_pillow():
     image = RNG.integers(0, 256, (3, 8, 8), dtype=np.uint8)
-    header, pixels, end = parts(encode_plain_png(image))
+    header, pixels, end = parts(plain_png(image))
     interlaced = (b"IHDR", header[1][:-1] + b"\1")
     sixteen_bits = (b"IHDR", header[1][:8] + b"\x10" + header[1][9:])
     short = (b"IDAT", zlib.compress(zlib.decompress(pixels[1])[:-1], 0))
@@ -110,6 +117,6 @@ def test_what_is_not_plain_is_left_to_pillow():
 
 
 def test_a_bomb_is_not_unpacked():
-    header, _, end = parts(encode_plain_png(np.zeros((1, 8, 8), dtype=np.uint8)))
+    header, _, end = parts(plain_png(np.zeros((1, 8, 8), dtype=np.uint8)))
     bomb = (b"IDAT", zlib.compress(bytes(200_000_000), 9))
     assert decode_plain_png(rebuilt([header, bomb, end]), (1, 8, 8)) is None

@@ -1,4 +1,4 @@
-"""What becomes of every kind of picture file, as docs/datasets.md tells it."""
+"""What becomes of every kind of image file, as docs/datasets.md tells it."""
 
 import io
 import struct
@@ -10,22 +10,22 @@ import PIL.Image
 import PIL.ImageOps
 import pytest
 
-from training.images.decode import MAX_PIXELS, Unreadable, decode_rgb, encode_png, rgb_from_array
+from training.images.decode import MAX_PIXELS, Unreadable, decode_rgb, rgb_from_array
 
 RNG = np.random.default_rng(3)
 PIXELS = RNG.integers(0, 256, (6, 9, 3), dtype=np.uint8)
 
 
-def encoded(picture, kind, **options):
+def encoded(image, kind, **options):
     buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
 def rgb(data, **options):
-    picture = decode_rgb(data, **options)
-    assert picture.mode == "RGB"
-    return np.asarray(picture)
+    image = decode_rgb(data, **options)
+    assert image.mode == "RGB"
+    return np.asarray(image)
 
 
 def refused(data):
@@ -63,25 +63,25 @@ def test_cmyk_is_converted_without_a_profile():
     assert rgb(encoded(cmyk, "TIFF")).tolist() == [[[0, 255, 255], [0, 0, 0], [255, 204, 255]]]
 
 
-def test_grey_becomes_three_equal_channels_and_bits_black_and_white():
-    grey = PIXELS[:, :, 0]
-    assert np.array_equal(rgb(encoded(PIL.Image.fromarray(grey), "PNG")), np.stack([grey] * 3, axis=2))
-    bits = rgb(encoded(PIL.Image.fromarray(grey > 99), "PNG"))
-    assert np.array_equal(bits[:, :, 1], np.where(grey > 99, 255, 0))
+def test_gray_becomes_three_equal_channels_and_bits_black_and_white():
+    gray = PIXELS[:, :, 0]
+    assert np.array_equal(rgb(encoded(PIL.Image.fromarray(gray), "PNG")), np.stack([gray] * 3, axis=2))
+    bits = rgb(encoded(PIL.Image.fromarray(gray > 99), "PNG"))
+    assert np.array_equal(bits[:, :, 1], np.where(gray > 99, 255, 0))
 
 
-def test_palettes_give_their_colours_and_alpha_is_dropped():
+def test_palettes_give_their_colors_and_alpha_is_dropped():
     palette = PIL.Image.fromarray(PIXELS).quantize(8)
     assert np.array_equal(rgb(encoded(palette, "PNG", transparency=0)), np.asarray(palette.convert("RGB")))
     alpha = np.concatenate([PIXELS, RNG.integers(0, 256, (6, 9, 1), dtype=np.uint8)], axis=2)
     assert np.array_equal(rgb(encoded(PIL.Image.fromarray(alpha), "PNG")), PIXELS)
-    grey_alpha = rgb(encoded(PIL.Image.fromarray(alpha[:, :, 2:]), "PNG"))
-    assert np.array_equal(grey_alpha, np.stack([PIXELS[:, :, 2]] * 3, axis=2))
+    gray_alpha = rgb(encoded(PIL.Image.fromarray(alpha[:, :, 2:]), "PNG"))
+    assert np.array_equal(gray_alpha, np.stack([PIXELS[:, :, 2]] * 3, axis=2))
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "TIFF"])
-def test_of_several_pictures_in_a_file_the_first_is_taken(kind):
-    frames = [PIL.Image.new("RGB", (4, 4), colour) for colour in ("#ff0000", "#0000ff")]
+def test_of_several_images_in_a_file_the_first_is_taken(kind):
+    frames = [PIL.Image.new("RGB", (4, 4), color) for color in ("#ff0000", "#0000ff")]
     options = {"lossless": True} if kind == "WEBP" else {}
     data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
     assert PIL.Image.open(io.BytesIO(data)).n_frames == 2
@@ -91,14 +91,14 @@ def test_of_several_pictures_in_a_file_the_first_is_taken(kind):
 def test_sixteen_bits_are_scaled_to_eight_and_not_cut():
     values = np.array([[0, 127, 128, 129, 257, 30000, 65406, 65535]], dtype=np.uint16)
     expected = np.floor(values / 257 + 0.5).astype(np.uint8)
-    grey = PIL.Image.fromarray(values)
+    gray = PIL.Image.fromarray(values)
     portable = b"P5 8 1 65535\n" + values.astype(">u2").tobytes()
-    for data in (encoded(grey, "PNG"), encoded(grey, "TIFF"), portable):
+    for data in (encoded(gray, "PNG"), encoded(gray, "TIFF"), portable):
         assert np.array_equal(rgb(data)[:, :, 0], expected)
-    assert rgb(encoded(grey, "PNG")).max() == 255
+    assert rgb(encoded(gray, "PNG")).max() == 255
 
 
-def test_sixteen_bit_colour_is_within_one_level():
+def test_sixteen_bit_color_is_within_one_level():
     values = RNG.integers(0, 65536, (1, 5, 3))
     raw = b"\0" + values.astype(">u2").tobytes()
     data = b"\x89PNG\r\n\x1a\n" + b"".join(
@@ -138,7 +138,7 @@ def with_orientation(kind, orientation):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_turns_a_picture_only_where_it_is_asked_for(orientation):
+def test_exif_turns_a_image_only_where_it_is_asked_for(orientation):
     for kind in ("PNG", "JPEG"):
         data = with_orientation(kind, orientation)
         stored = np.asarray(PIL.Image.open(io.BytesIO(data)).convert("RGB"))
@@ -159,19 +159,19 @@ def test_damaged_files_have_a_reason():
     assert refused(b"") == "the file is empty"
     assert "truncated" in refused(whole[:4000])
     for data in (b"text", whole[4:]):
-        assert refused(data).startswith("it is none of BMP, GIF, JPEG")
+        assert refused(data).startswith("it is not a BMP, GIF, JPEG")
 
 
 def test_formats_that_start_programs_are_not_tried(monkeypatch):
     monkeypatch.setattr("subprocess.check_call", lambda *args, **kwargs: pytest.fail("a program was started"))
     page = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n"
     assert PIL.Image.open(io.BytesIO(page)).format == "EPS"
-    assert "it is none of" in refused(page)
+    assert "it is not a BMP" in refused(page)
 
 
 @pytest.mark.parametrize("side", [11_600, 13_400, 60_000, 2**31 - 1])
 def test_an_absurd_size_costs_no_memory(side):
-    bomb = bytearray(encode_png(PIL.Image.fromarray(PIXELS)))
+    bomb = bytearray(encoded(PIL.Image.fromarray(PIXELS), "PNG"))
     bomb[16:24] = struct.pack(">II", side, side)
     bomb[29:33] = zlib.crc32(bytes(bomb[12:29])).to_bytes(4, "big")
     message = refused(bytes(bomb))
@@ -182,15 +182,7 @@ def test_the_limit_lets_large_photographs_pass():
     assert MAX_PIXELS > 12_000 * 9_000
 
 
-def test_pngs_are_uncompressed_and_keep_the_pixels():
-    data = encode_png(PIL.Image.fromarray(PIXELS))
-    assert len(data) > PIXELS.size
-    assert np.array_equal(np.asarray(PIL.Image.open(io.BytesIO(data))), PIXELS)
-    noise, flat = (PIL.Image.fromarray(x) for x in (PIXELS, np.zeros_like(PIXELS)))
-    assert len(encode_png(noise)) == len(encode_png(flat))
-
-
 def test_arrays_of_one_and_three_channels_become_rgb():
     assert np.array_equal(np.asarray(rgb_from_array(PIXELS)), PIXELS)
-    for grey in (PIXELS[:, :, 0], PIXELS[:, :, :1]):
-        assert np.array_equal(np.asarray(rgb_from_array(grey)), np.repeat(PIXELS[:, :, :1], 3, axis=2))
+    for gray in (PIXELS[:, :, 0], PIXELS[:, :, :1]):
+        assert np.array_equal(np.asarray(rgb_from_array(gray)), np.repeat(PIXELS[:, :, :1], 3, axis=2))

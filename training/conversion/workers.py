@@ -1,0 +1,139 @@
+"""The part of a conversion that runs in many processes: images in, PNGs out, in order and in bounded memory.
+
+Workers are spawned and import this module; nothing here imports torch, which takes seconds.
+"""
+
+import contextlib
+import ctypes
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from dnnlib.errors import ConfigError, one_line
+from training.conversion.image_source import ImageReader
+from training.conversion.transforms import TRANSFORMS, Size, scale
+from training.images.decode import Unreadable, decode_rgb, rgb_from_array
+from training.images.png import PLAIN, encode_png
+
+_Key = TypeVar("_Key")
+_Result = TypeVar("_Result")
+
+# From malloc.h. glibc accepts no larger threshold than 32 MB.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_KEPT_BYTES = 1 << 25
+
+
+class Outcome(NamedTuple):
+    """Result of one image: a PNG of `size`, a `reason` why it cannot be read, or neither if it is left out."""
+
+    png: bytes | None = None
+    size: Size | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageConverter:
+    """Converts images one by one. `size` as for the transform; None keeps each image's own."""
+
+    reader: ImageReader
+    transform: str | None
+    size: Size | None
+    exif: bool
+
+    def convert(self, key: Any) -> Outcome:
+        """Convert the image that the reader has under `key`."""
+        try:
+            data = self.reader.read(key)
+            image = rgb_from_array(data) if isinstance(data, np.ndarray) else decode_rgb(data, exif=self.exif)
+        except (Unreadable, ConfigError, OSError) as error:
+            return Outcome(reason=one_line(error))
+        if self.size is not None:
+            resized = (scale if self.transform is None else TRANSFORMS[self.transform])(image, self.size)
+            if resized is None:
+                return Outcome()
+            image = resized
+        return Outcome(png=encode_png(np.asarray(image).transpose(2, 0, 1), compression=PLAIN), size=image.size)
+
+
+def convert_chunks(
+    converter: ImageConverter, chunks: Iterable[Sequence[Any]], *, num_workers: int
+) -> Generator[list[Outcome], None, None]:
+    """Convert every chunk of keys, in order; in this process if `num_workers` is 1.
+
+    At most two chunks for each worker and one more are in memory. Raises ConfigError if a worker is killed.
+    """
+    if num_workers == 1:
+        for chunk in chunks:
+            yield [converter.convert(key) for key in chunk]
+        return
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_start_worker, initargs=(converter,))
+    try:
+        yield from map_in_order(pool, _convert_chunk, map(list, chunks), max_pending=2 * num_workers + 1)
+    except BrokenProcessPool:
+        raise ConfigError(
+            f"a worker process was killed, which happens where memory runs out; "
+            f"free some, or try --workers={max(1, num_workers // 2)}"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def map_in_order(
+    pool: Executor, function: Callable[[_Key], _Result], items: Iterable[_Key], *, max_pending: int
+) -> Iterator[_Result]:
+    """Yield the results of `function` in the order of `items`, of which at most `max_pending` are in the pool."""
+    pending: deque[Future[_Result]] = deque()
+    for item in items:
+        if len(pending) >= max_pending:
+            yield pending.popleft().result()
+        pending.append(pool.submit(function, item))
+    while pending:
+        yield pending.popleft().result()
+
+
+_converter: ImageConverter | None = None  # of a worker process; set once when it starts
+
+
+def _start_worker(converter: ImageConverter) -> None:
+    global _converter
+    _converter = converter
+    # ^C reaches all processes of a terminal; the main one decides how to end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _keep_memory()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _convert_chunk(keys: list[Any]) -> list[Outcome]:
+    assert _converter is not None
+    return [_converter.convert(key) for key in keys]
+
+
+def _keep_memory() -> None:
+    """Have glibc keep the memory of one image for the next: mapping fresh pages each time takes a quarter of the time.
+
+    Other C libraries have no such setting, or do not need it.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        for setting in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
+            mallopt(setting, _KEPT_BYTES)
+
+
+def _end_with_parent() -> None:
+    """End this worker when the main process is killed and cannot stop it."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        with contextlib.suppress(OSError):
+            multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
