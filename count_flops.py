@@ -1,4 +1,4 @@
-"""Count the parameters and operations of a network and of sampling from it: command line."""
+"""Count the parameters and operations of a network and of sampling from it."""
 
 import json
 from collections.abc import Sequence
@@ -13,11 +13,11 @@ from dnnlib.errors import ConfigError
 from edm2.options.sampling import sampling_options_without
 from training.flops import FlopCount, RunCost, count_flops, decoder_of, network_of, run_cost
 from training.presets import GENERATION, TRAINING
-from training.sampling.checks import require_label_dropout
-from training.sampling.guidance import SELF, Guidance
+from training.sampling.denoisers import SELF
+from training.sampling.networks import require_label_dropout
 from training.sampling.request import SamplingRequest, resolve_sampling
 
-# The name that people's scripts import from here is count_flops.
+# Users' scripts import count_flops from here.
 __all__ = ["FlopCount", "count_flops"]
 
 CONVENTION = (
@@ -31,21 +31,21 @@ CONVENTION = (
 @click.option("--decoder/--no-decoder", default=None, help="Count the VAE decoder [default: for networks of latents]")
 @click.option("--json", "json_file", metavar="FILE", type=click.Path(path_type=Path), help="Write the counts as JSON")
 def cmdline(source: str | None, decoder: bool | None, json_file: Path | None, **sampling: Any) -> None:
-    """Count the parameters and operations of a network, and of making one image with it.
+    """Count the parameters and operations of a network, and of sampling one image with it.
 
-    NETWORK is a file or URL, PRESET the name of a training or generation preset. No GPU and no weights are needed: of
-    published files nothing is downloaded. Sampling counts every network's evaluations by the sampler's options.
+    NETWORK is a file or URL, PRESET the name of a training or generation preset. This needs neither a GPU nor weights;
+    published files are not downloaded. Sampling counts the evaluations of every network by the sampler's options.
 
     \b
     python count_flops.py \\
         https://nvlabs-fi-cdn.nvidia.com/edm2/posthoc-reconstructions/edm2-img512-s-2147483-0.130.pkl
 
     \b
-    # A guided run: both networks, 32 steps, the decoder
+    # A guided run: both networks, 32 steps, and the decoder
     python count_flops.py edm2-img512-s-guid-interval-fid
 
     \b
-    # A network as it would be trained
+    # The network of a training preset
     python count_flops.py edm2-img512-xxl
     """
     request = resolve(source, sampling)
@@ -55,26 +55,21 @@ def cmdline(source: str | None, decoder: bool | None, json_file: Path | None, **
     if SELF in names:
         require_label_dropout(nets[0].label_dim, None, request.net, "--gnet=self")
     counts = [count_flops(net) for net in nets]
-    guidance = Guidance(
-        weight=request.guidance, num_guides=len(request.gnets), shares=request.shares, interval=request.interval
-    )
     cost = run_cost(
         nets[0],
         nets[1:],
-        options=request.heun,
-        guidance=guidance,
-        solver=request.solver,
+        request.sampler,
         decoder=decoder_of(nets[0], request.net) if decoder is not False else None,
     )
     if decoder and not cost.decoder_flops:
-        raise ConfigError(f"{request.net} makes pixels itself and has no decoder; leave --decoder out")
+        raise ConfigError(f"{request.net} generates pixels and has no decoder; omit --decoder")
     click.echo("\n".join(describe(names, counts, request, cost)))
     if json_file is not None:
         write_text(json_file, json.dumps(as_json(names, counts, cost), indent=2) + "\n")
 
 
 def resolve(source: str | None, sampling: dict[str, Any]) -> SamplingRequest:
-    """The networks and how they are sampled from. Raises ConfigError for what cannot work."""
+    """Resolve the networks and sampling options. Raises ConfigError for invalid ones."""
     if source is not None:
         if sampling["net"] is not None or sampling["preset"] is not None:
             raise ConfigError(f"{source} and --net or --preset both name a network; give one of them")
@@ -85,7 +80,7 @@ def resolve(source: str | None, sampling: dict[str, Any]) -> SamplingRequest:
 
 
 def describe(names: Sequence[str], counts: Sequence[FlopCount], request: SamplingRequest, cost: RunCost) -> list[str]:
-    """What is shown."""
+    """The lines of the output."""
     lines = []
     for name, count, role in zip(names, counts, ("Network", *["Guide"] * len(counts)), strict=False):
         lines += [f"{role}: {name}", f"  parameters            {count.total_params / 1e6:14.6f} M", "  one evaluation"]
@@ -93,7 +88,8 @@ def describe(names: Sequence[str], counts: Sequence[FlopCount], request: Samplin
         lines.append(f"    {'total':<20}{count.total_flops / 1e9:14.6f} Gflops")
     guides = "".join(f" + {calls} of a guide" for calls in cost.guide_calls)
     lines.append(
-        f"One image: {request.heun.num_steps} steps of {request.solver}, {cost.main_calls} evaluations{guides}"
+        f"One image: {request.sampler.heun.num_steps} steps of {request.sampler.solver},"
+        f" {cost.main_calls} evaluations{guides}"
     )
     parts = {"network": cost.main_flops, "guides": cost.guide_flops, "decoder": cost.decoder_flops}
     lines += [f"    {name:<20}{flops / 1e9:14.3f} Gflops" for name, flops in parts.items() if flops]
@@ -102,7 +98,7 @@ def describe(names: Sequence[str], counts: Sequence[FlopCount], request: Samplin
 
 
 def as_json(names: Sequence[str], counts: Sequence[FlopCount], cost: RunCost) -> dict[str, Any]:
-    """The same as numbers."""
+    """The counts for the JSON file."""
     networks = [{"network": name, **count._asdict()} for name, count in zip(names, counts, strict=True)]
     return {"networks": networks, "image": {**cost._asdict(), "total_flops": cost.total_flops}, "counts": CONVENTION}
 

@@ -1,12 +1,14 @@
-"""What networks and sampling runs cost, counted by PyTorch's dispatcher on tensors without content.
+"""Cost of networks and sampling runs, counted by PyTorch's dispatcher on tensors of the meta device.
 
-The convention is the papers': one multiply-accumulate is one operation, and so is every other arithmetic operation on
-one element. The normalization of the weights counts, as it is part of every evaluation of the published code.
+The convention is that of the papers: one multiply-accumulate counts as one operation, and so does every other
+arithmetic operation on one element. The normalization of weights counts too, since every evaluation of the published
+code includes it.
 """
 
 import dataclasses
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -15,16 +17,16 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dnnlib.errors import ConfigError
-from training.networks_edm2 import Precond
+from training.networks_edm2 import Precond, image_size
 from training.presets import MODEL_ROOT, TRAINING, locate
-from training.sampling.guidance import Guidance
-from training.sampling.sampler import HeunOptions, choose_solver
+from training.run.run_data import open_dataset
+from training.sampling.options import SamplerOptions
+from training.sampling.solvers import result_of
 from training.snapshot import read_header
-from training.training_loop import open_dataset
 
 aten = torch.ops.aten
 
-# Operations that FlopCounterMode knows, which it counts twice for each multiply-accumulate.
+# Operations that FlopCounterMode knows; it counts two for each multiply-accumulate.
 _PRODUCTS = {
     "convolution": ("convolution", "_convolution", "cudnn_convolution"),
     "fully connected": ("mm", "addmm", "_scaled_mm"),
@@ -53,7 +55,7 @@ _ELEMENTWISE = (
     "reciprocal",
     "upsample_nearest2d",
 )
-# ... or of what goes in: a square and its sum make one multiply-accumulate, so the sum is not counted beside `pow`.
+# ... or of the input. A square and its sum make one multiply-accumulate, so `pow` is counted and the sum is not.
 _REDUCTIONS = ("pow", "_safe_softmax", "_softmax", "avg_pool2d", "native_group_norm")
 ELEMENTWISE = "elementwise"
 
@@ -62,7 +64,7 @@ _NUM_CLASSES = 1000  # of ImageNet
 
 
 class FlopCount(NamedTuple):
-    """Parameters, operations of one evaluation on one image, and these by kind of operation."""
+    """Parameters, and operations of one evaluation on one image, in total and by kind."""
 
     total_params: int
     total_flops: int
@@ -70,7 +72,7 @@ class FlopCount(NamedTuple):
 
 
 class RunCost(NamedTuple):
-    """Operations for one image by a sampling run."""
+    """Operations of a sampling run per image."""
 
     main_calls: int
     guide_calls: list[int]
@@ -80,25 +82,25 @@ class RunCost(NamedTuple):
 
     @property
     def total_flops(self) -> int:
-        """All of it."""
+        """Operations of networks and decoder together."""
         return self.main_flops + self.guide_flops + self.decoder_flops
 
 
 def count_flops(net: Any) -> FlopCount:
-    """What one evaluation of `net` costs for one image. Nothing is computed, wherever its parameters are."""
-    size = net.img_resolution
-    height, width = (size, size) if isinstance(size, int) else size
+    """Count one evaluation of `net` on one image. Nothing is computed, on whatever device its parameters are."""
+    height, width = image_size(net)
     labels = torch.zeros([1, net.label_dim], device="meta") if net.label_dim else None
     inputs = (torch.zeros([1, net.img_channels, height, width], device="meta"), torch.ones([1], device="meta"), labels)
-    cond_channels = getattr(net, "cond_channels", 0)
-    seen = {"cond_images": torch.zeros([1, cond_channels, height, width], device="meta")} if cond_channels else {}
-    return _count(net, inputs, seen)
+    condition_kwargs = {}
+    if cond_channels := getattr(net, "cond_channels", 0):
+        condition_kwargs["cond_images"] = torch.zeros([1, cond_channels, height, width], device="meta")
+    return _count(net, inputs, condition_kwargs)
 
 
 def count_decoder(latent_channels: int, resolution: int, downscale: int = 8) -> FlopCount:
-    """What the decoder of the Stability VAE costs for latents [1, latent_channels, resolution, resolution].
+    """Count the decoder of the Stability VAE on latents [1, latent_channels, resolution, resolution].
 
-    Raises ConfigError where diffusers is not installed. Smaller and larger VAEs have blocks fewer or more.
+    The number of blocks follows from `downscale`. Raises ConfigError if diffusers is not installed.
     """
     try:
         from diffusers import AutoencoderKL
@@ -119,27 +121,25 @@ def count_decoder(latent_channels: int, resolution: int, downscale: int = 8) -> 
     return _count(decoder, (torch.zeros([1, latent_channels, resolution, resolution], device="meta"),))
 
 
-def _count(net: torch.nn.Module, inputs: Sequence[Any], options: Mapping[str, Any] | None = None) -> FlopCount:
+def _count(net: torch.nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> FlopCount:
     state = {name: value.to("meta") for name, value in [*net.named_parameters(), *net.named_buffers()]}
     training = net.training
     net.eval()
     try:
         with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_formulas()) as counter:
-            torch.func.functional_call(net, state, tuple(inputs), dict(options or {}))
+            torch.func.functional_call(net, state, inputs, dict(kwargs or {}))
     finally:
         net.train(training)
-    found = {str(op).removeprefix("aten."): flops // 2 for op, flops in counter.get_flop_counts()["Global"].items()}
     kinds = {name: kind for kind, names in _PRODUCTS.items() for name in names}
-    by_operation: dict[str, int] = {}
-    for name, flops in found.items():
-        kind = kinds.get(name, ELEMENTWISE)
-        by_operation[kind] = by_operation.get(kind, 0) + flops
+    by_operation: Counter[str] = Counter()
+    for op, flops in counter.get_flop_counts()["Global"].items():
+        by_operation[kinds.get(str(op).removeprefix("aten."), ELEMENTWISE)] += flops // 2
     total_params = sum(parameter.numel() for parameter in net.parameters())
-    return FlopCount(total_params, sum(by_operation.values()), by_operation)
+    return FlopCount(total_params, by_operation.total(), dict(by_operation))
 
 
 def _formulas() -> dict[Any, Callable[..., int]]:
-    """Twice the operations, as PyTorch's own formulas give, for operations that it does not count."""
+    """Formulas for operations that PyTorch does not count; like its own, they return twice the number."""
 
     def per_result(*shapes: Any, out_shape: Any = None, **options: Any) -> int:
         return 2 * math.prod(out_shape)
@@ -154,10 +154,10 @@ def _formulas() -> dict[Any, Callable[..., int]]:
 
 
 def network_of(source: str) -> Precond:
-    """The network that `source` names, without content: a training preset, or a file's path or URL.
+    """Build the network of `source`, a training preset or the path or URL of a file, on the meta device.
 
-    Files that are published need no download: their names tell the architecture. Of others the header is read. Raises
-    ConfigError for what is neither.
+    Published files are not downloaded, since their names determine the architecture. Other files' headers are read.
+    Raises ConfigError for other sources.
     """
     hosted = _published(source)
     if hosted is not None:
@@ -169,15 +169,15 @@ def network_of(source: str) -> Precond:
 
 
 def _published(source: str) -> re.Match[str] | None:
-    """The parts of a published file's name; None for all other files, whose names prove nothing."""
+    """The parts of a published file's name; None for files from elsewhere, whose names prove nothing."""
     return _HOSTED.search(source) if urlsplit(source).hostname == urlsplit(MODEL_ROOT).hostname else None
 
 
 def _preset_network(name: str, *, conditional: bool = True) -> Precond:
-    # The smallest and largest sizes of img64 were never published, and are built the same way.
+    # Some sizes of img64 have no training preset of their own; their networks are those of img512.
     config = TRAINING.get(name) or TRAINING.get(name.replace("img64", "img512"))
     if config is None:
-        raise ConfigError(f"no preset tells the architecture of '{name}'; give the file itself")
+        raise ConfigError(f"unknown architecture '{name}'; give the network file itself")
     if config.data:
         dataset = open_dataset(dataclasses.replace(config, data=locate(config.data)))
         shape = (dataset.resolution, dataset.num_channels, dataset.label_dim)
@@ -196,27 +196,24 @@ def _on_meta(arguments: Mapping[str, Any]) -> Precond:
 
 
 def decoder_of(net: Precond, source: str) -> FlopCount | None:
-    """The cost of the decoder behind the network that `source` names; None where it makes pixels itself."""
+    """Count the decoder for the network of `source`; None if the network generates pixels."""
     hosted = _published(source)
     if hosted is not None or source in TRAINING:
         latents = (hosted[1] if hosted is not None else source).removeprefix("edm2-").startswith("img512")
     else:
         encoder = read_header(source).encoder
         latents = encoder is not None and encoder["class"] == "StabilityVAEEncoder"
-    size = net.img_resolution
-    return count_decoder(net.img_channels, size if isinstance(size, int) else max(size)) if latents else None
+    return count_decoder(net.img_channels, max(image_size(net))) if latents else None
 
 
 def run_cost(
     net: Precond,
     guides: Sequence[Precond],
+    sampler: SamplerOptions,
     *,
-    options: HeunOptions,
-    guidance: Guidance,
-    solver: str = "heun",
     decoder: FlopCount | None = None,
 ) -> RunCost:
-    """What one image costs by this sampler: the solver runs on networks that count how often they are called."""
+    """Count one image by this sampler. The solver runs on stand-ins for the networks that count their calls."""
     calls = [0] * (1 + len(guides))
 
     def counting(index: int) -> Callable[..., torch.Tensor]:
@@ -226,8 +223,8 @@ def run_cost(
 
         return denoise
 
-    denoise = guidance.wrap(counting(0), [counting(1 + i) for i in range(len(guides))])
-    choose_solver(solver, options)(denoise, options.sigmas(), torch.zeros([1]))
+    denoise = sampler.guidance.wrap(counting(0), [counting(1 + i) for i in range(len(guides))])
+    result_of(sampler.solve(denoise, torch.zeros([1])))
     costs = [count_flops(network).total_flops for network in (net, *guides)]
     return RunCost(
         main_calls=calls[0],

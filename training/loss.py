@@ -2,8 +2,8 @@
 
 Source: Karras et al., arXiv 2312.02696, Equations 14, 15, 16 and 21.
 
-This text is embedded in snapshots of the published layout and runs in the published reader, so it imports nothing but
-the standard library, torch and torch_utils.persistence.
+Snapshots of the published layout carry this text, and the published reader executes it. It therefore imports only the
+standard library, torch and torch_utils.persistence.
 """
 
 from typing import Any
@@ -34,18 +34,20 @@ class EDM2Loss:
         unit_noise: torch.Tensor | None = None,
         cond_images: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Loss per element, of the images' shape [N, C, H, W].
+        """Return the loss per element [N, C, H, W].
 
-        `rnd_normal` [N, 1, 1, 1] gives the noise levels and `unit_noise` [N, C, H, W] the noise, both standard normal;
-        what is left out is drawn from torch's global generator, in this order. `cond_images` go to the network as
-        they are; the loss is over all elements of `images` whatever they show of these.
+        `rnd_normal` [N, 1, 1, 1] gives the noise levels and `unit_noise` [N, C, H, W] the noise, both standard normal.
+        By default they are drawn from torch's global generator, in this order. `cond_images` go to the network
+        unchanged; the loss covers all elements of `images`, including those that the condition shows.
         """
         if rnd_normal is None:
             rnd_normal = torch.randn([images.shape[0], 1, 1, 1], device=images.device)
         if unit_noise is None:
             unit_noise = torch.randn_like(images)
+        # Noise levels and weight lambda(sigma) (Eq. 14, 15, 16).
         sigma = (rnd_normal * self.P_std + self.P_mean).exp()
         weight = (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
-        seen = {} if cond_images is None else {"cond_images": cond_images}
-        denoised, logvar = net(images + unit_noise * sigma, sigma, labels, return_logvar=True, **seen)
+        condition_kwargs = {} if cond_images is None else {"cond_images": cond_images}
+        denoised, logvar = net(images + unit_noise * sigma, sigma, labels, return_logvar=True, **condition_kwargs)
+        # The network learns its uncertainty u(sigma) = logvar along with the denoiser (Eq. 21).
         return (weight / logvar.exp()) * (denoised - images).square() + logvar

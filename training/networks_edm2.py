@@ -4,11 +4,15 @@ Source: Karras et al., "Analyzing and Improving the Training Dynamics of Diffusi
 and figure numbers are that paper's. Magnitude means root mean square over elements. Every layer is built so that
 inputs of unit magnitude give outputs of unit magnitude.
 
+This file defines the network; it is not what usually runs. Training computes the same function on these parameters by
+training/fast/training_network.py, sampling by training/fast/inference_network.py. tests/training/fast holds both equal
+to this network, and tests/training/test_networks_edm2.py holds it to the published numbers.
+
 Shape legend: N images, C channels, H x W pixels, E embedding width, L classes, h attention heads.
 
-This text is embedded in snapshots of the published layout and runs in the published reader, so it imports nothing but
-the standard library, torch and torch_utils.persistence. The names of parameters and submodules are the file format,
-and the order in which they are made is the order in which the random numbers of the initialization are drawn.
+Snapshots of the published layout carry this text, and the published reader executes it. It therefore imports only the
+standard library, torch and torch_utils.persistence. The names of parameters and submodules are the file format. Their
+order of construction is the order in which the initialization draws its random numbers.
 """
 
 import math
@@ -21,12 +25,15 @@ from torch import nn
 
 from torch_utils import persistence
 
+EPS = 1e-4  # added to every norm before division (Eq. 47)
+SILU_MAGNITUDE = 0.596  # of SiLU's output for normally distributed input (Eq. 81)
 
-def normalize(x: torch.Tensor, dim: int | Sequence[int] | None = None, eps: float = 1e-4) -> torch.Tensor:
+
+def normalize(x: torch.Tensor, dim: int | Sequence[int] | None = None, eps: float = EPS) -> torch.Tensor:
     """Scale `x` to unit magnitude along `dim` (default: all but the first), in x's dtype (Eq. 47)."""
     dims = list(range(1, x.ndim)) if dim is None else [dim] if isinstance(dim, int) else list(dim)
-    # The square root of a float32 sum: over a dimension that is not innermost, torch.linalg.vector_norm is many times
-    # slower on a CPU. Its gradient at zero would be 0 * inf, so there the root is taken of 1 and dropped.
+    # The square root of a float32 sum, because torch.linalg.vector_norm is many times slower on a CPU unless the
+    # dimension is innermost. The root's gradient at zero would be 0 * inf, so zeros are replaced by 1 and masked.
     square_sum = x.to(torch.float32).square().sum(dim=dims, keepdim=True)
     norm = torch.where(square_sum > 0, square_sum, 1).sqrt() * (square_sum > 0)
     magnitude = norm * math.sqrt(norm.numel() / max(x.numel(), 1))
@@ -36,7 +43,7 @@ def normalize(x: torch.Tensor, dim: int | Sequence[int] | None = None, eps: floa
 def resample(x: torch.Tensor, f: Sequence[float] = (1, 1), mode: str = "keep") -> torch.Tensor:
     """Double ('up') or halve ('down') the sides of `x` [N, C, H, W] with the separable filter `f` of even length.
 
-    'keep' returns `x` as it is.
+    'keep' returns `x` unchanged.
     """
     if mode == "keep":
         return x
@@ -44,7 +51,7 @@ def resample(x: torch.Tensor, f: Sequence[float] = (1, 1), mode: str = "keep") -
         raise ValueError(f"mode={mode!r} is unknown; use 'keep', 'up' or 'down'")
     if len(f) % 2:
         raise ValueError(f"the filter has {len(f)} taps; an even number is needed")
-    if len(f) == 2 and f[0] == f[1]:  # the default, where the filter is a plain average
+    if len(f) == 2 and f[0] == f[1]:  # the default filter is a plain average
         return F.avg_pool2d(x, 2) if mode == "down" else F.interpolate(x, scale_factor=2, mode="nearest")
     taps = torch.tensor(f, dtype=torch.float32, device=x.device)
     taps = torch.outer(taps, taps) / taps.sum().square()
@@ -57,16 +64,16 @@ def resample(x: torch.Tensor, f: Sequence[float] = (1, 1), mode: str = "keep") -
 
 def mp_silu(x: torch.Tensor) -> torch.Tensor:
     """SiLU scaled to keep the magnitude of normally distributed input (Eq. 81)."""
-    return F.silu(x) / 0.596
+    return F.silu(x) / SILU_MAGNITUDE
 
 
 def mp_sum(a: torch.Tensor, b: torch.Tensor, t: float = 0.5) -> torch.Tensor:
-    """Blend `a` and `b` with weights 1-t and t, keeping the magnitude where they are independent (Eq. 88)."""
+    """Blend `a` and `b` with weights 1-t and t, keeping the magnitude if they are independent (Eq. 88)."""
     return a.lerp(b, t) / math.sqrt((1 - t) ** 2 + t**2)
 
 
 def mp_cat(a: torch.Tensor, b: torch.Tensor, dim: int = 1, t: float = 0.5) -> torch.Tensor:
-    """Concatenate `a` and `b` so that they contribute in proportion 1-t to t, whatever their widths (Eq. 103)."""
+    """Concatenate `a` and `b` so that they contribute in proportion 1-t to t at any widths (Eq. 103)."""
     width_a, width_b = a.shape[dim], b.shape[dim]
     scale = math.sqrt((width_a + width_b) / ((1 - t) ** 2 + t**2))
     weight_a = scale / math.sqrt(width_a) * (1 - t)
@@ -75,16 +82,35 @@ def mp_cat(a: torch.Tensor, b: torch.Tensor, dim: int = 1, t: float = 0.5) -> to
 
 
 def scaled_condition(cond_images: torch.Tensor | None, cond_channels: int, sigma_data: float) -> torch.Tensor:
-    """Conditioning images [N, cond_channels, H, W], of magnitude sigma_data, at unit magnitude in float32.
+    """Scale conditioning images [N, cond_channels, H, W] from magnitude sigma_data to unit magnitude, in float32.
 
-    They are scaled as noisy images would be without noise: c_in(0) = 1 / sigma_data. Beside the scaled noisy image and
-    the constant channel, they leave the input of the first convolution at unit magnitude, with all channels in equal
-    parts, and so its output (Eq. 47). Raises ValueError where they are missing or of another width.
+    The factor is that of noisy images without noise, c_in(0) = 1 / sigma_data. All input channels of the first
+    convolution then have unit magnitude, and so has its output (Eq. 47). Raises ValueError if the images are missing
+    or have another number of channels.
     """
     if cond_images is None or cond_images.ndim != 4 or cond_images.shape[1] != cond_channels:
-        given = "there are none" if cond_images is None else f"they have the shape {list(cond_images.shape)}"
+        given = "got None" if cond_images is None else f"got the shape {list(cond_images.shape)}"
         raise ValueError(f"the network needs cond_images [N, {cond_channels}, H, W]; {given}")
     return cond_images.to(torch.float32) / sigma_data
+
+
+def preconditioning(
+    sigma: torch.Tensor, sigma_data: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """c_skip, c_out and c_in [N, 1, 1, 1] and c_noise [N] for N noise levels (Eq. 7 and Table 1, arXiv 2206.00364).
+
+    The denoiser is D(x; sigma) = c_skip x + c_out F(c_in x; c_noise), with the raw network F.
+    """
+    sigma = sigma.reshape(-1, 1, 1, 1)
+    total = (sigma.square() + sigma_data**2).sqrt()
+    # In this order, since another rounding of c_out would change the bits of runs that are continued.
+    return (sigma_data / total).square(), sigma * (sigma_data / total), 1 / total, sigma.flatten().log() / 4
+
+
+def image_size(net: Any) -> tuple[int, int]:
+    """Height and width in pixels of the images that `net` denoises; its img_resolution is a side or such a pair."""
+    size = net.img_resolution
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
 @persistence.persistent_class
@@ -100,7 +126,7 @@ class MPFourier(nn.Module):
         self.register_buffer("phases", 2 * math.pi * torch.rand(num_channels))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`x` [N] to features [N, num_channels], in x's dtype; computed in float32."""
+        """Map `x` [N] to features [N, num_channels] in x's dtype; computed in float32."""
         angles = x.to(torch.float32).outer(self.freqs.to(torch.float32)) + self.phases.to(torch.float32)
         return (angles.cos() * math.sqrt(2)).to(x.dtype)
 
@@ -109,9 +135,10 @@ class MPFourier(nn.Module):
 class MPConv(nn.Module):
     """Convolution, or with `kernel=[]` a fully connected layer, with forced weight normalization (Eq. 47, 66).
 
-    Every training-mode forward pass replaces the stored weight by its normalized self, so that the size of the
-    optimizer's steps relative to the weights is what the learning rate says; the weight that acts on the input is
-    normalized again, this time inside autograd.
+    Every training-mode forward pass normalizes the stored weight, so that the learning rate alone sets the size of the
+    optimizer's steps relative to the weights. The weight that acts on the input is normalized again, inside autograd.
+    In a training run `normalize_weights` (training/run/update.py) does the first, and `effective_weight`
+    (training/fast/ops.py) the second. In sampling `effective_weight` prepares each weight once.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel: Sequence[int]) -> None:
@@ -120,10 +147,10 @@ class MPConv(nn.Module):
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, *kernel))
 
     def forward(self, x: torch.Tensor, gain: float | torch.Tensor = 1) -> torch.Tensor:
-        """`x` [N, C, H, W], or [N, C] for a fully connected layer, to the same with `out_channels`, times `gain`."""
+        """Map `x` [N, C, H, W] ([N, C] if fully connected) to the same shape with `out_channels`, times `gain`."""
         if self.training:
-            # Through `.data`: the same copy under no_grad is silently lost when torch.compile's default backend
-            # compiles the forward pass, and the gradients come out wrong (tests/torch_utils/cuda/test_compile.py).
+            # Through `.data`: torch.compile's default backend silently drops the same copy under no_grad, and the
+            # gradients come out wrong (tests/torch_utils/test_compile.py).
             self.weight.data.copy_(normalize(self.weight.detach().to(torch.float32)))
         weight = normalize(self.weight.to(torch.float32))
         weight = weight * (gain / math.sqrt(weight[0].numel()))
@@ -137,7 +164,7 @@ class MPConv(nn.Module):
 class Block(nn.Module):
     """One residual block of the encoder or the decoder, with optional resampling and self-attention (Figure 21).
 
-    With attention there are `out_channels // channels_per_head` heads; where that is 0 there is no attention.
+    `attention` has `out_channels // channels_per_head` heads; with 0 heads there is no attention.
     """
 
     def __init__(
@@ -177,8 +204,13 @@ class Block(nn.Module):
         self.attn_qkv = MPConv(out_channels, out_channels * 3, kernel=[1, 1]) if self.num_heads else None
         self.attn_proj = MPConv(out_channels, out_channels, kernel=[1, 1]) if self.num_heads else None
 
+    @property
+    def in_channels(self) -> int:
+        """Channels of the input. Only blocks that change the number of channels have a `conv_skip`."""
+        return self.out_channels if self.conv_skip is None else self.conv_skip.weight.shape[1]
+
     def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
-        """`x` [N, C, H, W] and `emb` [N, E] to [N, out_channels, H', W']."""
+        """Map `x` [N, C, H, W] and `emb` [N, E] to [N, out_channels, H', W']."""
         x = resample(x, f=self.resample_filter, mode=self.resample_mode)
         if self.flavor == "enc":
             if self.conv_skip is not None:
@@ -215,11 +247,11 @@ class UNet(nn.Module):
     """The raw network F: noisy images, noise labels and class labels to an update of the images' shape (Figure 21).
 
     `img_resolution` is the side of square images in pixels, or a pair (height, width). Attention acts on the levels
-    whose longer side is in `attn_resolutions`. With `cond_channels` it sees a second image of so many channels, beside
-    the noisy one and the constant channel. Further arguments go to every Block.
+    whose longer side is in `attn_resolutions`. With `cond_channels` the input includes a conditioning image of that
+    many channels, after the noisy image and the constant channel. Further arguments go to every Block.
     """
 
-    cond_channels = 0  # of networks from before there were such images, too
+    cond_channels = 0  # a class attribute, for stored networks that predate conditioning images
 
     def __init__(
         self,
@@ -242,7 +274,7 @@ class UNet(nn.Module):
         self.side_divisor = 2 ** (len(channel_mult) - 1)
         self._check_sides(height, width)
         if cond_channels < 0:
-            raise ValueError(f"cond_channels={cond_channels} is no number of channels; 0 is none")
+            raise ValueError(f"cond_channels={cond_channels} must be 0 or more")
         if cond_channels:
             self.cond_channels = cond_channels
         cblock = [model_channels * mult for mult in channel_mult]
@@ -295,10 +327,10 @@ class UNet(nn.Module):
         class_labels: torch.Tensor | None = None,
         cond_images: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`x` [N, C, H, W], `noise_labels` [N] or [1], `class_labels` [N, L] (conditional networks) to [N, C, H, W].
+        """Map `x` [N, C, H, W], `noise_labels` [N or 1] and `class_labels` [N, L] (if conditional) to [N, C, H, W].
 
-        `cond_images` [N, cond_channels, H, W] have unit magnitude, as `x` has. H and W must be divisible by
-        2^(levels-1), or ValueError.
+        `x` and `cond_images` [N, cond_channels, H, W] have unit magnitude. Raises ValueError unless H and W are
+        divisible by 2^(levels-1).
         """
         self._check_sides(x.shape[-2], x.shape[-1])
         emb = self.emb_noise(self.emb_fourier(noise_labels))
@@ -313,14 +345,19 @@ class UNet(nn.Module):
             inputs.append(cond_images.to(x.dtype))
         x = torch.cat(inputs, dim=1)
         skips = []
-        for name, block in self.enc.items():
-            x = block(x) if "conv" in name else block(x, emb)
+        for block in self.enc.values():
+            x = block(x, emb) if isinstance(block, Block) else block(x)
             skips.append(x)
-        for name, block in self.dec.items():
-            if "block" in name:
+        for block, takes_skip in zip(self.dec.values(), self.takes_skip(), strict=True):
+            if takes_skip:
                 x = mp_cat(x, skips.pop(), t=self.concat_balance)
             x = block(x, emb)
         return self.out_conv(x, gain=self.out_gain)
+
+    def takes_skip(self) -> list[bool]:
+        """For each decoder block, True if its input includes an encoder output: it is wider than the output before."""
+        blocks: list[Any] = [*self.enc.values(), *self.dec.values()]
+        return [blocks[i].in_channels > blocks[i - 1].out_channels for i in range(len(self.enc), len(blocks))]
 
     def _check_sides(self, height: int, width: int) -> None:
         if height % self.side_divisor or width % self.side_divisor:
@@ -332,14 +369,13 @@ class UNet(nn.Module):
 
 @persistence.persistent_class
 class Precond(nn.Module):
-    """The denoiser D(x; sigma): the raw network between noise-level dependent scalings, and the uncertainty u(sigma).
+    """The denoiser D(x; sigma), which is the preconditioned raw network, and the uncertainty u(sigma).
 
     With `use_fp16` the raw network computes in float16 on CUDA devices, and in float32 elsewhere. With `cond_channels`
-    it also sees a conditioning image of so many channels: a second image in the units of the first, which says what the
-    result should look like and has no noise.
+    it takes a conditioning image of that many channels, without noise and in the units of the noisy image.
     """
 
-    cond_channels = 0  # of networks from before there were such images, too
+    cond_channels = 0  # a class attribute, for stored networks that predate conditioning images
 
     def __init__(
         self,
@@ -374,15 +410,15 @@ class Precond(nn.Module):
         return_logvar: bool = False,
         cond_images: torch.Tensor | None = None,
     ) -> Any:
-        """The denoised images [N, C, H, W] in float32, for noisy images `x` and their noise levels `sigma`.
+        """Denoise images `x` [N, C, H, W] of noise level `sigma`, one number or N of them; the result is float32.
 
-        `sigma` is one number or N of them; `class_labels` [N, L] are zeros where a conditional network is given none,
-        and are ignored by an unconditional one. `cond_images` [N, cond_channels, H, W] are in the units of `x`, of
-        magnitude sigma_data; a network that takes none ignores them, and one that does raises ValueError without. With
-        `return_logvar` the result is a pair, the second item u(sigma) [N or 1, 1, 1, 1] (Eq. 21).
+        `class_labels` [N, L] default to zeros in a conditional network and are ignored by an unconditional one.
+        `cond_images` [N, cond_channels, H, W] are in the units of `x`, of magnitude sigma_data. A network without
+        conditioning ignores them; one with it raises ValueError if they are missing. `return_logvar` returns a pair
+        with u(sigma) [N or 1, 1, 1, 1] (Eq. 21).
         """
         x = x.to(torch.float32)
-        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
+        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device)
         if self.label_dim == 0:
             class_labels = None
         elif class_labels is None:
@@ -391,12 +427,7 @@ class Precond(nn.Module):
             class_labels = class_labels.to(torch.float32).reshape(-1, self.label_dim)
         dtype = torch.float16 if self.use_fp16 and not force_fp32 and x.device.type == "cuda" else torch.float32
 
-        total = (sigma.square() + self.sigma_data**2).sqrt()
-        c_skip = (self.sigma_data / total).square()
-        c_out = sigma * self.sigma_data / total
-        c_in = 1 / total
-        c_noise = sigma.flatten().log() / 4
-
+        c_skip, c_out, c_in, c_noise = preconditioning(sigma, self.sigma_data)
         if self.cond_channels:
             scaled = scaled_condition(cond_images, self.cond_channels, self.sigma_data)
             raw = self.unet((c_in * x).to(dtype), c_noise, class_labels, scaled)

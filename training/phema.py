@@ -1,10 +1,10 @@
 """Power-function and post-hoc EMA of network parameters (arXiv 2312.02696, Section 3 and Appendix C).
 
-Independent of diffusion: this file needs PyTorch and NumPy only, so that it can be copied into other projects.
+Independent of diffusion: this file needs only PyTorch and NumPy, so that it can be copied into other projects.
 
-An averaging profile says how much the parameters at training time t count in an average. The power-function profile
-of exponent gamma at time ofs is p(t) = (gamma + 1) / ofs * (t / ofs)**gamma for 0 <= t <= ofs; `std` is its width
-relative to ofs and `exp` is gamma. Times may be in any unit (images, steps) as long as it is the same everywhere.
+An averaging profile is the weight of the parameters at training time t in an average. The power-function profile of
+exponent gamma at time ofs is p(t) = (gamma + 1) / ofs * (t / ofs)**gamma for 0 <= t <= ofs; `std` is its width relative
+to ofs and `exp` is gamma. Times may be in any unit (images, steps), the same everywhere.
 """
 
 import copy
@@ -17,8 +17,8 @@ import torch
 
 Array = npt.NDArray[np.float64]
 
-# The widest profile has std = 0.2887 (gamma = 0, a plain mean). The bound leaves room for that value rounded up.
-_MAX_STD = 0.289
+# The widest profile has std = 0.2887 (gamma = 0, a plain mean). The bound admits that value rounded up.
+MAX_STD = 0.289
 
 
 def exp_to_std(exp: npt.ArrayLike) -> Array:
@@ -31,14 +31,14 @@ def exp_to_std(exp: npt.ArrayLike) -> Array:
 def std_to_exp(std: npt.ArrayLike) -> Array:
     """Exponent of the averaging kernel of relative width `std` (Eq. 126, Algorithm 2), the inverse of `exp_to_std`.
 
-    Raises ValueError where a width is outside (0, 0.289].
+    Raises ValueError if a width is outside (0, 0.289].
     """
     std = np.asarray(std, dtype=np.float64)
-    if not np.all((std > 0) & (std <= _MAX_STD)):
-        raise ValueError(f"EMA lengths must lie above 0 and below {_MAX_STD}; got {std.tolist()}")
+    if not np.all((std > 0) & (std <= MAX_STD)):
+        raise ValueError(f"EMA lengths must lie above 0 and below {MAX_STD}; got {std.tolist()}")
     s = std**-2
-    # Newton from 1 / std, which lies above the largest root of a cubic that is convex from there down to it: the
-    # steps shrink towards the root from one side.
+    # Newton's method from 1 / std, which is above the largest root of a cubic that is convex in between, so that the
+    # steps approach the root from one side.
     exp = 1 / std
     for _ in range(64):
         value = ((exp + 7) * exp + (16 - s)) * exp + (12 - s)
@@ -54,14 +54,14 @@ def power_function_response(ofs: npt.ArrayLike, std: npt.ArrayLike, len: int, ax
     """Weights of training steps 0..len-1 in the average of width `std` taken at step `ofs` (Eq. 121 and 108).
 
     `ofs` and `std` broadcast against each other; the steps become a new axis at `axis`, along which the result sums
-    to 1. Steps after `ofs` count nothing.
+    to 1. Steps after `ofs` have weight 0.
     """
     ofs, std = np.broadcast_arrays(np.asarray(ofs, dtype=np.float64), np.asarray(std, dtype=np.float64))
     ofs, exp = np.expand_dims(ofs, axis), np.expand_dims(std_to_exp(std), axis)
     shape = [1] * exp.ndim
     shape[axis] = len
     t = np.arange(len, dtype=np.float64).reshape(shape)
-    # A width just above 0.2887 has a slightly negative exponent, for which step 0 counts no more than step 1.
+    # A width just above 0.2887 has a slightly negative exponent; step 0 then gets the weight of step 1, not infinity.
     base = np.where(exp < 0, np.maximum(t, 1), t) / ofs
     response: Array = np.where(t <= ofs, np.minimum(base, 1) ** exp, 0)
     response = response / response.sum(axis=axis, keepdims=True)
@@ -77,7 +77,7 @@ def power_function_correlation(
     """
     a_exp, b_exp = std_to_exp(a_std), std_to_exp(b_std)
     a_ofs, b_ofs = np.asarray(a_ofs, dtype=np.float64), np.asarray(b_ofs, dtype=np.float64)
-    # Only the shared stretch of time counts, so the later profile is the one that has decayed there.
+    # Only the shared stretch of time counts. At its end the later profile is below its final value: the decay.
     decay = (np.minimum(a_ofs, b_ofs) / np.maximum(a_ofs, b_ofs)) ** np.where(a_ofs < b_ofs, b_exp, a_exp)
     product: Array = (a_exp + 1) * (b_exp + 1) * decay / ((a_exp + b_exp + 1) * np.maximum(a_ofs, b_ofs))
     return product
@@ -93,7 +93,7 @@ def power_function_beta(std: npt.ArrayLike, t_next: npt.ArrayLike, t_delta: npt.
 def solve_posthoc_coefficients(
     in_ofs: npt.ArrayLike, in_std: npt.ArrayLike, out_ofs: npt.ArrayLike, out_std: npt.ArrayLike
 ) -> Array:
-    """Weights [inputs, outputs] that combine stored averages into the wanted ones (Algorithm 3); columns sum to 1.
+    """Weights [inputs, outputs] that combine stored averages into wanted ones (Algorithm 3); columns sum to 1.
 
     `in_ofs` and `in_std`, also `out_ofs` and `out_std`, broadcast to one axis each. The solution is the combination
     whose response has the least squared distance to the wanted response.
@@ -102,12 +102,12 @@ def solve_posthoc_coefficients(
     out_ofs, out_std = _profiles(out_ofs, out_std)
     gram = power_function_correlation(in_ofs[:, None], in_std[:, None], in_ofs, in_std)
     rhs = power_function_correlation(in_ofs[:, None], in_std[:, None], out_ofs, out_std)
-    # Profiles of unit norm: late and narrow ones would otherwise outweigh the others in the pivoting and the cut.
+    # Scaled to profiles of unit norm; otherwise late and narrow ones would outweigh the others in the cut below.
     scale = 1 / np.sqrt(np.diagonal(gram))[:, None]
     gram, rhs = gram * scale * scale.T, rhs * scale
-    # Many close profiles make the matrix singular to working precision. The directions that rounding has destroyed
-    # are left out: a plain solve turns them into huge coefficients of both signs, which fit little better, if at all,
-    # and amplify the rounding of stored parameters.
+    # Many close profiles make the matrix singular to working precision. Directions that rounding has destroyed are left
+    # out. A plain solve turns them into huge coefficients of both signs, which hardly fit better, if at all, and
+    # amplify the rounding of stored parameters.
     values, vectors = np.linalg.eigh(gram)
     kept = values > values[-1] * np.finfo(np.float64).eps
     vectors = vectors[:, kept]
@@ -146,10 +146,10 @@ def _profiles(ofs: npt.ArrayLike, std: npt.ArrayLike) -> tuple[Array, Array]:
 
 
 class PowerFunctionEMA:
-    """Power-function averages of a network's parameters, one per relative width in `stds`, kept up during training.
+    """Power-function averages of a network's parameters during training, one per relative width in `stds`.
 
     Call `update` after every optimizer step. `net` is the bare module, not its DistributedDataParallel or compiled
-    wrapper. The averages live where the network lives and take as much memory each.
+    wrapper. Each average is on the device of the network and takes as much memory.
     """
 
     def __init__(self, net: torch.nn.Module, stds: Sequence[float] = (0.050, 0.100)) -> None:
@@ -185,7 +185,7 @@ class PowerFunctionEMA:
         return {"stds": list(self.stds), "emas": [dict(ema.state_dict()) for ema in self.emas]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict()`'s result. Raises ValueError where the widths or the tensors are others."""
+        """Continue from `state_dict()`'s result. Raises ValueError if widths or tensors differ."""
         if list(state["stds"]) != self.stds or len(state["emas"]) != len(self.stds):
             raise ValueError(f"the stored averages have widths {list(state['stds'])}, this run has {self.stds}")
         for ema, tensors in zip(self.emas, state["emas"], strict=True):
@@ -196,7 +196,7 @@ class TraditionalEMA:
     """An exponential average of a network's parameters with a half-life of `halflife_Mimg` million images.
 
     The half-life is at most `rampup_ratio` times the training so far, so that the random start is soon forgotten;
-    None leaves that out. `net` as for `PowerFunctionEMA`.
+    None removes this limit. `net` is as for `PowerFunctionEMA`.
     """
 
     def __init__(
@@ -233,7 +233,7 @@ class TraditionalEMA:
         return {**settings, "ema": dict(self.ema.state_dict())}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict()`'s result. Raises ValueError where the settings or the tensors are others."""
+        """Continue from `state_dict()`'s result. Raises ValueError if settings or tensors differ."""
         ours, theirs = (self.halflife_Mimg, self.rampup_ratio), (state["halflife_Mimg"], state["rampup_ratio"])
         if ours != theirs:
             raise ValueError(f"the stored average has (halflife_Mimg, rampup_ratio) = {theirs}, this run has {ours}")
@@ -248,12 +248,12 @@ def _frozen_copy(net: torch.nn.Module) -> torch.nn.Module:
 
 
 def _pairs(ours: Any, theirs: Any) -> Named:
-    """Tensors of two modules side by side, in order. Raises ValueError where names or shapes differ."""
+    """Pair the tensors of two modules, in order. Raises ValueError if names or shapes differ."""
     first, second = dict(ours), dict(theirs)
     shapes = [{name: tuple(tensor.shape) for name, tensor in named.items()} for named in (first, second)]
     if list(shapes[0].items()) != list(shapes[1].items()):
-        odd = dict(set(shapes[0].items()) ^ set(shapes[1].items())) or list(shapes[1])
-        raise ValueError(f"the network's tensors no longer match its average's: {odd}")
+        different = dict(set(shapes[0].items()) ^ set(shapes[1].items())) or list(shapes[1])
+        raise ValueError(f"the network's tensors no longer match its average's: {different}")
     return list(zip(first.values(), second.values(), strict=True))
 
 
@@ -271,7 +271,7 @@ def _lerp_parameters(averages: Sequence[torch.nn.Module], net: torch.nn.Module, 
     each = [weight for weight, named in zip(weights, pairs, strict=True) for _ in named]
     try:
         torch._foreach_lerp_(ours, theirs, each)
-    except TypeError:  # before PyTorch 2.7, which takes one weight a call
+    except TypeError:  # PyTorch before 2.7 takes one weight per call
         for weight, named in zip(weights, pairs, strict=True):
             torch._foreach_lerp_([pair[0] for pair in named], [pair[1] for pair in named], weight)
 

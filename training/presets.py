@@ -1,8 +1,8 @@
-"""Named settings: what the published networks were trained with, and which of them to sample from and how.
+"""Presets: the training settings of the published networks, and the published ways to sample from them.
 
 Sources: Tables 2, 3 and 5 of arXiv 2312.02696, Table 1 of arXiv 2406.02507, and arXiv 2404.07724 for guidance in an
-interval of noise levels. The published network files are
-licensed for non-commercial use (CC BY-NC-SA 4.0), whatever the licence of this code.
+interval of noise levels. The published network files are licensed for non-commercial use only (CC BY-NC-SA 4.0), unlike
+this code.
 """
 
 import difflib
@@ -25,20 +25,18 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationPreset:
-    """Which networks to sample from, and the score that this gives."""
+    """The networks to sample from, and the published score."""
 
     net: str  # http(s) URL, or path of a shipped file relative to the repository
     gnet: str | None = None  # the guide, likewise
     guidance: float = 1.0  # 1 = no guide
-    interval: tuple[float, float] | None = None  # guide only the steps that start at noise levels in (low, high]
+    interval: tuple[float, float] | None = None  # guide only steps that start at noise levels in (low, high]
     metric: str | None = None  # fid or fd_dinov2, of 50,000 images
     score: float | None = None  # published value of that metric
 
 
-# Preset, network, guide, guidance, published score, and the interval where guidance has one; networks are named
-# {model}-{kimg}-{std}.
-_Row = tuple[str, str, str | None, float, float]
-_PUBLISHED: tuple[_Row | tuple[*_Row, tuple[float, float]], ...] = (
+# Preset, network, guide, guidance, published score; networks are named {model}-{kimg}-{std}.
+_PUBLISHED: tuple[tuple[str, str, str | None, float, float], ...] = (
     ("edm2-img512-xs-fid", "img512-xs-2147483-0.135", None, 1, 3.53),
     ("edm2-img512-xs-dino", "img512-xs-2147483-0.200", None, 1, 103.39),
     ("edm2-img512-s-fid", "img512-s-2147483-0.130", None, 1, 2.56),
@@ -67,38 +65,10 @@ _PUBLISHED: tuple[_Row | tuple[*_Row, tuple[float, float]], ...] = (
     ("edm2-img512-xl-guid-dino", "img512-xl-1342177-0.030", "img512-xs-uncond-2147483-0.030", 1.70, 35.67),
     ("edm2-img512-xxl-guid-fid", "img512-xxl-0939524-0.015", "img512-xs-uncond-2147483-0.015", 1.20, 1.81),
     ("edm2-img512-xxl-guid-dino", "img512-xxl-0939524-0.015", "img512-xs-uncond-2147483-0.015", 1.70, 33.09),
-    (
-        "edm2-img512-s-guid-interval-fid",
-        "img512-s-2147483-0.025",
-        "img512-xs-uncond-2147483-0.025",
-        2.10,
-        1.68,
-        (0.28, 2.90),
-    ),
-    (
-        "edm2-img512-s-guid-interval-dino",
-        "img512-s-2147483-0.085",
-        "img512-xs-uncond-2147483-0.085",
-        3.20,
-        46.25,
-        (0.60, 5.00),
-    ),
-    (
-        "edm2-img512-xxl-guid-interval-fid",
-        "img512-xxl-0939524-0.015",
-        "img512-xs-uncond-2147483-0.015",
-        2.00,
-        1.40,
-        (0.19, 1.61),
-    ),
-    (
-        "edm2-img512-xxl-guid-interval-dino",
-        "img512-xxl-0939524-0.015",
-        "img512-xs-uncond-2147483-0.015",
-        2.90,
-        29.16,
-        (0.60, 5.00),
-    ),
+    ("edm2-img512-s-guid-interval-fid", "img512-s-2147483-0.025", "img512-xs-uncond-2147483-0.025", 2.10, 1.68),
+    ("edm2-img512-s-guid-interval-dino", "img512-s-2147483-0.085", "img512-xs-uncond-2147483-0.085", 3.20, 46.25),
+    ("edm2-img512-xxl-guid-interval-fid", "img512-xxl-0939524-0.015", "img512-xs-uncond-2147483-0.015", 2.00, 1.40),
+    ("edm2-img512-xxl-guid-interval-dino", "img512-xxl-0939524-0.015", "img512-xs-uncond-2147483-0.015", 2.90, 29.16),
     ("edm2-img512-s-autog-fid", "img512-s-2147483-0.070", "img512-xs-0134217-0.125", 2.10, 1.34),
     ("edm2-img512-s-autog-dino", "img512-s-2147483-0.120", "img512-xs-0134217-0.165", 2.45, 36.67),
     ("edm2-img512-xxl-autog-fid", "img512-xxl-0939524-0.075", "img512-m-0268435-0.155", 2.05, 1.25),
@@ -108,26 +78,25 @@ _PUBLISHED: tuple[_Row | tuple[*_Row, tuple[float, float]], ...] = (
     ("edm2-img64-s-autog-fid", "img64-s-1073741-0.045", "img64-xs-0134217-0.110", 1.70, 1.01),
     ("edm2-img64-s-autog-dino", "img64-s-1073741-0.105", "img64-xs-0134217-0.175", 2.20, 31.85),
 )
+_INTERVALS = {
+    "edm2-img512-s-guid-interval-fid": (0.28, 2.90),
+    "edm2-img512-s-guid-interval-dino": (0.60, 5.00),
+    "edm2-img512-xxl-guid-interval-fid": (0.19, 1.61),
+    "edm2-img512-xxl-guid-interval-dino": (0.60, 5.00),
+}
 
 
 def _hosted(name: str) -> str:
     return f"{MODEL_ROOT}edm2-{name}.pkl"
 
 
-def _published(
-    preset: str,
-    net: str,
-    gnet: str | None,
-    guidance: float,
-    score: float,
-    interval: tuple[float, float] | None = None,
-) -> GenerationPreset:
-    # What a published preset was tuned for is the last part of its name.
+def _published(preset: str, net: str, gnet: str | None, guidance: float, score: float) -> GenerationPreset:
+    # The last part of a preset's name is the metric that it was tuned for.
     return GenerationPreset(
         net=_hosted(net),
         gnet=None if gnet is None else _hosted(gnet),
         guidance=guidance,
-        interval=interval,
+        interval=_INTERVALS.get(preset),
         metric={"fid": "fid", "dino": "fd_dinov2"}[preset.rpartition("-")[2]],
         score=score,
     )
@@ -170,7 +139,7 @@ _FASHION = TrainingConfig(
     checkpoint=16 << 10,
 )
 
-# The data set (`data`) is the caller's to fill in where a row leaves it empty.
+# If a row leaves `data` empty, the caller fills it in.
 TRAINING: Mapping[str, TrainingConfig] = {
     "edm2-img512-xxs": _img512(duration_Mi=2048, channels=64, lr=0.0170),
     "edm2-img512-xs": _img512(duration_Mi=2048, channels=128, lr=0.0120),
@@ -189,12 +158,12 @@ TRAINING: Mapping[str, TrainingConfig] = {
 
 
 def generation_preset(name: str) -> GenerationPreset:
-    """The row called `name`. Raises ConfigError for another name, with those that resemble it."""
+    """Return the row `name`. Raises ConfigError with similar names if it does not exist."""
     return _look_up(GENERATION, name, "generation")
 
 
 def training_preset(name: str) -> TrainingConfig:
-    """The row called `name`. Raises ConfigError for another name, with those that resemble it."""
+    """Return the row `name`. Raises ConfigError with similar names if it does not exist."""
     return _look_up(TRAINING, name, "training")
 
 
@@ -210,7 +179,7 @@ def describe_generation_presets() -> str:
 
 
 def locate(network: str) -> str:
-    """Where the network file of a row is: URLs and absolute paths as they are, others in the repository."""
+    """Path or URL of a row's network file; relative paths are inside the repository."""
     return network if is_url(network) else str(REPOSITORY_DIR / network)
 
 
@@ -218,4 +187,4 @@ def _look_up(table: Mapping[str, T], name: str, kind: str) -> T:
     if name in table:
         return table[name]
     similar = difflib.get_close_matches(name, table, n=3, cutoff=0.5) or list(table)[:3]
-    raise ConfigError(f"'{name}' is no {kind} preset; there are {len(table)}, such as {', '.join(similar)}")
+    raise ConfigError(f"unknown {kind} preset '{name}'; there are {len(table)}, such as {', '.join(similar)}")

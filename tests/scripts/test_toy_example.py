@@ -29,7 +29,7 @@ SNAPSHOT = GOLDEN_DIR / "snapshots" / "toy.pkl"
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Few samples, coarse pictures, no display, and an own folder to write to."""
+    """Few samples, coarse images, no display, and an own folder to write to."""
     monkeypatch.setattr(toy_plot, "_NUM_WIDE", 200)
     monkeypatch.setattr(toy_plot, "_NUM_CLOSE", 50)
     monkeypatch.setattr(toy_plot, "_NUM_CELLS", 20)
@@ -75,7 +75,7 @@ def test_guidance_extrapolates_from_the_guide_through_the_network() -> None:
     torch.testing.assert_close(do_sample(net, x_init, guide, 1, num_steps=6), do_sample(net, x_init, num_steps=6))
 
 
-def test_thinned_points_keep_their_distance_and_none_could_be_added() -> None:
+def test_thinned_points_keep_their_distance_and_are_as_many_as_fit() -> None:
     points = torch.rand(300, 2, generator=torch.Generator().manual_seed(0))
     kept = thin(points, 0.1)
     distances = torch.cdist(kept, kept) + torch.eye(len(kept))
@@ -148,17 +148,17 @@ def test_without_a_display_plot_writes_a_file_and_says_where() -> None:
     lines = result.output.splitlines()
     assert lines[0].split() == ["off", "the", "tree", "components", "hit", "branches", "hit"]
     assert [line.split("  ")[0] for line in lines[1:4]] == ["true samples", "without guidance", "guidance 3"]
-    with Image.open("toy-example.png") as picture:
-        assert picture.size == (1600, 840)
+    with Image.open("toy-example.png") as image:
+        assert image.size == (1600, 840)
     assert [path.name for path in Path().iterdir()] == ["toy-example.png"]
 
 
 @pytest.mark.usefixtures("small")
 def test_plot_takes_other_networks_strength_and_file() -> None:
-    result = run("plot", f"--net={SNAPSHOT}", f"--gnet={SNAPSHOT}", "--guidance=2.5", "--save=out/picture.svg")
+    result = run("plot", f"--net={SNAPSHOT}", f"--gnet={SNAPSHOT}", "--guidance=2.5", "--save=out/figure.svg")
     assert result.exit_code == 0, result.output
     assert "guidance 2.5" in result.output
-    text = Path("out", "picture.svg").read_text(encoding="utf-8")
+    text = Path("out", "figure.svg").read_text(encoding="utf-8")
     assert text.startswith("<?xml")
 
 
@@ -166,13 +166,13 @@ def test_plot_takes_other_networks_strength_and_file() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--save=picture.doc"], r"picture.doc has no suffix of a picture; use one of .*png"),
+        (["--save=figure.doc"], r"figure.doc lacks the suffix of an image; use one of .*png"),
         (["--net=none.pkl"], r"'none.pkl' does not exist"),
-        (["--guidance=nan"], r"guidance=nan is no strength"),
-        (["--device=abacus"], r"--device=abacus is no device"),
+        (["--guidance=nan"], r"guidance=nan must be a finite number"),
+        (["--device=abacus"], r"--device=abacus is not a device"),
     ],
 )
-def test_a_mistake_is_told_in_one_line_and_writes_nothing(options, message) -> None:
+def test_a_mistake_is_reported_in_one_line_and_writes_nothing(options, message) -> None:
     with pytest.raises(ConfigError, match=message):
         toy_example.cmdline.main(["plot", *options], standalone_mode=False)
     assert not list(Path().iterdir())
@@ -228,7 +228,7 @@ def test_with_a_display_windows_are_shown_and_no_file_is_written(monkeypatch) ->
     assert sorted(path.name for path in Path().rglob("*.*")) == ["a.png", "iter0001.pkl"]
 
 
-def test_a_display_that_cannot_be_opened_is_told_in_one_line(monkeypatch) -> None:
+def test_a_display_that_cannot_be_opened_is_reported_in_one_line(monkeypatch) -> None:
     from matplotlib import pyplot
 
     def refuse(**options: Any) -> Figure:

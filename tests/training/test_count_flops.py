@@ -15,8 +15,7 @@ from training import flops
 from training.flops import count_decoder, count_flops, decoder_of, network_of, run_cost
 from training.networks_edm2 import MPConv, Precond
 from training.presets import GENERATION, MODEL_ROOT
-from training.sampling.guidance import Guidance
-from training.sampling.sampler import HeunOptions
+from training.sampling.options import HeunOptions, SamplerOptions
 
 # arXiv 2312.02696, Table 2: parameters (the first six exactly) and operations of one evaluation, for latents.
 PAPER = {
@@ -89,15 +88,15 @@ def test_products_are_those_of_the_layers_shapes():
 def test_a_whole_run_adds_up():
     net, guide = network_of(str(GOLDEN_DIR / "snapshots" / "rgb-cond.pkl")), network_of("fashion")
     one, other = (count_flops(network).total_flops for network in (net, guide))
-    plain = run_cost(net, [], options=HeunOptions(), guidance=Guidance())
+    plain = run_cost(net, [], SamplerOptions())
     assert (plain.main_calls, plain.guide_calls, plain.total_flops) == (63, [], 63 * one)
-    guided = run_cost(net, [guide], options=HeunOptions(), guidance=Guidance(weight=2, num_guides=1))
+    guided = run_cost(net, [guide], SamplerOptions.from_keywords(num_guides=1, guidance=2))
     assert (guided.main_calls, guided.guide_calls) == (63, [63])
     assert guided.total_flops == 63 * (one + other)
-    limited = Guidance(weight=2, num_guides=1, interval=(0.28, 2.90))
+    limited = SamplerOptions.from_keywords(num_guides=1, guidance=2, interval=(0.28, 2.90))
     starts = [sigma for sigma in HeunOptions().sigmas() if 0.28 < sigma <= 2.90]
-    assert run_cost(net, [guide], options=HeunOptions(), guidance=limited).guide_calls == [2 * len(starts)]
-    assert run_cost(net, [], options=HeunOptions(), guidance=Guidance(), solver="dpmpp2m").main_calls == 32
+    assert run_cost(net, [guide], limited).guide_calls == [2 * len(starts)]
+    assert run_cost(net, [], SamplerOptions(solver="dpmpp2m")).main_calls == 32
 
 
 def test_published_files_need_no_download(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -161,7 +160,7 @@ def test_mistakes_are_named():
         (["edm2-img512-s", "--guidance=2"], "needs a guiding network"),
         (["edm2-img512-s", "--net=a.pkl"], "both name a network"),
         (["edm2-img64-s", "--decoder"], "has no decoder"),
-        (["edm2-img512-s-uncond-autog-fid", "--gnet=self"], "has none to leave out"),
+        (["edm2-img512-s-uncond-autog-fid", "--gnet=self"], "the network is unconditional"),
         (["edm2-img512-s", "--steps=0"], "0 sampling steps"),
     ]:
         with pytest.raises(ConfigError, match=message):

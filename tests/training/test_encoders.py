@@ -64,7 +64,7 @@ def test_rgb_latents_and_pixels_are_the_published_ones():
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_every_grey_level_survives_a_round_trip_with_any_number_of_channels(channels):
+def test_every_gray_level_survives_a_round_trip_with_any_number_of_channels(channels):
     pixels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).expand(2, channels, 16, 16)
     encoder = StandardRGBEncoder()
     latents = encoder.encode(pixels, eps=torch.randn(1))
@@ -134,7 +134,7 @@ def test_copies_carry_the_name_but_not_the_weights(loaded):
     assert is_persistent(encoder) and is_persistent(StandardRGBEncoder())
 
 
-def test_mistakes_are_told_in_one_line(loaded, monkeypatch):
+def test_mistakes_are_reported_in_one_line(loaded, monkeypatch):
     def message(call, *args):
         with pytest.raises(ConfigError) as caught:
             call(*args)

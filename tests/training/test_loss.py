@@ -48,10 +48,10 @@ def test_draws_that_are_not_given_come_from_the_global_stream_noise_level_first(
 def test_the_loss_of_a_known_denoiser():
     # One pixel of 0.3, P_mean 0.2, P_std 0.7, a level drawn as -1, so sigma = exp(-0.5); noise drawn as 2.
     sigma = torch.tensor(-0.5).exp().item()
-    seen = []
+    calls = []
 
     def net(x, sigma, labels, return_logvar):
-        seen.append((x.item(), sigma.item(), labels))
+        calls.append((x.item(), sigma.item(), labels))
         return torch.full_like(x, 0.1), torch.full_like(sigma, 0.4)
 
     loss_fn = EDM2Loss(P_mean=0.2, P_std=0.7, sigma_data=0.5)
@@ -59,4 +59,4 @@ def test_the_loss_of_a_known_denoiser():
     loss = loss_fn(net, pixel, None, level, noise).item()
     weight = (sigma**2 + 0.25) / (sigma * 0.5) ** 2
     assert loss == pytest.approx(weight / torch.tensor(0.4).exp().item() * (0.1 - 0.3) ** 2 + 0.4, rel=1e-6)
-    assert seen == [(pytest.approx(0.3 + 2 * sigma), pytest.approx(sigma), None)]
+    assert calls == [(pytest.approx(0.3 + 2 * sigma), pytest.approx(sigma), None)]

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,19 @@ import torch
 
 from tests.helpers import oracle
 from tests.helpers.paths import Golden
-from training.networks_edm2 import Block, MPConv, MPFourier, Precond, mp_cat, mp_silu, mp_sum, normalize, resample
+from training.networks_edm2 import (
+    Block,
+    MPConv,
+    MPFourier,
+    Precond,
+    image_size,
+    mp_cat,
+    mp_silu,
+    mp_sum,
+    normalize,
+    preconditioning,
+    resample,
+)
 
 Load = Callable[[str], Golden]
 NETWORKS = ["precond-cond.safetensors", "precond-uncond.safetensors"]
@@ -166,6 +179,36 @@ def test_the_published_sizes_have_the_published_parameter_counts() -> None:
         with torch.device("meta"):
             net = Precond(64, 4, 1000, model_channels=channels)
         assert sum(p.numel() for p in net.parameters()) == round(millions * 1e6)
+
+
+@pytest.mark.parametrize("sigma_data", [0.5, 0.7])
+def test_preconditioning_follows_the_printed_formulas(sigma_data: float) -> None:
+    sigma = torch.tensor([0.002, 0.5, 80.0])
+    level = sigma.double()
+    expected = (
+        sigma_data**2 / (level**2 + sigma_data**2),
+        level * sigma_data / (level**2 + sigma_data**2).sqrt(),
+        1 / (level**2 + sigma_data**2).sqrt(),
+        level.log() / 4,
+    )
+    for ours, theirs, shape in zip(
+        preconditioning(sigma, sigma_data), expected, [[3, 1, 1, 1]] * 3 + [[3]], strict=True
+    ):
+        torch.testing.assert_close(ours, theirs.float().reshape(shape), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("mult", [[1], [1, 2], [1, 2, 1], [2, 1, 1]])
+@pytest.mark.parametrize("num_blocks", [0, 2])
+def test_the_blocks_that_take_a_skip_are_those_of_the_published_names(mult: list[int], num_blocks: int) -> None:
+    options: dict[str, Any] = {"model_channels": 4, "channel_mult": mult, "num_blocks": num_blocks}
+    for channels in (1, 4):
+        unet = Precond(16, channels, 0, channels_per_head=4, **options).unet
+        assert unet.takes_skip() == ["block" in name for name in unet.dec]
+
+
+def test_the_size_of_images_is_one_side_or_two() -> None:
+    assert image_size(types.SimpleNamespace(img_resolution=8)) == (8, 8)
+    assert image_size(types.SimpleNamespace(img_resolution=[8, 12])) == (8, 12)
 
 
 def test_normalize_has_a_finite_gradient_at_zero() -> None:

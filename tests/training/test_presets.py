@@ -115,8 +115,8 @@ def test_there_are_no_other_training_rows_of_that_name():
 
 
 @pytest.mark.parametrize("look_up", [generation_preset, training_preset])
-def test_a_name_that_is_no_preset_brings_those_that_resemble_it(look_up):
-    with pytest.raises(ConfigError, match=r"'edm2-img512-sx.*' is no .* preset; .*edm2-img512-xs"):
+def test_an_unknown_preset_is_refused_with_similar_names(look_up):
+    with pytest.raises(ConfigError, match=r"unknown .* preset 'edm2-img512-sx.*'; .*edm2-img512-xs"):
         look_up("edm2-img512-sx" + ("-fid" if look_up is generation_preset else ""))
     with pytest.raises(ConfigError, match="such as"):
         look_up("?")

@@ -1,1 +1,1 @@
-"""The network of networks_edm2 arranged for speed: for training, and for sampling with its weights prepared once."""
+"""The network of networks_edm2 arranged for speed: for training, and for sampling with weights prepared once."""

@@ -1,7 +1,7 @@
-"""The network for sampling: weights normalized, scaled, cast and laid out once, at load, and nothing learned any more.
+"""The network that sampling runs: weights are normalized, scaled, cast and laid out once, when it is built.
 
-Samplers call it as they call `Precond` (training/networks_edm2.py), or bind it to the labels of a batch first. What a
-block computes is written once, in training/fast/training_network.py, for training and for this.
+Samplers call it like `Precond` (training/networks_edm2.py), or bind it to the labels of a batch first. The computation
+of blocks and U-Net is shared with training (training/fast/training_network.py).
 
 Source: Karras et al., arXiv 2312.02696, Figure 21 and Appendix B.
 
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from training.fast.ops import SILU_MAGNITUDE, balance, effective_weight, packed
+from training.fast.ops import balance, effective_weight, packed
 from training.fast.training_network import (
     BlockForm,
     BlockWeights,
@@ -24,19 +24,26 @@ from training.fast.training_network import (
     block_weights,
     run_block,
     run_unet,
-    scalings,
 )
-from training.networks_edm2 import Block, MPConv, Precond, scaled_condition
+from training.networks_edm2 import (
+    SILU_MAGNITUDE,
+    Block,
+    MPConv,
+    Precond,
+    image_size,
+    preconditioning,
+    scaled_condition,
+)
 
-# Denoised images of x [N, C, H, W] at noise levels [N or 1], with the embedding of the class [N or 1, E] or None; for a
-# network that is conditioned on images, these come fourth, as the first convolution takes them.
+# Called with x [N, C, H, W], noise levels [N or 1], the class embedding [N or 1, E] or None, and, if the network is
+# conditioned on images, these as input of the first convolution; returns denoised images.
 Evaluate = Callable[..., torch.Tensor]
 
 
 class InferenceBlock(nn.Module):
-    """The weights of one block as they act on activations of one type, for images of height and width `size`.
+    """One block whose weights are prepared for activations of one type and images of height and width `size`.
 
-    With `pack`, in the layout of the CPU's convolutions.
+    With `pack`, the weights are in the layout of the CPU's convolutions.
     """
 
     def __init__(self, block: nn.Module, dtype: torch.dtype, size: tuple[int, int], *, pack: bool) -> None:
@@ -55,18 +62,18 @@ class InferenceBlock(nn.Module):
             self.register_buffer(name, packed(weight, *self.size_after) if pack and weight is not None else weight)
 
     def forward(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """`x` [N, C, H, W] and the scale [N or 1, C'] of its channels to [N, C', H', W']."""
+        """Map `x` [N, C, H, W] and the channels' `scale` [N or 1, C'] to [N, C', H', W']."""
         weights = BlockWeights(*(getattr(self, name) for name in BlockWeights._fields))
         return run_block(self.form, weights, x, scale)
 
 
 class InferencePrecond(nn.Module):
-    """What `net` computes in evaluation mode, on weights of its own; `net` is not needed afterwards.
+    """The function of `net` in evaluation mode, on copies of its weights; `net` is not needed afterwards.
 
-    `dtype` is that of the U-Net's activations and weights; everything around it is float32. There are no gradients.
-    With `pack`, weights are in the layout of the CPU's convolutions, where the network is on the CPU: it can then
-    neither be moved nor compiled. `through` makes the function that is called for an evaluation out of `evaluate`, to
-    compile or record it; with `fixed_batch`, callers should keep to one size of batches.
+    `dtype` is the type of the U-Net's activations and weights; everything else is float32. There are no gradients.
+    With `pack`, a network on the CPU has its weights in the layout of the CPU's convolutions, and can then be neither
+    moved nor compiled. `through` wraps `evaluate`, to compile or record it. `fixed_batch` tells callers to keep to one
+    batch size.
     """
 
     stem: torch.Tensor
@@ -97,14 +104,13 @@ class InferencePrecond(nn.Module):
         self.use_fp16 = dtype == torch.float16
         self.dtype = dtype
         self.concat_balance = unet.concat_balance
-        self.takes_skip = ["block" in name for name in unet.dec]
+        self.takes_skip = unet.takes_skip()
 
         stem, *enc = unet.enc.values()
         dec = list(unet.dec.values())
         assert isinstance(stem, MPConv)
         layout = activation_layout(stem.weight.device)
-        height, width = (net.img_resolution,) * 2 if isinstance(net.img_resolution, int) else net.img_resolution
-        size = (height, width)
+        size = image_size(net)
         stem_weight = effective_weight(stem.weight, 1, dtype, layout)
         out_weight = effective_weight(unet.out_conv.weight, unet.out_gain, dtype, layout)
         self.register_buffer("stem", packed(stem_weight, *size) if pack else stem_weight)
@@ -116,7 +122,9 @@ class InferencePrecond(nn.Module):
                 prepared.append(made)
                 size = made.size_after
 
-        # The embedding is F.silu(noise part + class part), the scales 1 + a product with it: its factors are in these.
+        # All constant factors of the embedding are folded into its matrices: the shares of the sum, sqrt(2) of the
+        # Fourier features, sqrt(L) of one-hot labels, and 1 / 0.596 of SiLU. An evaluation is left with
+        # F.silu(noise part + class part), and with scales that are 1 + a product with it.
         noise_share, label_share = (1.0, 0.0) if unet.emb_label is None else balance(unet.label_balance)
         self.register_buffer("freqs", unet.emb_fourier.freqs.to(torch.float32, copy=True))
         self.register_buffer("phases", unet.emb_fourier.phases.to(torch.float32, copy=True))
@@ -134,23 +142,23 @@ class InferencePrecond(nn.Module):
         class_labels: torch.Tensor | None = None,
         cond_images: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """As `Precond.forward`: the denoised images [N, C, H, W] in float32."""
+        """Denoise like `Precond.forward`: [N, C, H, W] in float32."""
         return self.bind(class_labels, cond_images)(x, sigma)
 
     def bind(
         self, class_labels: torch.Tensor | None, cond_images: torch.Tensor | None = None
     ) -> Callable[[torch.Tensor, torch.Tensor | float], torch.Tensor]:
-        """The denoiser D(x, sigma) for fixed labels [N or 1, L] and conditioning images [N, cond_channels, H, W], where
-        the network takes such; what depends on them alone is computed here, once."""
+        """Return the denoiser D(x, sigma) for fixed labels [N or 1, L] and, if the network is conditioned on images,
+        `cond_images` [N, cond_channels, H, W]. Everything that depends on these alone is computed here, once."""
         label_emb = self._label_embedding(class_labels)
-        seen: tuple[torch.Tensor, ...] = ()
+        condition: tuple[torch.Tensor, ...] = ()
         if self.cond_channels:
-            seen = (scaled_condition(cond_images, self.cond_channels, self.sigma_data).to(self.dtype),)
+            condition = (scaled_condition(cond_images, self.cond_channels, self.sigma_data).to(self.dtype),)
 
         @torch.no_grad()
         def denoise(x: torch.Tensor, sigma: torch.Tensor | float) -> torch.Tensor:
             sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1)
-            return self._evaluate(x.to(torch.float32), sigma, label_emb, *seen)
+            return self._evaluate(x.to(torch.float32), sigma, label_emb, *condition)
 
         return denoise
 
@@ -162,12 +170,11 @@ class InferencePrecond(nn.Module):
         label_emb: torch.Tensor | None,
         cond_images: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The denoised images of `x` [N, C, H, W] at noise levels [N or 1]; `label_emb` [N or 1, E] and `cond_images`
-        are `bind`'s."""
-        c_skip, c_out, c_in, c_noise = scalings(sigma, self.sigma_data)
-        emb = each_row_alone(self._noise_embedding, c_noise[:, None])
+        """Denoise `x` [N, C, H, W] at noise levels [N or 1]; `bind` gives `label_emb` [N or 1, E] and `cond_images`."""
+        c_skip, c_out, c_in, c_noise = preconditioning(sigma, self.sigma_data)
+        emb = row_by_row(self._noise_embedding, c_noise[:, None])
         emb = emb if label_emb is None else emb + label_emb
-        scales = each_row_alone(self._scales, emb)  # [N or 1, S]
+        scales = row_by_row(self._scales, emb)  # [N or 1, S]
         layers = [*self.enc, *self.dec]
         parts = scales.split([layer.width for layer in layers], dim=1)
         bound = [_bound(layer, part) for layer, part in zip(layers, parts, strict=True)]
@@ -190,20 +197,22 @@ class InferencePrecond(nn.Module):
         if class_labels is None:
             return torch.zeros([1, self.emb_label.shape[0]], device=self.emb_label.device)
         labels = class_labels.to(self.emb_label.device, torch.float32).reshape(-1, self.label_dim)
-        return each_row_alone(partial(F.linear, weight=self.emb_label), labels)
+        return row_by_row(partial(F.linear, weight=self.emb_label), labels)
 
     def _noise_embedding(self, c_noise: torch.Tensor) -> torch.Tensor:
-        """[N, 1] to [N, E]."""
+        """Map c_noise [N, 1] to [N, E]."""
         return F.linear(torch.addcmul(self.phases, c_noise, self.freqs).cos(), self.emb_noise)
 
     def _scales(self, emb: torch.Tensor) -> torch.Tensor:
-        """All blocks' modulations for the sum of the embeddings: [N, E] to [N, S]."""
+        """Map the sum of the embeddings [N, E] to the modulations [N, S] of all blocks."""
         return (F.linear(F.silu(emb), self.emb_scale) + 1).to(self.dtype)
 
 
-def each_row_alone(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """`function` of the rows of `x` [N, I], as [N, O]. On a CPU row by row: in a common product or SiLU, what comes out
-    for a row depends in its last bits on how many there are, and an image would depend on its batch.
+def row_by_row(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """Apply `function` to the rows of `x` [N, I], to [N, O]; on a CPU one row at a time.
+
+    The last bits of a row in a CPU's matrix product or SiLU depend on the number of rows, so that an image would
+    depend on its batch.
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return function(x)

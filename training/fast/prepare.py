@@ -1,4 +1,4 @@
-"""What happens to a network between its file and the sampler: laid out for inference, in a precision, compiled."""
+"""Prepare a loaded network for sampling: the inference network, in a precision, compiled or recorded."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from torch_utils.cuda.compilation import compiled
-from torch_utils.cuda.static_call import StaticCall
+from torch_utils.cuda import StaticCall, compiled
 from torch_utils.precision import Precision, compute_dtype, numerics
 from training.fast.inference_network import Evaluate, InferencePrecond
 from training.networks_edm2 import Block, Precond
@@ -16,26 +15,24 @@ from training.networks_edm2 import Block, Precond
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareNetwork:
-    """The `prepare` of `generate_images`. Networks of other kinds than `Precond` stay as they are."""
+    """The `prepare` argument of `generate_images`. Networks that are not a `Precond` stay unchanged."""
 
-    precision: Precision | None = None  # None = as published: float16 on CUDA where the network says so, else float32
+    precision: Precision | None = None  # None = as published: float16 on CUDA if the network has use_fp16, else float32
     compile: bool = False
-    announce: Callable[[str], None] | None = None  # is told what a user should know
+    announce: Callable[[str], None] | None = None  # called with notices for the user
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What changes the images, in JSON's types."""
+        """The settings that change images, in JSON types."""
         return {"precision": self.precision, "compile": self.compile}
 
     def __call__(self, net: Any, device: torch.device) -> Any:
-        """`net`, on `device`, ready to sample from."""
+        """Return `net`, which is on `device`, in the form for sampling."""
         if isinstance(net, InferencePrecond):
             return net
         if type(net) is not Precond:
             if self.announce is not None and (self.precision is not None or self.compile):
-                self.announce(
-                    f"{type(net).__name__} is another kind of network: it runs in its own precision, as it is."
-                )
+                self.announce(f"{type(net).__name__} is not a Precond: it runs unchanged, in its own precision.")
             return net
         on_gpu = device.type == "cuda"
         recorded = on_gpu and _is_recordable(net)
@@ -54,7 +51,7 @@ class PrepareNetwork:
 
 
 def _in_tf32(evaluate: Evaluate) -> Evaluate:
-    """`evaluate` with TF32 allowed; not so the decoder and the detectors of metrics beside it."""
+    """Wrap `evaluate` to allow TF32 in it, but not in the decoder and the detectors of metrics that run in between."""
 
     def call(*args: torch.Tensor | None) -> torch.Tensor:
         with numerics(cudnn_benchmark=torch.backends.cudnn.benchmark, precision="tf32"):
@@ -70,7 +67,7 @@ def _dtype(net: Precond, precision: Precision | None, device: torch.device) -> t
 
 
 def _is_recordable(net: Precond) -> bool:
-    """Whether an evaluation copies nothing from the host, which a CUDA graph could not: resampling with a filter of its
-    own does."""
+    """Return True if a CUDA graph can record `net`: a resampling filter that is not the default is copied from the
+    host in every evaluation, which a graph cannot do."""
     blocks = [module for module in net.modules() if isinstance(module, Block) and module.resample_mode != "keep"]
     return all(len(block.resample_filter) == 2 and len(set(block.resample_filter)) == 1 for block in blocks)

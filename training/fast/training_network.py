@@ -1,8 +1,8 @@
-"""The network once more, arranged for speed: the same parameters, the same function, other passes over memory.
+"""The network that training runs: the parameters and the function of `Precond`, with fewer passes over memory.
 
-`Precond` (training/networks_edm2.py) says what is computed, in the paper's terms, and is what files hold. This is what
-training runs: constant factors are folded into weights, activations lie in channels-last order, the norms keep little
-for the backward pass, and attention vectors lie as the attention kernels want them. Differences are rounding alone
+`Precond` (training/networks_edm2.py) defines the network in the paper's terms, and files store it. Here constant
+factors are folded into weights, activations are in channels-last order, norms keep little for the backward pass, and
+attention vectors are laid out for the attention kernels. Results differ by rounding only
 (tests/training/fast/test_fast_network.py).
 
 Source: Karras et al., arXiv 2312.02696, Figure 21 and Appendix B.
@@ -22,7 +22,6 @@ import torch.utils.checkpoint
 from torch import nn
 
 from training.fast.ops import (
-    SILU_MAGNITUDE,
     add,
     balance,
     clip,
@@ -32,28 +31,38 @@ from training.fast.ops import (
     head_order,
     pixel_norm,
     scaled_cat,
+    silu_convolve,
 )
-from training.fast.silu_conv import silu_convolve
-from training.networks_edm2 import Block, MPConv, Precond, mp_silu, mp_sum, resample, scaled_condition
+from training.networks_edm2 import (
+    SILU_MAGNITUDE,
+    Block,
+    MPConv,
+    Precond,
+    mp_silu,
+    mp_sum,
+    preconditioning,
+    resample,
+    scaled_condition,
+)
 
 Layer = Callable[[torch.Tensor], torch.Tensor]
 
 
 def activation_layout(device: torch.device) -> torch.memory_format:
-    """How activations lie in memory: channels last, but for Apple's GPUs, whose convolutions would copy them."""
+    """Memory format of activations: channels last, except on Apple's GPUs, whose convolutions would copy them."""
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockForm:
-    """What a block is, apart from its weights (Figure 21)."""
+    """The configuration of a block: everything but its weights (Figure 21)."""
 
     is_decoder: bool
     resample_mode: str
     resample_filter: tuple[float, ...]
     num_heads: int  # 0 = no attention
-    res_keep: float  # the share of the input in the sum with the residual branch; that branch's is in its weight
-    attn_keep: float  # likewise, of the input of attention
+    res_keep: float  # factor of the input in the residual sum; the branch's factor is folded into its weight
+    attn_keep: float  # likewise for attention
     clip_act: float | None
     dropout: float
 
@@ -73,19 +82,24 @@ class BlockForm:
 
 
 class BlockWeights(NamedTuple):
-    """The kernels [O, I, k, k] of a block as they act on its activations: normalized, with all constant factors."""
+    """Kernels [O, I, k, k] of a block as they act on its activations: normalized, with all constant factors."""
 
     res0: torch.Tensor
     res1: torch.Tensor
     skip: torch.Tensor | None
-    qkv: torch.Tensor | None  # rows ordered as `cosine_attention` wants them
+    qkv: torch.Tensor | None  # rows in the order of `cosine_attention`
     proj: torch.Tensor | None
 
 
 def block_weights(block: Block, dtype: torch.dtype, layout: torch.memory_format) -> BlockWeights:
-    """The weights of `block` as they act on activations of type `dtype`; differentiable."""
+    """Compute the weights of `block` as they act on activations of type `dtype`; differentiable.
+
+    Three constant factors cost no pass over activations this way: 1 / 0.596 of SiLU in the convolution after it, the
+    residual branch's share in its last convolution, and the share of attention in its projection.
+    """
     skip_gain, res_gain = balance(block.res_balance)
-    # In the encoder the 1x1 convolution comes before the norm; in the decoder it leads to the sum.
+    # The decoder's 1x1 convolution leads directly to the residual sum. In the encoder a norm follows it, which would
+    # cancel a factor.
     skip_gain = skip_gain if block.flavor == "dec" else 1.0
     skip, qkv, proj = block.conv_skip, block.attn_qkv, block.attn_proj
     return BlockWeights(
@@ -100,9 +114,9 @@ def block_weights(block: Block, dtype: torch.dtype, layout: torch.memory_format)
 def run_block(
     form: BlockForm, weights: BlockWeights, x: torch.Tensor, scale: torch.Tensor, dropout: float = 0
 ) -> torch.Tensor:
-    """The block on `x` [N, C, H, W], with channels modulated by `scale` [N or 1, C'], to [N, C', H', W'].
+    """Run the block on `x` [N, C, H, W], with channels modulated by `scale` [N or 1, C'], to [N, C', H', W'].
 
-    `x` is left alone. Without gradients, what is made here is overwritten where that saves memory.
+    `x` is never overwritten; if gradients are off, intermediate results are, to save memory.
     """
     x = resample(x, f=form.resample_filter, mode=form.resample_mode)
     if not form.is_decoder:
@@ -134,9 +148,11 @@ def run_unet(
     concat_balance: float,
     cond_images: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The raw network (Figure 21) on `x` [N, C, H, W], in the type of its result: first and last convolution by their
-    weights, the blocks between as functions of x. `takes_skip`: which of the decoder's take an encoder's output.
-    `cond_images`: further channels at unit magnitude, of a network that sees such.
+    """Run the raw network (Figure 21) on `x` [N, C, H, W], in x's dtype.
+
+    `stem` and `out` are the weights of the first and last convolution, `enc` and `dec` the blocks as functions of x.
+    `takes_skip` marks the decoder's blocks that take an encoder output. `cond_images` are further input channels at
+    unit magnitude.
     """
     x = torch.cat([x, torch.ones_like(x[:, :1]), *([] if cond_images is None else [cond_images])], dim=1)
     x = convolve(x.contiguous(memory_format=activation_layout(x.device)), stem)
@@ -149,17 +165,10 @@ def run_unet(
     return convolve(x, out)
 
 
-def scalings(sigma: torch.Tensor, sigma_data: float) -> tuple[torch.Tensor, ...]:
-    """c_skip, c_out and c_in, [N, 1, 1, 1] each, and c_noise [N], for N noise levels (Eq. 1, arXiv 2206.00364)."""
-    sigma = sigma.reshape(-1, 1, 1, 1)
-    total = (sigma.square() + sigma_data**2).sqrt()
-    return (sigma_data / total).square(), sigma * (sigma_data / total), 1 / total, sigma.flatten().log() / 4
-
-
 class FastBlock(nn.Module):
     """One block of the U-Net (Figure 21) on the parameters of `block`.
 
-    Its weights are normalized in its call, so that those of one block are all that must be in memory at once.
+    Each call normalizes the block's weights, so that only one block's normalized weights are in memory at a time.
     """
 
     def __init__(self, block: nn.Module) -> None:
@@ -169,7 +178,7 @@ class FastBlock(nn.Module):
         self.form = BlockForm.of(block)
 
     def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
-        """`x` [N, C, H, W] and `emb` [N, E] to [N, C', H', W']."""
+        """Map `x` [N, C, H, W] and `emb` [N, E] to [N, C', H', W']."""
         block = self.block
         weights = block_weights(block, x.dtype, activation_layout(x.device))
         scale = fully_connect(emb, block.emb_linear, block.emb_gain) + 1
@@ -177,12 +186,12 @@ class FastBlock(nn.Module):
 
 
 class FastPrecond(nn.Module):
-    """Stands for `net`, sharing its parameters; called like it.
+    """A replacement for `net` that shares its parameters and is called like it.
 
-    `dtype` is that of the U-Net's activations and of the weights that act on them; everything around it is float32.
-    Training mode leaves the stored weights alone: the caller normalizes them once a step (`normalize_weights`), where
-    a forward pass of `net` does so itself. With `recompute`, a block's inner activations are not kept for the backward
-    pass but computed again there.
+    `dtype` is the type of the U-Net's activations and of the weights that act on them; everything else is float32.
+    Unlike a forward pass of `net`, one in training mode does not change the stored weights: the caller normalizes them
+    once per step (`normalize_weights`). With `recompute`, the backward pass computes a block's inner activations again
+    instead of keeping them.
     """
 
     def __init__(self, net: Precond, *, dtype: torch.dtype = torch.float32, recompute: bool = False) -> None:
@@ -196,7 +205,7 @@ class FastPrecond(nn.Module):
         self.stem = stem
         self.enc = nn.ModuleList(FastBlock(block) for block in enc)
         self.dec = nn.ModuleList(FastBlock(block) for block in unet.dec.values())
-        self.takes_skip = ["block" in name for name in unet.dec]
+        self.takes_skip = unet.takes_skip()
 
     def forward(
         self,
@@ -206,10 +215,10 @@ class FastPrecond(nn.Module):
         return_logvar: bool = False,
         cond_images: torch.Tensor | None = None,
     ) -> Any:
-        """As `Precond.forward`: denoised images [N, C, H, W] in float32, with `return_logvar` a pair with u(sigma)."""
+        """Denoise like `Precond.forward`: [N, C, H, W] in float32, with `return_logvar` a pair with u(sigma)."""
         net = self.net
         x = x.to(torch.float32)
-        c_skip, c_out, c_in, c_noise = scalings(sigma.to(torch.float32), net.sigma_data)
+        c_skip, c_out, c_in, c_noise = preconditioning(sigma.to(torch.float32), net.sigma_data)
         if net.cond_channels:
             cond_images = scaled_condition(cond_images, net.cond_channels, net.sigma_data).to(self.dtype)
         else:
@@ -230,7 +239,7 @@ class FastPrecond(nn.Module):
         return class_labels.to(torch.float32).reshape(-1, self.net.label_dim)
 
     def _embedding(self, c_noise: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-        """The embedding [N or 1, E] of noise level and class, in float32."""
+        """Embedding [N or 1, E] of noise level and class, in float32."""
         unet = self.net.unet
         emb = fully_connect(unet.emb_fourier(c_noise), unet.emb_noise)
         if unet.emb_label is not None:
@@ -260,5 +269,5 @@ class FastPrecond(nn.Module):
 
 
 def fully_connect(x: torch.Tensor, layer: MPConv, gain: float | torch.Tensor = 1) -> torch.Tensor:
-    """`x` [N, C] through the normalized weight of a fully connected `layer` times `gain`, in x's dtype."""
+    """Apply the normalized weight of a fully connected `layer` times `gain` to `x` [N, C], in x's dtype."""
     return F.linear(x, effective_weight(layer.weight, gain, x.dtype, torch.contiguous_format))

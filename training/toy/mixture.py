@@ -1,4 +1,4 @@
-"""The ground truth of the 2-D toy example: a Gaussian mixture that draws two trees, one for each class.
+"""The true distribution of the 2-D toy example: a Gaussian mixture in the shape of two trees, one for each class.
 
 Source: Karras et al., "Guiding a Diffusion Model with a Bad Version of Itself", arXiv 2406.02507, Section 3 and
 Appendix C. Noise of level sigma turns each covariance S into S + sigma**2 I, so that density and score are known in
@@ -17,24 +17,24 @@ import torch
 
 from dnnlib.errors import ConfigError
 
-CLASSES = {"A": math.pi / 4, "B": math.pi * 5 / 4}  # and the angles at which their trees grow
+CLASSES = {"A": math.pi / 4, "B": math.pi * 5 / 4}  # with the angles at which their trees grow
 NUM_DEPTHS = 7
 
 _POSITIONS = np.linspace(0.07, 0.93, num=8)  # of a branch's components, in units of its length
-_TABLE_SIZE = 1 << 16  # resolution with which a sample picks its component
-_CHUNK = 128  # points at a time on a CPU: a chunk's [N, K] numbers stay in its cache
-_CHUNK_GPU = 8192  # and elsewhere: few kernels, bounded memory
+_TABLE_SIZE = 1 << 16  # resolution of the choice of a component
+_CHUNK = 128  # points at a time on a CPU, so that a chunk's [N, K] numbers stay in its cache
+_CHUNK_GPU = 8192  # points at a time elsewhere: few kernels, bounded memory
 
 Array = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Branch:
-    """Equal components evenly along a line."""
+    """Equal components, evenly spaced along a line."""
 
     weight: float  # of each component
     start: Array  # [2]
-    extent: Array  # [2], from its start to its end
+    extent: Array  # [2], from start to end
     covariance: Array  # [2, 2], of each component
 
 
@@ -50,7 +50,7 @@ class Mixture:
         weight = np.array([b.weight for b in branches])
         weight = weight / (weight.sum() * len(_POSITIONS))
         start, self._extent = (np.stack([getattr(b, name) for b in branches]) for name in ("start", "extent"))
-        self._centre = start + self._extent / 2
+        self._center = start + self._extent / 2
         self._covariance = np.stack([b.covariance for b in branches])
         self._log_weight = np.log(weight)
         means = start[:, None] + self._extent[:, None] * _POSITIONS[:, None]
@@ -77,7 +77,7 @@ class Mixture:
         return self._chunked(_Parts.score, x, sigma).reshape(x.shape)
 
     def component(self, x: torch.Tensor, sigma: float | torch.Tensor = 0) -> torch.Tensor:
-        """The component [...] that most likely made the point; its branch is this // (K / B)."""
+        """Index [...] of the component that most likely generated the point; its branch is index // (K / B)."""
         index = self._chunked(lambda parts: parts.log_terms().mT.flatten(1).argmax(1), x, sigma)
         return index.reshape(x.shape[:-1])
 
@@ -87,11 +87,11 @@ class Mixture:
         sigma: float | torch.Tensor = 0,
         generator: torch.Generator | None = None,
     ) -> torch.Tensor:
-        """Points [*shape, 2]: first one integer for each, which picks its component, then two normal numbers."""
+        """Draw points [*shape, 2]: first an integer for each, which selects its component, then two normal numbers."""
         shape = [shape] if isinstance(shape, int) else list(shape)
-        place = self.device if generator is None else generator.device
-        entry = torch.randint(_TABLE_SIZE, shape, device=place, generator=generator).to(self.device)
-        noise = torch.randn([*shape, 2], device=place, generator=generator).to(self.device)
+        device = self.device if generator is None else generator.device
+        entry = torch.randint(_TABLE_SIZE, shape, device=device, generator=generator).to(self.device)
+        noise = torch.randn([*shape, 2], device=device, generator=generator).to(self.device)
         index = self._table[entry]
         added = torch.as_tensor(sigma, dtype=noise.dtype, device=self.device).square()[..., None, None]
         matrix = self.Sigma[index] + added * torch.eye(2, device=self.device)
@@ -104,7 +104,7 @@ class Mixture:
         self, evaluate: Callable[["_Parts"], torch.Tensor], x: torch.Tensor, sigma: float | torch.Tensor
     ) -> torch.Tensor:
         level = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).expand(x.shape[:-1]).flatten()
-        values = (self._centre, self._extent, self._covariance, self._log_weight, _POSITIONS - 0.5)
+        values = (self._center, self._extent, self._covariance, self._log_weight, _POSITIONS - 0.5)
         branches = [self._tensor(value, x.dtype) for value in values]
         size = _CHUNK if x.device.type == "cpu" else _CHUNK_GPU
         chunks = zip(x.reshape(-1, 2).split(size), level.split(size), strict=True)
@@ -112,17 +112,17 @@ class Mixture:
 
 
 class _Parts:
-    """What density and score have in common, for some points at their noise levels.
+    """Common terms of density and score, for some points at their noise levels.
 
-    A branch's components share a covariance and lie on a line through its centre, at the steps t. So the exponent is a
-    parabola in t, of which each [N, B] number needs to be computed once and not T times.
+    A branch's components share a covariance and lie on a line through its center, at the steps t. The exponent is
+    therefore a parabola in t, whose [N, B] coefficients are computed once per branch and not T times.
     """
 
     def __init__(
         self,
         x: torch.Tensor,
         sigma: torch.Tensor,
-        centre: torch.Tensor,
+        center: torch.Tensor,
         extent: torch.Tensor,
         covariance: torch.Tensor,
         log_weight: torch.Tensor,
@@ -131,9 +131,9 @@ class _Parts:
         variance = sigma.square()[:, None]
         s11, s12, s22 = covariance[:, 0, 0] + variance, covariance[:, 0, 1], covariance[:, 1, 1] + variance
         det = s11 * s22 - s12.square()
-        dx, dy = x[:, :1] - centre[:, 0], x[:, 1:] - centre[:, 1]
+        dx, dy = x[:, :1] - center[:, 0], x[:, 1:] - center[:, 1]
         ex, ey = extent[:, 0], extent[:, 1]
-        # The inverse covariance times the distance from the centre, and times the extent: [N, B] each.
+        # The inverse covariance times the distance from the center, and times the extent: [N, B] each.
         self.dx, self.dy = (s22 * dx - s12 * dy) / det, (s11 * dy - s12 * dx) / det
         self.ex, self.ey = (s22 * ex - s12 * ey) / det, (s11 * ey - s12 * ex) / det
         self.offset = log_weight - math.log(2 * math.pi) - (det.log() + dx * self.dx + dy * self.dy) / 2
@@ -142,7 +142,7 @@ class _Parts:
         self.steps = steps
 
     def log_terms(self) -> torch.Tensor:
-        """Logarithm of each component's share of the density: [N, T, B], since branches are many and T is small."""
+        """Logarithm of each component's share of the density, [N, T, B]: many branches innermost, since T is small."""
         t = self.steps[:, None]
         return torch.addcmul(
             torch.addcmul(self.offset[:, None], self.cross[:, None], t), self.curvature[:, None], t.square(), value=-0.5
@@ -166,10 +166,10 @@ def gt(
 ) -> Mixture:
     """The true distribution of the classes 'A', 'B' or 'AB'. Raises ConfigError for others.
 
-    Class B is the same whether it comes alone or with class A.
+    Class B alone is the same as together with class A.
     """
     if not classes or any(name not in CLASSES for name in classes) or len(set(classes)) < len(classes):
-        raise ConfigError(f"classes={classes!r} names no tree of the toy example; use A, B or AB")
+        raise ConfigError(f"unknown classes={classes!r} of the toy example; use A, B or AB")
     rng = np.random.RandomState(seed)
     size = np.array(scale, dtype=np.float64)
     trees = {
@@ -179,7 +179,7 @@ def gt(
 
 
 def _grow(rng: np.random.RandomState, scale: Array, depth: int, position: Array, angle: float) -> Iterator[Branch]:
-    """A branch and all that grows out of it. The order of the draws from `rng` is part of the result."""
+    """Yield a branch and all branches that grow from it. The order of the draws from `rng` is part of the result."""
     direction = np.array([np.cos(angle), np.sin(angle)])
     length = 0.292 * 0.8**depth * (1 + 0.2 * rng.randn())
     thickness = 0.2 * 0.8**depth / length  # relative to the length
@@ -192,13 +192,13 @@ def _grow(rng: np.random.RandomState, scale: Array, depth: int, position: Array,
         covariance=(along + (np.eye(2) - along) * thickness**2) * np.outer(size, size),
     )
     for sign in (1, -1):
-        child_angle = angle + sign * 0.7**depth * (1 + 0.2 * rng.randn())  # drawn at the tips as well
+        child_angle = angle + sign * 0.7**depth * (1 + 0.2 * rng.randn())  # drawn at the tips too, for the order
         if depth + 1 < NUM_DEPTHS:
             yield from _grow(rng, scale, depth + 1, position + direction * length, child_angle)
 
 
 def _sqrtm(matrix: torch.Tensor) -> torch.Tensor:
-    """The symmetric square root of positive definite [..., 2, 2], by Cayley and Hamilton."""
+    """Symmetric square root of positive definite matrices [..., 2, 2], by the Cayley-Hamilton theorem."""
     (a, b), (_, d) = (row.unbind(-1) for row in matrix.unbind(-2))
     root = (a * d - b.square()).sqrt()
     norm = (a + d + 2 * root).sqrt()

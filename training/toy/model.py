@@ -4,7 +4,7 @@ Source: Karras et al., "Guiding a Diffusion Model with a Bad Version of Itself",
 
 Shape legend: N points, D their dimension, H hidden width.
 
-This text is embedded in files of the published layout and runs in the published reader, so it imports nothing but the
+Files of the published layout carry this text, and the published reader executes it. It therefore imports only the
 standard library, torch and torch_utils.persistence. The names of parameters and submodules are the file format.
 """
 
@@ -25,7 +25,7 @@ class MPSiLU(nn.Module):
     """SiLU scaled to keep the magnitude of normally distributed input."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Elementwise, in any shape."""
+        """Apply elementwise to any shape."""
         return F.silu(x) / _SILU_MAGNITUDE
 
 
@@ -38,22 +38,22 @@ class MPLinear(nn.Module):
         self.weight = nn.Parameter(torch.randn(out_dim, in_dim))
 
     def matrix(self) -> torch.Tensor:
-        """The matrix [out, in] that acts on the input: rows of unit length.
+        """The matrix [out, in] that acts on the input, with rows of unit length.
 
-        In training mode the stored weight is normalized too, so that steps keep their size relative to the weight.
+        Training mode normalizes the stored weight too, so that steps keep their size relative to the weight.
         """
         if self.training:
             self.weight.data.copy_(_normalize_rows(self.weight.detach()))
         return _normalize_rows(self.weight) / math.sqrt(self.weight.shape[1])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`x` [N, in] to [N, out]."""
+        """Map `x` [N, in] to [N, out]."""
         return x @ self.matrix().t()
 
 
 @persistence.persistent_class
 class ToyModel(nn.Module):
-    """Log density and score at any noise level above 0, as learned.
+    """Learned log density and score at any noise level above 0.
 
     Points x are [..., D], and `sigma` is a number or a tensor that broadcasts to [...].
     """
@@ -82,7 +82,7 @@ class ToyModel(nn.Module):
         return self(x, sigma).exp()
 
     def score(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
-        """Gradient [..., D] of the log density, by the chain rule written out; can itself be differentiated."""
+        """Gradient [..., D] of the log density, by the chain rule written out; it is differentiable itself."""
         level, scale, scaled, features = self._input(x, sigma)
         first, *rest = [layer.matrix() for layer in self.layers if isinstance(layer, MPLinear)]
         y = features @ first.t()
@@ -106,7 +106,7 @@ class ToyModel(nn.Module):
 
 
 class _SiLUWithSlope(torch.autograd.Function):
-    """MPSiLU and its derivative at once; the derivative's own derivative is written out, for a fast second pass."""
+    """MPSiLU and its derivative at once; the second derivative is written out for a fast backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -119,7 +119,7 @@ class _SiLUWithSlope(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_silu: torch.Tensor, grad_slope: torch.Tensor) -> torch.Tensor:
-        """From the gradients in both to that in x; the second derivative is s (1 - s) (2 + x (1 - 2 s))."""
+        """Return the gradient in x from those in both results; SiLU'' is s (1 - s) (2 + x (1 - 2 s))."""
         s, silu, slope = ctx.saved_tensors
         curvature = (1 - s) * torch.add(s, torch.addcmul(silu / 2, silu, s, value=-1)) * (2 / _SILU_MAGNITUDE)
         return torch.addcmul(grad_silu * slope, grad_slope, curvature)

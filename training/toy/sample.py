@@ -1,4 +1,4 @@
-"""Sampling in the 2-D toy example, and two measures of how well the samples keep to the true distribution.
+"""Sampling in the 2-D toy example, and measures of how well samples keep to the true distribution.
 
 Shape legend: N points, S sampling steps.
 """
@@ -12,12 +12,12 @@ import torch
 from training.sampling.sampler import edm_sampler
 from training.toy.mixture import Mixture
 
-THRESHOLD_SHARE = 0.999  # of the true samples that lie at higher density than the threshold
+THRESHOLD_SHARE = 0.999  # of the true samples have a higher density than the threshold
 _THRESHOLD_SAMPLES = 1 << 16
 
 
 class Density(Protocol):
-    """What can be sampled from: a Mixture or a ToyModel."""
+    """A distribution to sample from: a Mixture or a ToyModel."""
 
     def logp(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
         """Log density [...] of points [..., 2]."""
@@ -36,16 +36,16 @@ def do_sample(
     sigma_max: float = 5,
     rho: float = 7,
 ) -> torch.Tensor:
-    """Carry the points `x_init` [N, 2] from noise level `sigma_max` to zero: their trajectories [S + 1, N, 2].
+    """Return the trajectories [S + 1, N, 2] of the points `x_init` [N, 2] from noise level `sigma_max` to zero.
 
-    The last entry has the samples. The denoiser is D = x + sigma**2 score, the solver Heun's. Raises ConfigError for
-    values that cannot work.
+    The last entry contains the samples. The denoiser is D = x + sigma**2 score, the solver is Heun's. Raises
+    ConfigError for invalid values.
     """
     starts: dict[float, torch.Tensor] = {}
     denoise = _denoiser(net)
 
     def recorded(x: torch.Tensor, sigma: torch.Tensor, labels: None) -> torch.Tensor:
-        # A step's start is evaluated after the trial point that the step before may have put at the same noise level.
+        # The solver evaluates the previous step's trial point at this noise level first; the step's start replaces it.
         starts[float(sigma)] = x
         return denoise(x, sigma, labels)
 
@@ -72,7 +72,7 @@ def _denoiser(net: Density) -> Callable[..., torch.Tensor]:
 
 
 def thin(points: torch.Tensor, spacing: float) -> torch.Tensor:
-    """The points [N, 2] without those that lie closer than `spacing` to one kept before."""
+    """Return the points [N, 2] without those that are closer than `spacing` to an earlier one that was kept."""
     kept = points[:0]
     for point in points:
         if not len(kept) or bool((kept - point).square().sum(1).min() >= spacing**2):
@@ -82,22 +82,22 @@ def thin(points: torch.Tensor, spacing: float) -> torch.Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Fidelity:
-    """How well samples keep to the true distribution; all numbers are shares from 0 to 1."""
+    """Measures of how well samples keep to the true distribution; all are shares from 0 to 1."""
 
-    off_tree: float  # of samples, at a lower true density than all but 0.1 % of the true samples
-    components: float  # of mixture components, hit by at least one sample on the tree
-    branches: float  # of branches, likewise
+    off_tree: float  # samples at a lower true density than 99.9 % of the true samples
+    components: float  # mixture components hit by at least one sample on the tree
+    branches: float  # branches hit by at least one sample on the tree
 
 
 def density_threshold(truth: Mixture) -> float:
-    """The log density, without noise, that `THRESHOLD_SHARE` of the true samples exceed."""
+    """Log density without noise that `THRESHOLD_SHARE` of the true samples exceed."""
     generator = torch.Generator(truth.device).manual_seed(0)
     logp = truth.logp(truth.sample(_THRESHOLD_SAMPLES, generator=generator))
     return float(logp.sort().values[round(_THRESHOLD_SAMPLES * (1 - THRESHOLD_SHARE))])
 
 
 def fidelity(truth: Mixture, samples: torch.Tensor, threshold: float | None = None) -> Fidelity:
-    """Measure `samples` [N, 2]. A sample hits the component that most likely made it, unless it is off the tree.
+    """Measure `samples` [N, 2]. A sample on the tree hits the component that most likely generated it.
 
     `threshold` is `density_threshold(truth)`, for callers that need it several times.
     """

@@ -1,4 +1,4 @@
-"""Files of toy networks: a pickle of the bare network, as published, or .safetensors.
+"""Files of toy networks: a pickle of the network itself, as published, or .safetensors.
 
 The .safetensors header has the keys `format` ('edm2-toy'), `format_version` (1), and, as JSON, `network`
 ({"class": "ToyModel", "arguments": {...}}) and `info`, the provenance.
@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 
 from dnnlib.atomic import atomic_path
 from dnnlib.download import open_url
-from dnnlib.errors import ConfigError, reason_of
-from torch_utils.pickles.safe_pickle import StoredObject, printable, read_pickle
-from training.snapshot.parts import arguments_of, plain
+from dnnlib.errors import ConfigError, one_line, reason_of
+from torch_utils.pickles.safe_pickle import StoredObject, file_format, read_pickle
+from training.snapshot.parts import arguments_of, described, plain
 from training.snapshot.pickle_file import flatten
 from training.toy.model import ToyModel
 
@@ -27,42 +27,38 @@ FORMAT = "edm2-toy"
 VERSION = "1"
 
 _PICKLE_PROTOCOL = 4
-_MAX_NUMBER = 2**16  # of the arguments; keeps the layers that a small file can ask for to a handful of bytes each
-_MIN_TENSOR_BYTES = 64  # what a layer takes in a file at the least
+_MAX_NUMBER = 2**16  # largest argument, so that a small file cannot request huge layers
+_MIN_TENSOR_BYTES = 64  # lower bound of a layer's size in a file
 
 
 def load_toy_model(source: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> ToyModel:
-    """Read the toy network `source`, a path or an http(s) URL, without running anything from it.
+    """Read the toy network `source`, a path or an http(s) URL, without executing anything from it.
 
-    The file's content, not its name, tells which format it has. Raises ConfigError, naming the file, where it is
-    missing, damaged, or no toy network for points in the plane. The network is in evaluation mode, without gradients.
+    The file's content determines its format, not its name. Raises ConfigError with the file's name if it is missing,
+    damaged, or not a toy network for points in the plane. The network is in evaluation mode, without gradients.
     """
     name = str(source)
     path = Path(open_url(name, return_filename=True))
     try:
-        with open(path, "rb") as file:
-            head = file.read(9)
-        # A safetensors file: the length of its header, then JSON. In a pickle, this byte is part of a frame's length.
-        is_safetensors = head[8:] == b"{"
+        is_safetensors = file_format(path) == "safetensors"
         parts = _read_safetensors(path) if is_safetensors else _parts_of(read_pickle(path, name))
         return _build(*parts, file_bytes=path.stat().st_size).to(device)
     except OSError as error:
         raise ConfigError(f"cannot read {name}: {reason_of(error)}") from None
     except ConfigError as error:
-        text = printable(error)[:400]  # names in the file may be anything
+        text = one_line(error)
         raise ConfigError(text if text.startswith(name) else f"{name}: {text}") from error
 
 
 def save_toy_model(net: ToyModel, path: str | os.PathLike[str], *, info: Mapping[str, Any] | None = None) -> None:
-    """Write the network to `path`, in the format that its suffix names; whole or not at all.
+    """Write the network to `path`, whole or not at all, in the format of its suffix.
 
-    Parameters keep their float32. `info`, plain values, is kept by .safetensors only.
+    Parameters stay float32. Only .safetensors files keep `info`, a mapping of plain values.
     """
     path = Path(path)
     if path.suffix not in (".pkl", ".safetensors"):
-        raise ConfigError(f"{path} has none of the suffixes .pkl and .safetensors of network files")
-    recorded: Any = net  # the decorator adds the attributes with the constructor arguments
-    arguments = arguments_of(ToyModel, recorded._init_args, recorded._init_kwargs)
+        raise ConfigError(f"{path} lacks the suffix of a network file; use .pkl or .safetensors")
+    arguments = described(net)["arguments"]
     tensors = {name: value.detach().to("cpu", copy=True) for name, value in net.state_dict().items()}
     try:
         with atomic_path(path) as temp:
@@ -80,7 +76,7 @@ def save_toy_model(net: ToyModel, path: str | os.PathLike[str], *, info: Mapping
 def _parts_of(tree: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Constructor arguments and tensors from the inert tree of a pickle."""
     if not isinstance(tree, StoredObject):
-        raise ConfigError("this is no toy network, which is stored bare; was a network for images given?")
+        raise ConfigError("this is not a toy network, which is pickled by itself; was a network for images given?")
     if tree.class_name != ToyModel.__name__:
         raise ConfigError(f"its network has the class {tree.class_name[:80]!r}; a {ToyModel.__name__} is needed")
     args, kwargs = tree.state.get("_init_args"), tree.state.get("_init_kwargs")
@@ -93,9 +89,9 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tenso
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            found = (metadata.get("format"), metadata.get("format_version"))
-            if found != (FORMAT, VERSION):
-                raise ConfigError(f"its format is {found[0]!r}, version {found[1]!r}; {FORMAT!r}, {VERSION!r} is known")
+            name, version = metadata.get("format"), metadata.get("format_version")
+            if (name, version) != (FORMAT, VERSION):
+                raise ConfigError(f"its format is {name!r}, version {version!r}; it must be {FORMAT!r}, {VERSION!r}")
             # Copies, not views of the mapped file: the file may be replaced while the network is in use.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
@@ -103,7 +99,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tenso
     try:
         network = json.loads(metadata.get("network", "null"))
     except (json.JSONDecodeError, RecursionError) as error:
-        raise ConfigError(f"its header entry 'network' is no JSON: {error}") from error
+        raise ConfigError(f"its header entry 'network' is not JSON: {error}") from error
     arguments = network.get("arguments") if isinstance(network, dict) else None
     if not isinstance(arguments, dict) or network.get("class") != ToyModel.__name__:
         raise ConfigError(f"its header entry 'network' does not describe a {ToyModel.__name__}")
@@ -111,14 +107,14 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tenso
 
 
 def _build(arguments: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], *, file_bytes: float) -> ToyModel:
-    """The network with these arguments that takes over these tensors, strictly by name and shape.
+    """Build the network with these arguments and tensors, matched strictly by name and shape.
 
-    Nothing is allocated or repeated on a file's word alone: arguments are bounded, the layout is on the meta device.
+    A file cannot make this allocate much: arguments are bounded, and the layout is built on the meta device.
     """
     for name, value in arguments.items():
         whole = type(value) is int or name == "sigma_data"
         if type(value) not in (int, float) or not whole or not 0 <= value <= _MAX_NUMBER:
-            raise ConfigError(f"argument {name!r} of the network is {str(value)[:80]!r}, which cannot be")
+            raise ConfigError(f"argument {name!r} of the network is {str(value)[:80]!r}, which is invalid")
     if arguments.get("in_dim", 2) != 2:
         raise ConfigError(f"the network is for points of {arguments['in_dim']} dimensions; the toy example has 2")
     if arguments.get("num_layers", 0) * _MIN_TENSOR_BYTES > file_bytes:

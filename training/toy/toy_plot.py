@@ -1,14 +1,19 @@
-"""The toy example's figure: what guidance does to samples, densities and trajectories (Figures 1 and 2 of the paper).
+"""Figure of the toy example: the effect of guidance on samples, densities and trajectories (Figures 1 and 2).
 
-Computing (`compare`) and drawing (`draw_comparison`, `draw_progress`) are apart; the caller brings matplotlib's Figure.
+`compare` computes, `draw_comparison` and `draw_progress` draw on a matplotlib Figure, and `FigureOutput` shows it or
+writes it to a file.
 """
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from dnnlib.atomic import atomic_path
+from dnnlib.disk import make_folder, require_folder
+from dnnlib.errors import ConfigError, reason_of
 from training.toy.mixture import Mixture, gt
 from training.toy.model import ToyModel
 from training.toy.sample import Density, Fidelity, density_threshold, do_sample, fidelity, thin
@@ -18,39 +23,39 @@ from training.toy.sample import Density, Fidelity, density_threshold, do_sample,
 class View:
     """A square part of the plane."""
 
-    centre: tuple[float, float]
+    center: tuple[float, float]
     half_size: float
 
     def extent(self) -> tuple[float, float, float, float]:
         """Left, right, bottom, top."""
-        (x, y), half = self.centre, self.half_size
+        (x, y), half = self.center, self.half_size
         return x - half, x + half, y - half, y + half
 
     def grid(self, num: int, device: torch.device) -> torch.Tensor:
-        """Points [num, num, 2], one in the middle of each cell, rows from bottom to top."""
+        """Centers [num, num, 2] of the cells, rows from bottom to top."""
         steps = ((torch.arange(num, device=device) + 0.5) / num * 2 - 1) * self.half_size
-        y, x = torch.meshgrid(steps + self.centre[1], steps + self.centre[0], indexing="ij")
+        y, x = torch.meshgrid(steps + self.center[1], steps + self.center[0], indexing="ij")
         return torch.stack([x, y], dim=2)
 
 
-WIDE = View(centre=(0.30, 0.30), half_size=1.2)
-CLOSE_UP = View(centre=(0.45, 1.22), half_size=0.3)
+WIDE = View(center=(0.30, 0.30), half_size=1.2)
+CLOSE_UP = View(center=(0.45, 1.22), half_size=0.3)
 
-_SIGMA_WIDE = 5.0  # noise level that the samples start from
-_SIGMA_CLOSE = 0.03  # and that of the densities and the trajectories in the close-up
+_SIGMA_WIDE = 5.0  # initial noise level of the samples
+_SIGMA_CLOSE = 0.03  # of the densities, and initial noise level of the trajectories, in the close-up
 _NUM_WIDE = 16384
 _NUM_CLOSE = 4096
 _SPACING = 0.045  # between the starting points of trajectories
-_NUM_CELLS = 200  # per side of a density's picture
-_NUM_LEVELS = 16  # of colour in it
+_NUM_CELLS = 200  # per side of a drawn density
+_NUM_LEVELS = 16  # of its colors
 _NUM_ARROWS = 20  # per side
 
-_COLOUR_A, _COLOUR_B, _COLOUR_PATH = "#c05010", "#808080", "#2040a0"
+_COLOR_A, _COLOR_B, _COLOR_PATH = "#c05010", "#808080", "#2040a0"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Sampling without and with guidance, all from the same starting points."""
+    """Results of sampling without and with guidance from the same starting points."""
 
     truth: Mixture
     net: Density
@@ -93,13 +98,13 @@ def draw_comparison(figure: Any, result: Comparison) -> None:
     for ax, (name, title) in zip(axes[0, :3], titles.items(), strict=True):
         share = f", {result.fidelity[name].off_tree:.1%} off the tree" if name != "true" else ""
         _prepare(ax, WIDE, f"{title}{share}")
-        for classes, colour in (("B", _COLOUR_B), ("A", _COLOUR_A)):
-            _outline(ax, gt(classes, result.truth.device), WIDE, colour)
+        for classes, color in (("B", _COLOR_B), ("A", _COLOR_A)):
+            _outline(ax, gt(classes, result.truth.device), WIDE, color)
         _dots(ax, result.samples[name])
     for row, name in enumerate(("unguided", "guided")):
         ax = axes[row, 3]
         _prepare(ax, CLOSE_UP, f"Trajectories, {titles[name][0].lower()}{titles[name][1:]}")
-        _outline(ax, result.truth, CLOSE_UP, _COLOUR_A)
+        _outline(ax, result.truth, CLOSE_UP, _COLOR_A)
         _paths(ax, result.trajectories[name])
     for ax, density, title in ((axes[1, 0], result.net, "Main network"), (axes[1, 1], result.gnet, "Guiding network")):
         _prepare(ax, CLOSE_UP, f"{title}: density and score")
@@ -110,7 +115,7 @@ def draw_comparison(figure: Any, result: Comparison) -> None:
 
 
 def draw_progress(figure: Any, truth: Mixture, net: ToyModel, title: str) -> None:
-    """Draw the true density and score, and those that a network has learned so far."""
+    """Draw the true density and score, and those that the network has learned so far."""
     figure.clear()
     shown: list[tuple[str, Density]] = [("True", truth), (title, net)]
     for ax, (name, density) in zip(figure.subplots(1, 2), shown, strict=True):
@@ -125,15 +130,15 @@ def _prepare(ax: Any, view: View, title: str) -> None:
     ax.set_title(title, fontsize=10)
 
 
-def _outline(ax: Any, truth: Mixture, view: View, colour: str) -> None:
-    """The smallest area with 99 % of the true distribution's mass, of the noise level that the view resolves."""
+def _outline(ax: Any, truth: Mixture, view: View, color: str) -> None:
+    """Fill the smallest area with 99 % of the true distribution's mass, at the noise level that the view resolves."""
     sigma = view.half_size / 100
     generator = torch.Generator(truth.device).manual_seed(0)
     level = truth.logp(truth.sample(_NUM_CLOSE, sigma, generator), sigma).quantile(0.01)
     points = view.grid(_NUM_CELLS, truth.device)
     x, y = points.cpu().unbind(2)
     excess = (truth.logp(points, sigma) - level).cpu()
-    ax.contourf(x.numpy(), y.numpy(), excess.numpy(), levels=[0, math.inf], colors=[colour], alpha=0.25)
+    ax.contourf(x.numpy(), y.numpy(), excess.numpy(), levels=[0, math.inf], colors=[color], alpha=0.25)
 
 
 def _dots(ax: Any, points: torch.Tensor) -> None:
@@ -142,41 +147,41 @@ def _dots(ax: Any, points: torch.Tensor) -> None:
 
 def _paths(ax: Any, trajectories: torch.Tensor) -> None:
     paths = trajectories.cpu().numpy()
-    ax.plot(paths[..., 0], paths[..., 1], linewidth=0.8, color=_COLOUR_PATH)
-    ax.plot(*paths[0].T, "o", markersize=2, color=_COLOUR_PATH, markerfacecolor="none", markeredgewidth=0.5)
+    ax.plot(paths[..., 0], paths[..., 1], linewidth=0.8, color=_COLOR_PATH)
+    ax.plot(*paths[0].T, "o", markersize=2, color=_COLOR_PATH, markerfacecolor="none", markeredgewidth=0.5)
     ax.plot(*paths[-1].T, ".", markersize=4, color="black")
 
 
 def _density(ax: Any, density: Density, view: View = CLOSE_UP) -> None:
-    """The density, relative to its largest value in the view, with arrows along the score."""
+    """Draw the density, relative to its largest value in the view, with arrows along the score."""
     device = _device_of(density)
     with torch.no_grad():
         logp = density.logp(view.grid(_NUM_CELLS, device), _SIGMA_CLOSE)
-        _picture(ax, (logp - logp.max()).exp(), view, "Oranges", (0, 1))
+        _filled_contours(ax, (logp - logp.max()).exp(), view, "Oranges", (0, 1))
         _arrows(ax, view, lambda points: density.score(points, _SIGMA_CLOSE), device)
 
 
 def _ratio(ax: Any, net: Density, gnet: Density) -> None:
-    """Logarithm of the ratio of the two densities, with arrows along its gradient."""
+    """Draw the logarithm of the ratio of the two densities, with arrows along its gradient."""
     device = _device_of(net)
     with torch.no_grad():
         points = CLOSE_UP.grid(_NUM_CELLS, device)
         ratio = net.logp(points, _SIGMA_CLOSE) - gnet.logp(points, _SIGMA_CLOSE)
-        ratio = ratio - ratio.median()  # both are known up to a constant
-        limit = max(float(ratio.abs().quantile(0.98)), 1e-6)  # a network and itself have no contours
-        _picture(ax, ratio, CLOSE_UP, "RdBu_r", (-limit, limit))
+        ratio = ratio - ratio.median()  # both densities are known up to a factor
+        limit = max(float(ratio.abs().quantile(0.98)), 1e-6)  # above 0 also for a network and itself
+        _filled_contours(ax, ratio, CLOSE_UP, "RdBu_r", (-limit, limit))
         _arrows(ax, CLOSE_UP, lambda p: net.score(p, _SIGMA_CLOSE) - gnet.score(p, _SIGMA_CLOSE), device)
 
 
-def _picture(ax: Any, values: torch.Tensor, view: View, colours: str, limits: tuple[float, float]) -> None:
+def _filled_contours(ax: Any, values: torch.Tensor, view: View, colors: str, limits: tuple[float, float]) -> None:
     x, y = view.grid(len(values), torch.device("cpu")).unbind(2)
     levels = torch.linspace(*limits, _NUM_LEVELS + 1).tolist()
-    ax.contourf(x.numpy(), y.numpy(), values.cpu().numpy(), levels=levels, cmap=colours, extend="both")
+    ax.contourf(x.numpy(), y.numpy(), values.cpu().numpy(), levels=levels, cmap=colors, extend="both")
 
 
 def _arrows(ax: Any, view: View, field: Any, device: torch.device) -> None:
     points = view.grid(_NUM_ARROWS, device)
-    # Shorter where the field is weak, and never longer than a cell.
+    # Shorter where the field is weak, and at most as long as a cell.
     vectors = field(points)
     length = vectors.norm(dim=2, keepdim=True)
     vectors = vectors / (length + length.median()) * (2 * view.half_size / _NUM_ARROWS)
@@ -186,3 +191,57 @@ def _arrows(ax: Any, view: View, field: Any, device: torch.device) -> None:
 
 def _device_of(density: Any) -> torch.device:
     return density.device if isinstance(density, Mixture) else next(density.parameters()).device
+
+
+class FigureOutput:
+    """A matplotlib figure in a window, or in the file `save`; without a display, in the file `default`.
+
+    Raises ConfigError if matplotlib cannot open a window or cannot write files with that suffix.
+    """
+
+    def __init__(self, size: tuple[float, float], *, save: Path | None, default: Path) -> None:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        self.figure: Any = Figure(figsize=size, dpi=100) if save else _pyplot_figure(size)
+        # Only the canvas of a backend with windows names the event loop that it needs.
+        self.in_window = getattr(self.figure.canvas, "required_interactive_framework", None) is not None
+        self.path = None if self.in_window else save or default
+        if self.path is not None:
+            suffixes = FigureCanvasAgg.get_supported_filetypes()
+            if self.path.suffix[1:].lower() not in suffixes:
+                raise ConfigError(f"{self.path} lacks the suffix of an image; use one of {', '.join(sorted(suffixes))}")
+            require_folder(self.path.parent)
+
+    def update(self) -> None:
+        """Show or write the figure as drawn so far."""
+        if self.path is None:
+            self.figure.canvas.draw()
+            self.figure.show()
+            self.figure.canvas.flush_events()
+            return
+        make_folder(self.path.parent)
+        try:
+            with atomic_path(self.path) as temp:
+                self.figure.savefig(temp, format=self.path.suffix[1:].lower())
+        except OSError as error:
+            raise ConfigError(f"cannot write {self.path}: {reason_of(error)}") from error
+
+    def finish(self) -> None:
+        """Wait until the user closes the window, if there is one."""
+        from matplotlib import pyplot
+
+        if self.in_window:
+            pyplot.show()
+        pyplot.close(self.figure)
+
+
+def _pyplot_figure(size: tuple[float, float]) -> Any:
+    from matplotlib import pyplot
+
+    try:
+        return pyplot.figure(figsize=size, dpi=100)
+    except Exception as error:  # every backend raises its own kind
+        raise ConfigError(
+            f"matplotlib cannot open a window ({error}); unset MPLBACKEND or set it to Agg, which writes files"
+        ) from error

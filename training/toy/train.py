@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from dnnlib.disk import make_folder
 from dnnlib.errors import ConfigError
-from dnnlib.folders import make_folder
 from training.phema import PowerFunctionEMA
 from training.toy.mixture import gt
 from training.toy.model import ToyModel
@@ -18,7 +18,7 @@ from training.toy.toy_files import save_toy_model
 
 @dataclass(frozen=True, kw_only=True)
 class ToyConfig:
-    """What is trained, and how. Raises ConfigError for values that cannot work."""
+    """Settings of a training run. Raises ConfigError for invalid values."""
 
     classes: str = "A"
     num_layers: int = 4
@@ -36,21 +36,21 @@ class ToyConfig:
     def __post_init__(self) -> None:
         for name in ("num_layers", "hidden_dim", "num_iters", "batch", "lr_decay", "snapshot"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} trains no toy network; it must be 1 or more")
+                raise ConfigError(f"{name}={getattr(self, name)} of the toy network must be 1 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ToyStep:
-    """One iteration is done."""
+    """A finished iteration."""
 
-    iteration: int  # how many are done
+    iteration: int  # from 1
     loss: torch.Tensor  # scalar; reading it waits for the device
-    net: ToyModel | None  # the average, where it is time for a file
+    net: ToyModel | None  # the average, at iterations that write a file
     path: Path | None  # that file
 
 
 class ToyRun:
-    """One training run: as many ToySteps as there are iterations. `outdir` None writes no files."""
+    """One training run, as a sequence of one ToyStep per iteration. Without `outdir` it writes no files."""
 
     def __init__(
         self,

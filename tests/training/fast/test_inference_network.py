@@ -16,9 +16,10 @@ from training.fast.inference_network import InferencePrecond
 from training.fast.ops import packed
 from training.fast.prepare import PrepareNetwork
 from training.networks_edm2 import Precond
+from training.sampling.denoisers import bind_labels
 from training.sampling.generation import generate_images
-from training.sampling.guidance import bind_labels
-from training.sampling.sampler import HeunOptions, StackedRandomGenerator, edm_sampler
+from training.sampling.options import HeunOptions
+from training.sampling.sampler import StackedRandomGenerator, edm_sampler
 from training.snapshot import load_snapshot
 
 NET = GOLDEN_DIR / "snapshots" / "rgb-cond.pkl"
@@ -228,24 +229,24 @@ def test_one_graph_serves_every_noise_level_and_class():
 def test_compiled_it_gives_the_published_images(golden):
     """With the default backend, and a ragged last batch, which is padded."""
     tensors, metadata = golden("seed-to-image.safetensors")
-    told: list[str] = []
+    notices: list[str] = []
     options = {"seeds": json.loads(metadata["seeds"]), "num_steps": int(metadata["num_steps"]), "max_batch_size": 5}
-    actual = images_of(PrepareNetwork(compile=True, announce=told.append), **options)
+    actual = images_of(PrepareNetwork(compile=True, announce=notices.append), **options)
     difference = np.abs(actual - tensors["images.plain"].numpy().astype(int))
     assert difference.max() <= 1 and np.mean(difference > 0) <= 0.03
-    assert len(told) == 2 and "compiled in" in told[1]
+    assert len(notices) == 2 and "compiled in" in notices[1]
 
 
-def test_networks_of_other_kinds_pass_unchanged_and_the_user_is_told():
+def test_networks_of_other_kinds_stay_unchanged_with_a_notice_to_the_user():
     class Changed(Precond):
         pass
 
-    told: list[str] = []
+    notices: list[str] = []
     for net in (torch.nn.Identity(), lambda x, sigma, labels: x, Changed(4, 1, 0, model_channels=4, channel_mult=[1])):
-        assert PrepareNetwork(announce=told.append)(net, CPU) is net
-        assert not told
-        assert PrepareNetwork(precision="bf16", announce=told.append)(net, CPU) is net
-        assert "another kind of network" in told.pop()
+        assert PrepareNetwork(announce=notices.append)(net, CPU) is net
+        assert not notices
+        assert PrepareNetwork(precision="bf16", announce=notices.append)(net, CPU) is net
+        assert "is not a Precond: it runs unchanged" in notices.pop()
 
 
 def test_what_is_prepared_already_is_left_alone():

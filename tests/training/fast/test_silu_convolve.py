@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from training.fast.silu_conv import silu_convolve
+from training.fast.ops import silu_convolve
 
 
 def inputs(scale_rows: int | None) -> list[torch.Tensor]:
