@@ -1,7 +1,7 @@
 """Generate images from a trained network: command line."""
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,20 +10,20 @@ import numpy as np
 from tqdm import tqdm
 
 import dnnlib.cli
+from dnnlib.disk import make_folder, require_folder
 from dnnlib.errors import ConfigError
-from dnnlib.folders import make_folder, require_folder
 from dnnlib.parse import parse_int_list
-from edm2.options.files import file_options
-from edm2.options.sampling import sampling_options
+from edm2.options.sampling import file_options, sampling_options
 from torch_utils import distributed
 from torch_utils.distributed import World
 from torch_utils.precision import numerics
-from training.condition.conditioning import beside_pictures
-from training.images.png_files import FAST, read_png
+from training.condition.conditioning import with_sources
+from training.images.png_files import read_png
 from training.images.sheet import require_sheet, write_sheet
 from training.presets import describe_generation_presets
-from training.sampling.checks import require_writable_images
-from training.sampling.generation import GeneratedImages, generate_images
+from training.sampling.generation import generate_images
+from training.sampling.image_batches import GeneratedImages
+from training.sampling.networks import require_writable_images
 from training.sampling.request import SamplingRequest, resolve_sampling
 from training.sampling.sampler import StackedRandomGenerator, edm_sampler
 from training.snapshot.code import EmbeddedCode
@@ -36,7 +36,7 @@ __all__ = ["StackedRandomGenerator", "edm_sampler", "generate_images", "parse_in
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What was asked for, checked as far as this is possible without the networks."""
+    """The command line, checked as far as this is possible without the networks."""
 
     sampling: SamplingRequest
     seeds: list[int]
@@ -45,16 +45,16 @@ class Request:
     subdirs: bool
     grid: Path | None
     batch: int  # images at once per process
-    trust_code: bool = False  # whether source code in the networks' files may run
-    skip_existing: bool = False
-    png_compression: int = FAST
-    decoder_batch: int = 4  # latents decoded at once
+    trust_code: bool  # whether source code in the networks' files may run
+    skip_existing: bool
+    png_compression: int
+    decoder_batch: int  # latents decoded at once
 
     def __post_init__(self) -> None:
         if self.outdir is None and self.grid is None:
             raise ConfigError("nowhere to put the images; give --outdir=DIR, --grid=FILE.png or both")
         if self.skip_existing and self.outdir is None:
-            raise ConfigError("--skip-existing looks for files in --outdir, and there is none; give both or neither")
+            raise ConfigError("--skip-existing looks for files in --outdir, which is missing; give both or neither")
         if self.outdir is not None:
             require_folder(self.outdir)
         if self.grid is not None:
@@ -70,7 +70,7 @@ class _ClassType(click.ParamType):
         try:
             return int(value)
         except ValueError:
-            self.fail(f"'{value}' is no class; give its number, all, or none", param, ctx)
+            self.fail(f"'{value}' is not a class; give its number, all, or none", param, ctx)
 
 
 @click.command()
@@ -90,9 +90,7 @@ class _ClassType(click.ParamType):
 @click.option("--batch", type=click.IntRange(min=1), default=32, show_default=True, help="Images at once per process")
 @file_options
 @click.option("--device", metavar="NAME", help="cpu, cuda, cuda:N or mps [default: the best one here]")
-@click.option(
-    "--trust-code", is_flag=True, help="Run the source code that files of other architectures bring; prints which"
-)
+@click.option("--trust-code", is_flag=True, help="Run the source code in files of other architectures; prints which")
 @click.option("--list-presets", is_flag=True, help="Show the presets with their published scores, and stop")
 def cmdline(list_presets: bool, device: str | None, **options: Any) -> None:
     """Generate images from a trained network, or from a preset.
@@ -109,10 +107,10 @@ def cmdline(list_presets: bool, device: str | None, **options: Any) -> None:
         --preset=edm2-img512-s-guid-fid --outdir=out --subdirs --seeds=0-49999
 
     \b
-    # Small pictures made large, by a network of train_edm2.py --condition=lowres:4
+    # Small images made large, by a network of train_edm2.py --condition=lowres:4
     python generate_images.py --net=net.pkl --source=small --seeds=0-7 --outdir=out
 
-    The same command with --skip-existing goes on where it was interrupted.
+    The same command with --skip-existing continues after an interruption.
     """
     if list_presets:
         click.echo(describe_generation_presets())
@@ -126,41 +124,16 @@ def cmdline(list_presets: bool, device: str | None, **options: Any) -> None:
             run(request, world)
 
 
-def resolve(
-    *,
-    seeds: list[int],
-    class_idx: int | _Classes | None,
-    outdir: Path | None,
-    subdirs: bool,
-    grid: Path | None,
-    batch: int,
-    trust_code: bool,
-    skip_existing: bool,
-    png_compression: int,
-    decoder_batch: int,
-    **sampling: Any,
-) -> Request:
-    """The request; `sampling` is what `sampling_options` gives. Raises ConfigError for what cannot work."""
-    return Request(
-        sampling=resolve_sampling(**sampling),
-        seeds=seeds,
-        class_idx=class_idx,
-        outdir=outdir,
-        subdirs=subdirs,
-        grid=grid,
-        batch=batch,
-        trust_code=trust_code,
-        skip_existing=skip_existing,
-        png_compression=png_compression,
-        decoder_batch=decoder_batch,
-    )
+def resolve(**options: Any) -> Request:
+    """Return the request that the options of `cmdline` stand for. Raises ConfigError for invalid values."""
+    own = {field.name: options.pop(field.name) for field in fields(Request) if field.name != "sampling"}
+    return Request(sampling=resolve_sampling(**options), **own)
 
 
 def run(request: Request, world: World) -> None:
     """Generate this process's share of the images; the main process reports, and writes the contact sheet."""
-    images = generate_images(
-        net=request.sampling.net,
-        gnet=request.sampling.gnets,
+    images = request.sampling.generate(
+        announce=click.echo if world.is_main else None,
         outdir=request.outdir,
         subdirs=request.subdirs,
         seeds=request.seeds,
@@ -171,17 +144,13 @@ def run(request: Request, world: World) -> None:
         trust_code=functools.partial(announce_code, world) if request.trust_code else None,
         skip_existing=request.skip_existing,
         on_demand=True,
-        decoder=request.sampling.decoder,
         png_compression=request.png_compression,
-        prepare=request.sampling.prepare(click.echo if world.is_main else None),
-        **request.sampling.pictures(),
-        **request.sampling.sampler_kwargs(),
     )
     if request.grid is not None:
         require_writable_images(images.net, images.encoder)
         make_folder(request.grid.parent)
     tiles: dict[int, np.ndarray] = {}
-    # Batches are taken in order by whichever process is free: the number of this one tells how far all of them are.
+    # Processes take batches in order as they become free, so the number of this one shows how far all of them are.
     sizes = [len(batch) for batch in images.batches]
     done = np.cumsum([len(images.seeds) - sum(sizes), *sizes]).tolist()
     with tqdm(total=done[-1], initial=done[0], desc="Generating", unit="image", disable=not world.is_main) as progress:
@@ -189,37 +158,37 @@ def run(request: Request, world: World) -> None:
             if request.grid is not None and batch.images is not None:
                 tiles.update(zip(batch.indices.tolist(), batch.images.cpu().numpy(), strict=True))
             progress.update(done[batch.batch_idx + 1] - progress.n)
-        world.barrier()  # by now all images are there
+        world.barrier()  # now all images exist
         progress.update(done[-1] - progress.n)
     if request.grid is not None:
         write_grid(request.grid, images, tiles, world)
     world.barrier()
     if world.is_main:
-        places = [str(place) for place in (request.outdir, request.grid) if place is not None]
-        there = f", {len(images.there)} were there already" if images.there else ""
-        click.echo(f"Wrote {len(request.seeds) - len(images.there)} images{there}: {', '.join(places)}")
+        paths = [str(path) for path in (request.outdir, request.grid) if path is not None]
+        kept = f", {len(images.existing)} existed already" if images.existing else ""
+        click.echo(f"Wrote {len(request.seeds) - len(images.existing)} images{kept}: {', '.join(paths)}")
 
 
 def announce_code(world: World, code: EmbeddedCode) -> None:
-    """Say which source code of a file is about to run."""
+    """Print which source code of a file is about to run."""
     if world.is_main:
         names = ", ".join(code.class_names)
         click.echo(f"Running {code.num_lines} lines of source code from the file, sha256 {code.sha256}, for {names}")
 
 
 def write_grid(path: Path, images: GeneratedImages, tiles: dict[int, np.ndarray], world: World) -> None:
-    """Put all processes' `tiles` (by position in the list of seeds) together; the main process writes the file.
+    """Write a contact sheet of all processes' `tiles`, by position in the list of seeds, in the main process.
 
-    What was not made anew is read from its file.
+    Images that existed are read from their files.
     """
     merged = {index: tile for share in world.all_gather_objects(tiles) for index, tile in share.items()}
     if world.is_main:
-        merged |= {position: read_png(images.path_of(position)) for position in images.there}
-        num_columns = images.sheet_columns
-        tiles_in_order = [merged[i] for i in range(len(images.seeds))]
+        if images.files is not None:
+            merged |= {position: read_png(images.files.paths[position]) for position in images.existing}
+        ordered, num_columns = [merged[i] for i in range(len(images.seeds))], images.sheet_columns
         if images.conditioning is not None:
-            tiles_in_order, num_columns = beside_pictures(tiles_in_order, images.conditioning)
-        write_sheet(path, np.stack(tiles_in_order), num_columns=num_columns)
+            ordered, num_columns = with_sources(ordered, images.conditioning)
+        write_sheet(path, np.stack(ordered), num_columns=num_columns)
 
 
 if __name__ == "__main__":

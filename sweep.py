@@ -1,6 +1,5 @@
 """Measure a training run over EMA lengths and guidance weights, without writing networks or images."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,24 +7,23 @@ import click
 import tqdm
 
 import dnnlib.cli
-from dnnlib.cli import STD_LIST
+from dnnlib.disk import make_folder, require_file_place
 from dnnlib.errors import ConfigError
-from dnnlib.folders import make_folder, require_folder
-from edm2.options.metrics import COUNT, batch_option, detector_options, given_weights, measuring_options
+from edm2.options.metrics import COUNT, STD_LIST, batch_option, detector_options, given_weights, measuring_options
 from edm2.options.sampling import NUMBERS, sampling_options_without
 from torch_utils import distributed
 from torch_utils.distributed import World
 from torch_utils.precision import numerics
 from torch_utils.processes.together import on_main
-from training.metrics import results as report
+from training.metrics import results
 from training.metrics.available import Plan, plan_metrics
 from training.metrics.reference import load_stats
-from training.posthoc.inputs import choose_inputs, list_input_pickles
+from training.posthoc.inputs import Input, choose_inputs, list_input_pickles
 from training.posthoc.response_plot import SUFFIXES
 from training.sampling.request import SamplingRequest, resolve_sampling
 from training.snapshot import nimg_from_kimg
-from training.sweep import settings as sweep
-from training.sweep.settings import Point, Sweep
+from training.sweep import ema_sweep
+from training.sweep.ema_sweep import Point, Sweep
 from training.sweep.sweep_plot import plot_sweep
 
 
@@ -57,8 +55,8 @@ def cmdline(
 ) -> None:
     """Measure a training run over EMA lengths, guidance weights, or pairs of them.
 
-    Networks are reconstructed in memory from the run's snapshots. With --json, a sweep that was interrupted is taken
-    up again by the same command, and one with further lengths or weights adds them to the curve.
+    Networks are reconstructed in memory from the run's snapshots. With --json, the same command continues an
+    interrupted sweep, and one with further lengths or weights adds them to the curve.
 
     \b
     # The shipped data, with nothing to download
@@ -75,41 +73,34 @@ def cmdline(
         --gnet=guide.pkl --guidance=1,1.2,1.4,1.6 --json=sweep.json --plot=sweep.png \\
         --ref=https://nvlabs-fi-cdn.nvidia.com/edm2/dataset-refs/img512.pkl
     """
-    _require_places(json_path, plot)
+    _require_paths(json_path, plot)
     inputs = list_input_pickles(indir, in_prefix=inprefix, in_std=instd)
     nimg, inputs = choose_inputs(inputs, None if outkimg is None else nimg_from_kimg(outkimg))
-    rest = {name: options.pop(name) for name in _OF_MEASURE}
-    requests = _requests(guidance, options)
+    measuring = {name: options.pop(name) for name in _MEASURING}
+    requests = [resolve_sampling(net="", guidance=weight, **options) for weight in sorted(set(guidance))]
     lists = None if instd is None else ",".join(f"{std:g}" for std in instd)
     origin = {"indir": indir, "inprefix": inprefix, "instd": lists, "outkimg": outkimg}
-    _sweep(inputs, nimg, outstd, requests, origin, json_path=json_path, plot=plot, **rest)
-
-
-def _require_places(json_path: Path | None, plot: Path | None) -> None:
-    """Raise ConfigError, before anything is computed, if the results cannot be written."""
-    for path in (json_path, plot):
-        if path is not None:
-            require_folder(path.parent)
-            if path.is_dir():
-                raise ConfigError(f"{path} cannot be written: it is a folder; name a file")
-    if plot is not None and plot.suffix.lower() not in SUFFIXES:
-        raise ConfigError(f"{plot} has none of the suffixes {', '.join(SUFFIXES)} of figures")
+    _sweep(inputs, nimg, outstd, requests, origin, json_path=json_path, plot=plot, **measuring)
 
 
 # The options that `_sweep` takes as they are.
-_OF_MEASURE = (
+_MEASURING = (
     "ref", "metrics", "num", "seed", "repeat", "batch", "build", "device",
     "inception_weights", "dinov2_weights", "efflite0_weights",
 )  # fmt: skip
 
 
-def _requests(guidance: Sequence[float], options: dict[str, Any]) -> list[SamplingRequest]:
-    """How to sample with each weight; the network is still to be made."""
-    return [resolve_sampling(net="", guidance=weight, **options) for weight in sorted(set(guidance))]
+def _require_paths(json_path: Path | None, plot: Path | None) -> None:
+    """Raise ConfigError, before anything is computed, if the results cannot be written."""
+    for path in (json_path, plot):
+        if path is not None:
+            require_file_place(path)
+    if plot is not None and plot.suffix.lower() not in SUFFIXES:
+        raise ConfigError(f"{plot} must end in one of {', '.join(SUFFIXES)}")
 
 
 def _sweep(
-    inputs: list[Any],
+    inputs: list[Input],
     nimg: int,
     stds: list[float],
     requests: list[SamplingRequest],
@@ -128,44 +119,40 @@ def _sweep(
     **weights: str | None,
 ) -> None:
     if num < 2:
-        raise ConfigError(f"--num={num} images cannot be measured; two are the least")
-    sweep.check_guides(inputs, requests)
+        raise ConfigError(f"--num={num} must be 2 or more")
+    ema_sweep.check_guides(inputs, requests)
     reference = None if ref is None else load_stats(ref)
     with distributed.joined(device) as world:
         plan = plan_metrics(metrics, reference, device=world.device, weights=given_weights(weights))
-        _say(report.notes(plan.skipped, plan.detectors), world)
-        settings = sweep.settings_of(
-            sweep.described_inputs(inputs, nimg), requests, plan, ref=ref, num=num, seed=seed, repeat=repeat
-        )
-        points = [] if json_path is None else _from_main(world, json_path, settings)
+        settings = ema_sweep.settings_of(inputs, nimg, requests, plan, ref=ref, num=num, seed=seed, repeat=repeat)
+        points: list[Point] = []
+        if json_path is not None:  # the main process reads the file, since it is the one that writes it
+            points = on_main(world, lambda: ema_sweep.read_points(json_path, settings))
         work = Sweep(
             inputs, stds, requests, out_nimg=nimg, plan=plan, reference=reference, world=world, num=num, seed=seed,
             repeat=repeat, batch=batch, build=build, done=frozenset(point.key for point in points),
         )  # fmt: skip
-        if points:
-            _say([f"{json_path} has {len(points)} points already"], world)
-        for path in (json_path, plot):
-            if path is not None and world.is_main:
-                make_folder(path.parent)
-        _carry_out(work, points, settings, plan, json_path, world)
         if world.is_main:
-            seeds = range(seed, seed + num)
-            _tell(points, requests, plan, origin, nimg, seeds)
+            for line in results.notes(plan.skipped, plan.detectors):
+                click.echo(line)
+            if points:
+                click.echo(f"{json_path} has {len(points)} points already")
+            for path in (json_path, plot):
+                if path is not None:
+                    make_folder(path.parent)
+        _measure(work, points, settings, plan, json_path, world)
+        if world.is_main:
+            _report(points, requests, plan, origin, nimg, range(seed, seed + num))
             if plot is not None:
                 plot_sweep(plot, points, plan.metrics, title=f"{len(inputs)} snapshots, {num} images a point")
         world.barrier()
 
 
-def _from_main(world: World, path: Path, settings: dict[str, Any]) -> list[Point]:
-    """The points of an earlier sweep as the main process reads them, since it is the one that writes."""
-    return on_main(world, lambda: sweep.read_points(path, settings))
-
-
-def _carry_out(
+def _measure(
     work: Sweep, points: list[Point], settings: dict[str, Any], plan: Plan, json_path: Path | None, world: World
 ) -> None:
     """Measure what is left, add it to `points`, and keep the file up to date."""
-    more = {"device": str(world.device), "processes": world.size}
+    extra = {"device": str(world.device), "processes": world.size}
     bar = tqdm.tqdm(total=len(work), unit="batch", dynamic_ncols=True, disable=not world.is_main or not len(work))
     with bar, numerics(cudnn_benchmark=False):
         for step in work:
@@ -177,39 +164,30 @@ def _carry_out(
             if world.is_main:
                 scores = ", ".join(f"{name} {step.point.mean(name):.4f}" for name in plan.metrics)
                 bar.write(f"EMA length {step.std:.3f}, guidance {step.guidance:g}: {scores}, fit {step.point.fit:.2e}")
-            if json_path is not None and world.is_main:
-                report.write_json(json_path, sweep.sweep_record(points, settings, plan, more))
+                if json_path is not None:
+                    results.write_json(json_path, ema_sweep.sweep_record(points, settings, plan, extra))
 
 
-def _tell(
-    points: list[Point],
-    requests: list[SamplingRequest],
-    plan: Plan,
-    origin: dict[str, Any],
-    nimg: int,
-    seeds: range,
+def _report(
+    points: list[Point], requests: list[SamplingRequest], plan: Plan, origin: dict[str, Any], nimg: int, seeds: range
 ) -> None:
-    """The best point of each metric, and how to get its network and its images."""
+    """Print the best point of each metric, and the commands for its network and its images."""
     for metric in plan.metrics:
-        best = sweep.best_point(points, metric)
+        best = ema_sweep.best_point(points, metric)
         if best is None:
             click.echo(f"No {metric} is finite.")
             continue
         click.echo(f"Best {metric}: {best.mean(metric):.4f} at EMA length {best.std:.3f}, guidance {best.guidance:g}")
         if not best.is_near:
-            click.echo(f"  Its network is not near that length (fit {best.fit:.2f}): the snapshots are too far apart.")
-        for what in sweep.at_the_edge(points, best):
-            click.echo(f"  It is at the edge of the {what}; a wider range may hold a better one.")
-        request = next((r for r in requests if abs(r.guidance - best.guidance) < 1e-6), None)
+            click.echo(
+                f"  Its network is not close to that length (fit {best.fit:.2f}): the snapshots are too far apart."
+            )
+        for setting in ema_sweep.at_the_edge(points, best):
+            click.echo(f"  It is at the edge of the {setting}; a wider range may hold a better one.")
+        request = next((r for r in requests if abs(r.weight - best.guidance) < 1e-6), None)
         if request is not None:
-            for line in sweep.commands_for(best, request, reconstruct=origin, nimg=nimg, seeds=seeds):
+            for line in ema_sweep.commands_for(best, request, reconstruct=origin, nimg=nimg, seeds=seeds):
                 click.echo(f"  {line}")
-
-
-def _say(lines: Sequence[str], world: World) -> None:
-    if world.is_main:
-        for line in lines:
-            click.echo(line)
 
 
 if __name__ == "__main__":

@@ -17,14 +17,14 @@ from diffusers.utils import BaseOutput, is_accelerate_available
 
 from dnnlib import hub
 from dnnlib.errors import ConfigError
-from edm2.diffusers.memory_images import given_pictures
-from edm2.diffusers.randomness import Randomness
+from edm2.diffusers.pipeline_inputs import Randomness, count_images, source_images
 from edm2.diffusers.scheduler import EDM2HeunScheduler
 from edm2.diffusers.unet import EDM2UNet
 from training.condition.conditioning import Conditioning, conditioning_of, require_same_condition
 from training.encoders import Encoder, StabilityVAEEncoder
-from training.sampling.checks import require_label_dropout, require_matching_guide
-from training.sampling.guidance import SELF, Guidance, WithoutLabels
+from training.sampling.denoisers import SELF, WithoutLabels, as_list, conditioned
+from training.sampling.guidance import Guidance
+from training.sampling.networks import require_label_dropout, require_matching_guide
 from training.snapshot import load_snapshot
 from training.snapshot.locate import locate_network
 
@@ -33,17 +33,30 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 @dataclass
 class EDM2PipelineOutput(BaseOutput):
-    """`images`: what `output_type` asks for. `class_labels`: the classes [N], or weights [N, L] as they were given."""
+    """`images`: as `output_type` asks. `class_labels`: the classes [N], or weights [N, L] as they were given."""
 
     images: Any
     class_labels: torch.Tensor | None = None
 
 
+class _Denoiser:
+    """An EDM2UNet called as D = net(x, sigma, labels), like a Precond but through its hooks."""
+
+    def __init__(self, network: EDM2UNet) -> None:
+        self._network = network
+        self.cond_channels = network.cond_channels
+
+    def __call__(
+        self, x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor | None, **condition: torch.Tensor
+    ) -> torch.Tensor:
+        result: torch.Tensor = self._network(x, sigma, labels, return_dict=False, **condition)[0]
+        return result
+
+
 class EDM2Pipeline(DiffusionPipeline):
     """Samples EDM2 networks as generate_images.py does; see `__call__`.
 
-    `vae` is for networks of latents: where it is None, the one that `unet` names is loaded when it is needed
-    (`load_vae`). Networks of pixels have none.
+    `vae` is for networks of latents. If it is None, the one that `unet` names is loaded when it is needed (`load_vae`).
     """
 
     model_cpu_offload_seq = "unet->vae"
@@ -55,23 +68,23 @@ class EDM2Pipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> "EDM2Pipeline":
-        """As DiffusionPipeline's: a folder, or user/name[@revision] on the hub. Weights in pickles are not read.
+        """Load a folder, or user/name[@revision] from the hub. Weights in pickles are not read.
 
-        From the hub by our own way, since that library refuses repositories whose classes it does not have itself.
-        Raises ConfigError where the hub or the cache does not have it.
+        Downloads from the hub are our own, since diffusers refuses repositories with classes that it does not have.
+        Raises ConfigError if neither the hub nor the cache has it.
         """
         if not os.path.isdir(pretrained_model_name_or_path):
             folder = _fetch(str(pretrained_model_name_or_path), kwargs.pop("revision", None))
             pretrained_model_name_or_path = folder
         kwargs.setdefault("use_safetensors", True)
         if not is_accelerate_available():
-            kwargs.setdefault("low_cpu_mem_usage", False)  # the default asks for that library, at length
+            kwargs.setdefault("low_cpu_mem_usage", False)  # the default logs a long request to install it
         pipeline: EDM2Pipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         return pipeline
 
     @classmethod
     def from_network(cls, source: str | os.PathLike[str]) -> "EDM2Pipeline":
-        """A pipeline of any network that `load_snapshot` reads: .pkl, .safetensors, folder, URL or hub name."""
+        """Return a pipeline of any network that `load_snapshot` reads: .pkl, .safetensors, folder, URL or hub name."""
         return cls(EDM2UNet.from_snapshot(load_snapshot(source)), EDM2HeunScheduler())
 
     @torch.no_grad()
@@ -94,65 +107,46 @@ class EDM2Pipeline(DiffusionPipeline):
         callback_on_step_end: Callable[[Any, int, torch.Tensor, dict[str, Any]], dict[str, Any] | None] | None = None,
         return_dict: bool = True,
     ) -> EDM2PipelineOutput | tuple[Any, torch.Tensor | None]:
-        """Generate N images; the number comes from classes, generators, `latents` or `batch_size`, else from a list
-        `image`, else it is 1.
+        """Generate N images: N from classes, generators, `latents` or `batch_size`, else from a list `image`, else 1.
 
         class_labels: one class for all, one for each, or weights [N, L] (zeros: no class). None draws them from the
             generators, after the noise.
         guidance_scale, guide: D = D_guide + scale (D_main - D_guide), with 1 for none. The guide is another pipeline,
             EDM2UNet, network, file, folder, URL or hub name, or a list of them, with `guide_shares` that add up to 1.
-            "self" is this pipeline's network without labels, where its file says it was trained with label dropout.
-        generator: one for each image makes image i the one that generate_images.py makes from seed i, when it was
-            seeded with that seed on the same kind of device. A single one draws all images in turn.
-        num_inference_steps: of Heun's method, two evaluations each but for the last.
+            "self" is this pipeline's network without labels, if its file says it was trained with label dropout.
+        generator: one for each image makes image i the one that generate_images.py makes from seed i, if it was seeded
+            with that seed on the same kind of device. A single one draws all images in turn.
+        num_inference_steps: of Heun's method, two evaluations each except for the last.
         output_type: pil (a list), np (float32 [N, H, W, C] from 0 to 1), pt (float32 [N, C, H, W] from 0 to 1), or
-            latent (what the network makes [N, C, H, W], float32).
-        guidance_interval: guide only the steps that set out at noise levels in (low, high].
+            latent (the network's output [N, C, H, W], float32).
+        guidance_interval: guide only the steps that start at noise levels in (low, high].
         latents: standard normal noise [N, C, H, W] to start from, in place of drawn noise.
-        image, mask_image: for a network that is conditioned on pictures (docs/condition.md): a PIL picture, a list of
-            them, or a path as for generate_images.py --source and --masks. The i-th image is made from the i-th
-            picture, and after the last the first comes again.
+        image, mask_image: for a network that is conditioned on images (docs/condition.md): a PIL image, a list of them,
+            or a path as for generate_images.py --source and --masks. Image i is made from source image i, and after the
+            last the first comes again.
         callback_on_step_end: called as callback(pipeline, evaluation, sigma, {"latents": x}) after every evaluation of
-            the network; latents in the dictionary that it gives back are taken over.
+            the network. It may return a dictionary with latents to continue from.
 
-        Raises ConfigError, a ValueError, for what cannot work.
+        Raises ConfigError, a ValueError, for invalid values.
         """
         if output_type not in OUTPUT_TYPES:
-            raise ConfigError(f"output_type={output_type!r} is unknown; there are {', '.join(OUTPUT_TYPES)}")
-        guides = [] if guide is None else list(guide) if isinstance(guide, list | tuple) else [guide]
+            raise ConfigError(f"output_type={output_type!r} is unknown; choose from {', '.join(OUTPUT_TYPES)}")
+        guides = as_list(guide)
         shares = None if guide_shares is None else tuple(guide_shares)
         guidance = Guidance(weight=guidance_scale, num_guides=len(guides), shares=shares, interval=guidance_interval)
-        pictures = given_pictures(image, mask_image, self.unet.img_channels)
         default = len(image) if isinstance(image, list | tuple) else 1
-        num_images = _num_images(class_labels, generator, latents, batch_size, default)
+        num_images = count_images(class_labels, generator, latents, batch_size, default)
         device = self._execution_device
-        conditioning = conditioning_of(
-            self.unet.denoiser,
-            self.unet.condition,
-            pictures,
-            None,
-            num_images=num_images,
-            names=("image", "mask_image"),
-        )
-        seen = None if conditioning is None else conditioning.images(range(num_images), device)
-        networks = [self._guide(item, device) for item in guides] if guidance.weight != 1 else []
-        guidance = guidance if networks else Guidance()
-        shape = (self.unet.img_channels, *self.unet.img_resolution)
-        random = Randomness(generator, num_images, device)
-        noise = random.normal(shape)
-        drawn = random.integers(self.unet.label_dim) if self.unet.label_dim else None
-        if latents is not None:
-            if tuple(latents.shape[1:]) != shape:
-                raise ConfigError(
-                    f"latents of shape {list(latents.shape)} do not fit; {[num_images, *shape]} are needed"
-                )
-            noise = latents.to(device, torch.float32)
-        chosen = self._labels(class_labels, drawn, num_images, device)
-        labels = self._weights(chosen)
+        conditioning = self._conditioning(image, mask_image, num_images)
+        if guidance.weight == 1:
+            guides, guidance = [], Guidance()
+        net = _Denoiser(self.unet)
+        networks = [net, *(self._guide(item, net, device) for item in guides)]
+        if conditioning is not None:
+            networks = conditioned(networks, conditioning.images(range(num_images), device))
+        noise, classes = self._draw(generator, latents, class_labels, num_images, device)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
-        called = _called(self.unet)
-        guiding = [WithoutLabels(called) if network is SELF else _called(network) for network in networks]
-        denoise = guidance.denoiser(called, guiding, labels, seen)
+        denoise = guidance.denoiser(networks[0], networks[1:], self._weights(classes))
         x = noise * self.scheduler.init_noise_sigma
         for index, (sigma, timestep) in enumerate(
             self.progress_bar(list(zip(self.scheduler.evaluated, self.scheduler.timesteps, strict=True)))
@@ -163,31 +157,41 @@ class EDM2Pipeline(DiffusionPipeline):
                 x = (callback_on_step_end(self, index, timestep, {"latents": x}) or {}).get("latents", x)
         images = self._finish(x, output_type, decode_batch_size, conditioning)
         self.maybe_free_model_hooks()
-        return EDM2PipelineOutput(images=images, class_labels=chosen) if return_dict else (images, chosen)
+        return EDM2PipelineOutput(images=images, class_labels=classes) if return_dict else (images, classes)
 
     def load_vae(self) -> None:
-        """Make the VAE of a network of latents a component, if it is none yet: the one that the network names."""
+        """Load the VAE that a network of latents names, and make it a component, unless the pipeline has one."""
         encoder = self.unet.make_encoder()
         if self.vae is None and isinstance(encoder, StabilityVAEEncoder):
             encoder.init(self._execution_device)
             self.register_modules(vae=encoder._vae)
 
     def enable_model_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
-        """As DiffusionPipeline's; the VAE is loaded first, so that it takes part."""
+        """Enable it as DiffusionPipeline does; the VAE is loaded first, so that it takes part."""
         self.load_vae()
         super().enable_model_cpu_offload(*args, **kwargs)
 
     def enable_sequential_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
-        """As DiffusionPipeline's; the VAE is loaded first, so that it takes part."""
+        """Enable it as DiffusionPipeline does; the VAE is loaded first, so that it takes part."""
         self.load_vae()
         super().enable_sequential_cpu_offload(*args, **kwargs)
 
-    def _guide(self, source: Any, device: torch.device) -> Any:
-        """The network that guides, on `device` unless hooks move it there."""
+    def _conditioning(self, image: Any, mask_image: Any, num_images: int) -> Conditioning | None:
+        return conditioning_of(
+            self.unet.denoiser,
+            self.unet.condition,
+            source_images(image, mask_image, self.unet.img_channels),
+            None,
+            num_images=num_images,
+            names=("image", "mask_image"),
+        )
+
+    def _guide(self, source: Any, net: _Denoiser, device: torch.device) -> Any:
+        """Return the network that guides, on `device` unless hooks move it there."""
         if isinstance(source, str) and source == SELF:
             info = (self.unet.config.snapshot or {}).get("info")
             require_label_dropout(self.unet.label_dim, info or {}, "this pipeline's network", "guide='self'")
-            return SELF
+            return WithoutLabels(net)
         network = source.unet if isinstance(source, DiffusionPipeline) else source
         condition = network.condition if isinstance(network, EDM2UNet) else None
         if isinstance(source, str | os.PathLike):
@@ -198,23 +202,32 @@ class EDM2Pipeline(DiffusionPipeline):
         require_matching_guide(self.unet.denoiser, plain)
         if isinstance(network, torch.nn.Module) and not hasattr(network, "_hf_hook"):
             network.to(device)
-        return network
+        return _Denoiser(network) if isinstance(network, EDM2UNet) else network
 
-    def _labels(
-        self, given: Any, drawn: torch.Tensor | None, num_images: int, device: torch.device
-    ) -> torch.Tensor | None:
-        """The classes [N] or weights [N, L] to use."""
-        if given is None:
-            return drawn
+    def _draw(
+        self, generator: Any, latents: torch.Tensor | None, class_labels: Any, num_images: int, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the noise [N, C, H, W], and the classes [N] or weights [N, L]: drawn in this order, or as given."""
+        shape = (self.unet.img_channels, *self.unet.img_resolution)
+        random = Randomness(generator, num_images, device)
+        noise = random.normal(shape)
+        classes = random.integers(self.unet.label_dim) if self.unet.label_dim else None
+        if latents is not None:
+            if tuple(latents.shape[1:]) != shape:
+                raise ConfigError(f"latents of shape {list(latents.shape)} do not fit; give {[num_images, *shape]}")
+            noise = latents.to(device, torch.float32)
+        return noise, classes if class_labels is None else self._labels(class_labels, num_images, device)
+
+    def _labels(self, given: Any, num_images: int, device: torch.device) -> torch.Tensor:
+        """Return given classes as [N], or given weights as [N, L]."""
         num_classes = self.unet.label_dim
         if not num_classes:
-            raise ConfigError("the network is unconditional and takes no class; leave class_labels out")
+            raise ConfigError("the network is unconditional and takes no class; leave out class_labels")
         labels = torch.as_tensor(given, device=device)
         if labels.is_floating_point():
             if labels.shape != (num_images, num_classes):
-                raise ConfigError(
-                    f"class weights of shape {list(labels.shape)}; {[num_images, num_classes]} are needed"
-                )
+                expected = [num_images, num_classes]
+                raise ConfigError(f"class weights of shape {list(labels.shape)} do not fit; give {expected}")
             return labels
         labels = labels.reshape(-1).to(torch.int64).expand(num_images)
         if not bool(((labels >= 0) & (labels < num_classes)).all()):
@@ -241,7 +254,7 @@ class EDM2Pipeline(DiffusionPipeline):
         if output_type == "np":
             return rows.astype(np.float32) / 255
         if rows.shape[3] not in (1, 3):
-            raise ConfigError(f"images of {rows.shape[3]} channels are no pictures; use output_type='np' or 'pt'")
+            raise ConfigError(f"images of {rows.shape[3]} channels do not fit PIL; use output_type='np' or 'pt'")
         return [PIL.Image.fromarray(row.squeeze(2) if row.shape[2] == 1 else row) for row in rows]
 
     def _decoder(self) -> Encoder:
@@ -253,22 +266,22 @@ class EDM2Pipeline(DiffusionPipeline):
 
 
 class _PlacedVAE:
-    """A VAE whose device and type are the pipeline's business, called with float32 as the encoder does."""
+    """A VAE whose device and type the pipeline manages, called with float32 as the encoder does."""
 
     def __init__(self, vae: AutoencoderKL) -> None:
         self._vae = vae
 
     def to(self, device: torch.device | str) -> "_PlacedVAE":
-        """Hooks move it, or it is there."""
+        """Do nothing: hooks move it, or it is on the device already."""
         return self
 
     def decode(self, latents: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Latents in the VAE's own scale to pixels in its own scale."""
+        """Decode latents in the VAE's own scale to pixels in its own scale."""
         return {"sample": self._vae.decode(latents.to(self._vae.dtype))["sample"].to(torch.float32)}
 
 
 def _fetch(source: str, revision: str | None) -> Path:
-    """The folder of a repository in the cache, after a download where files are missing."""
+    """Return the folder of a repository in the cache; missing files are downloaded."""
     name = hub.parse_hub_url(source) if hub.is_hub_url(source) else hub.parse_repository(source)
     if name is None:
         raise ConfigError(f"'{source}' is neither a folder nor a name on the hub, such as user/name")
@@ -276,40 +289,3 @@ def _fetch(source: str, revision: str | None) -> Path:
         raise ConfigError(f"'{source}' is a file; EDM2Pipeline.from_network makes a pipeline of it")
     name = name if revision is None else replace(name, revision=revision)
     return locate_network(str(name))
-
-
-def _called(network: Any) -> Callable[..., torch.Tensor]:
-    """`network` called as D = net(x, sigma, labels), through its hooks."""
-    return _Called(network) if isinstance(network, EDM2UNet) else network
-
-
-class _Called:
-    """A model of that library with the face of a Precond."""
-
-    def __init__(self, network: EDM2UNet) -> None:
-        self._network = network
-        self.cond_channels = network.cond_channels
-
-    def __call__(self, x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor | None, **seen: Any) -> torch.Tensor:
-        result: torch.Tensor = self._network(x, sigma, labels, return_dict=False, **seen)[0]
-        return result
-
-
-def _num_images(
-    class_labels: Any, generator: Any, latents: torch.Tensor | None, batch_size: int | None, default: int = 1
-) -> int:
-    counts = {"batch_size": batch_size}
-    if isinstance(class_labels, list | tuple | np.ndarray | torch.Tensor) and np.ndim(class_labels) > 0:
-        counts["class_labels"] = len(class_labels)
-    if isinstance(generator, list | tuple):
-        counts["generator"] = len(generator)
-    if latents is not None:
-        counts["latents"] = len(latents)
-    given = {name: count for name, count in counts.items() if count is not None}
-    if len(set(given.values())) > 1:
-        listed = ", ".join(f"{count} from {name}" for name, count in given.items())
-        raise ConfigError(f"the number of images is not clear: {listed}; give one of each for every image")
-    num_images = next(iter(given.values()), default)
-    if num_images < 1:
-        raise ConfigError(f"{num_images} images cannot be made; ask for 1 or more")
-    return num_images

@@ -14,9 +14,8 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from diffusers.utils import is_accelerate_available
 
 from training.encoders import Encoder, StandardRGBEncoder
-from training.networks_edm2 import Precond
-from training.sampling.generation import image_size
-from training.sharing.write_folder import described_snapshot
+from training.networks_edm2 import Precond, image_size
+from training.sharing.write_folder import unet_config
 from training.snapshot import Snapshot
 from training.snapshot.parts import build_encoder, network_arguments
 
@@ -26,14 +25,13 @@ _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torc
 class EDM2UNet(ModelMixin, ConfigMixin):
     """The denoiser D(x; sigma), preconditioning included (`training.networks_edm2.Precond`).
 
-    Its parameters have the names that they have in network files. `network`: the arguments of Precond. `snapshot`: what
-    else a network file says of the network, by the header's names (docs/file-formats.md). `stored_dtype`: what
-    `from_pretrained` loads the parameters as, unless it is told otherwise: rounding the gains to float16, as published
-    files have them, is part of the published numbers. On CUDA devices the network computes in float16, unless it was
-    made with `use_fp16` false; in float32 elsewhere.
+    Its parameters have the same names as in network files. `network`: the arguments of Precond. `snapshot`: the other
+    fields of a network file's header (docs/file-formats.md). `stored_dtype`: the type in which `from_pretrained` loads
+    parameters by default; published files round the gains to float16, which is part of the published numbers. On CUDA
+    devices the network computes in float16, unless it was made with `use_fp16` false; in float32 elsewhere.
     """
 
-    # Layers of one network exchange activations of all resolutions: devices get the whole of it.
+    # Skip connections carry activations of all resolutions across the network, so devices get the whole of it.
     _no_split_modules = ("UNet",)
 
     @register_to_config
@@ -42,7 +40,7 @@ class EDM2UNet(ModelMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         net = Precond(**network_arguments((), network))
-        # In a tuple, so that it is no submodule and the parameters' names have no prefix.
+        # In a tuple, so that it is not a submodule and the parameters' names have no prefix.
         self._denoiser = (net,)
         self.unet = net.unet
         self.logvar_fourier = net.logvar_fourier
@@ -50,9 +48,9 @@ class EDM2UNet(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_snapshot(cls, snapshot: Snapshot) -> "EDM2UNet":
-        """The model of a snapshot's network, sharing its parameters."""
+        """Return the model of a snapshot's network, sharing its parameters."""
         with torch.device("meta"):
-            model = cls(**described_snapshot(snapshot))
+            model = cls(**unet_config(snapshot))
         for name in ("unet", "logvar_fourier", "logvar_linear"):
             setattr(model, name, getattr(snapshot.net, name))
         model._denoiser = (snapshot.net,)
@@ -75,7 +73,7 @@ class EDM2UNet(ModelMixin, ConfigMixin):
 
     @property
     def label_dim(self) -> int:
-        """The number of classes; 0 for an unconditional network."""
+        """Number of classes; 0 for an unconditional network."""
         return self.denoiser.label_dim
 
     @property
@@ -85,12 +83,12 @@ class EDM2UNet(ModelMixin, ConfigMixin):
 
     @property
     def condition(self) -> str | None:
-        """What these images are, as train_edm2.py --condition has it."""
-        found = ((self.config.snapshot or {}).get("info") or {}).get("condition")
-        return found if isinstance(found, str) else None
+        """Kind of these images, in the form of train_edm2.py --condition."""
+        condition = ((self.config.snapshot or {}).get("info") or {}).get("condition")
+        return condition if isinstance(condition, str) else None
 
     def make_encoder(self) -> Encoder:
-        """What turns latents into pixels for this network; nothing is loaded yet."""
+        """Return the encoder that decodes this network's latents; nothing is loaded yet."""
         entry = (self.config.snapshot or {}).get("encoder")
         return StandardRGBEncoder() if entry is None else build_encoder(entry["class"], (), entry["arguments"])
 
@@ -102,23 +100,23 @@ class EDM2UNet(ModelMixin, ConfigMixin):
         return_dict: bool = True,
         cond_images: torch.Tensor | None = None,
     ) -> UNet2DOutput | tuple[torch.Tensor]:
-        """Denoised images [N, C, H, W] in float32.
+        """Return denoised images [N, C, H, W] in float32.
 
-        `timestep` is the noise level sigma, one number or N. `class_labels`: class numbers [N], or one-hot or any other
-        weights [N, L]; None is no class. They do not matter to an unconditional network. `cond_images`: see Precond.
+        `timestep` is the noise level sigma, one number or N. `class_labels`: class numbers [N], or weights [N, L], such
+        as one-hot; None is no class. An unconditional network ignores them. `cond_images`: see Precond.
         """
         if class_labels is not None and class_labels.ndim == 1 and self.label_dim:
             class_labels = F.one_hot(class_labels.to(torch.int64), self.label_dim).to(torch.float32)
-        seen = {} if cond_images is None else {"cond_images": cond_images}
-        denoised = self.denoiser(sample, timestep, class_labels, **seen)
+        condition = {} if cond_images is None else {"cond_images": cond_images}
+        denoised = self.denoiser(sample, timestep, class_labels, **condition)
         return UNet2DOutput(sample=denoised) if return_dict else (denoised,)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> "EDM2UNet":
-        """As ModelMixin's: a folder or hub name. Pickles are not read, and the parameters keep their stored type."""
+        """Load a folder or hub name. Pickles are not read, and the parameters keep their stored type."""
         kwargs["use_safetensors"] = True  # weights are data, never a pickle
         if not is_accelerate_available():
-            kwargs.setdefault("low_cpu_mem_usage", False)  # the default asks for that library, at length
+            kwargs.setdefault("low_cpu_mem_usage", False)  # the default logs a long request to install it
         if kwargs.get("torch_dtype") is None and kwargs.get("dtype") is None:
             kwargs.pop("dtype", None)
             config = cls.load_config(pretrained_model_name_or_path, **kwargs)
@@ -127,6 +125,6 @@ class EDM2UNet(ModelMixin, ConfigMixin):
         return model
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """As ModelMixin's, noting the type that the parameters have."""
+        """Save as ModelMixin does, with the parameters' type in the configuration."""
         self.register_to_config(stored_dtype=str(self.dtype).removeprefix("torch."))
         super().save_pretrained(save_directory, **kwargs)

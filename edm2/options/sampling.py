@@ -1,17 +1,23 @@
-"""The options that say what to sample from and how, the same for every script that generates images."""
+"""Options of scripts that generate images: what to sample from, how, and what to write."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from edm2.options.condition import SOURCE_OPTIONS
+from torch_utils.precision import PRECISIONS
+from training.sampling.options import HeunOptions, SamplerOptions
+from training.sampling.solvers import SOLVERS
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+_PATH = click.Path(path_type=Path)
+
 
 class _Numbers(click.ParamType):
-    """Numbers separated by commas, as a tuple; `count` of them where that is fixed."""
+    """Numbers separated by commas, as a tuple; `count` of them if that is fixed."""
 
     name = "list"
 
@@ -28,87 +34,107 @@ class _Numbers(click.ParamType):
             numbers = ()
         if not numbers or self._count not in (None, len(numbers)):
             count = "" if self._count is None else f"{self._count} "
-            self.fail(f"'{value}' is no list of {count}numbers; write e.g. {self._example}", param, ctx)
+            self.fail(f"'{value}' is not a list of {count}numbers; write e.g. {self._example}", param, ctx)
         return numbers
 
 
-# Numbers separated by commas, as a tuple.
 NUMBERS = _Numbers("1,1.5,2")
 
-# By name, in the order of the help page. What is left out is None, or () for --gnet.
-_OPTIONS: dict[str, Callable[[Any], Any]] = {
-    "preset": click.option(
-        "--preset", metavar="NAME", help="Networks and guidance of a published result; other options win over it"
-    ),
-    "net": click.option("--net", metavar="PATH|URL|NAME", help="Network: file, model folder, URL or hub name"),
-    "gnet": click.option(
-        "--gnet",
-        metavar="PATH|URL|NAME",
-        multiple=True,
-        help="Guiding network, used where guidance is not 1; self = --net without labels; several share the guidance",
-    ),
-    "gnet-shares": click.option(
-        "--gnet-shares",
-        metavar="LIST",
-        type=_Numbers("0.7,0.3"),
-        help="Share of each --gnet, 1 in all [default: equal]",
-    ),
-    "guidance": click.option("--guidance", type=float, help="Guidance strength; 1 = none [default: 1]"),
-    "interval": click.option(
-        "--interval",
-        metavar="LO,HI",
-        type=_Numbers("0.28,2.90", count=2),
-        help="Guide only the steps that start at noise levels in (LO, HI] [default: all]",
-    ),
-    "solver": click.option("--solver", metavar="NAME", help="heun, euler or dpmpp2m [default: heun]"),
-    "steps": click.option("--steps", "num_steps", type=int, help="Sampling steps [default: 32]"),
-    "sigma_min": click.option("--sigma_min", type=float, help="Lowest noise level [default: 0.002]"),
-    "sigma_max": click.option("--sigma_max", type=float, help="Highest noise level [default: 80]"),
-    "rho": click.option("--rho", type=float, help="Exponent of the noise levels [default: 7]"),
-    "S_churn": click.option(
-        "--S_churn", "S_churn", type=float, help="Strength of added noise; heun, euler [default: 0]"
-    ),
-    "S_min": click.option("--S_min", "S_min", type=float, help="Add noise from this noise level ... [default: 0]"),
-    "S_max": click.option("--S_max", "S_max", type=float, help="... up to this one [default: inf]"),
-    "S_noise": click.option("--S_noise", "S_noise", type=float, help="Inflation of added noise [default: 1]"),
-    "precision": click.option(
-        "--precision",
-        metavar="NAME",
-        type=click.Choice(["fp32", "tf32", "fp16", "bf16"]),
-        help="fp32, tf32, fp16 or bf16 [default: fp16 on CUDA where the network says so, else fp32]",
-    ),
-    "compile": click.option(
-        "--compile",
-        is_flag=True,
-        help="Compile the networks: takes minutes the first time, worth it for thousands of images",
-    ),
-    "decoder-tile": click.option(
-        "--decoder-tile", metavar="PIXELS", type=int, help="Decode larger images in tiles [default: whole]"
-    ),
-    "decoder-precision": click.option(
-        "--decoder-precision", metavar="NAME", help="fp32, fp16 or bf16 [default: fp16 on CUDA, else fp32]"
-    ),
-    **SOURCE_OPTIONS,
+
+def _either(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"
+
+
+def _heun_options() -> dict[str, dict[str, Any]]:
+    """Return an option for each field of HeunOptions."""
+    return {
+        field.metadata["flag"] or field.name: {
+            "name": field.name,
+            "type": field.type,
+            "help": f"{field.metadata['help']} [default: {field.default:g}]",
+        }
+        for field in dataclasses.fields(HeunOptions)
+    }
+
+
+# Keywords of click.option by flag, in the order of the help page. Options left out are None, or () for --gnet.
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "preset": {"metavar": "NAME", "help": "Networks and guidance of a published result; other options win over it"},
+    "net": {"metavar": "PATH|URL|NAME", "help": "Network: file, model folder, URL or hub name"},
+    "gnet": {
+        "metavar": "PATH|URL|NAME",
+        "multiple": True,
+        "help": "Guiding network, used if guidance is not 1; self = --net without labels; several share the guidance",
+    },
+    "gnet-shares": {
+        "metavar": "LIST",
+        "type": _Numbers("0.7,0.3"),
+        "help": "Share of each --gnet, 1 in all [default: equal]",
+    },
+    "guidance": {"type": float, "help": "Guidance strength; 1 = none [default: 1]"},
+    "interval": {
+        "metavar": "LO,HI",
+        "type": _Numbers("0.28,2.90", count=2),
+        "help": "Guide only the steps that start at noise levels in (LO, HI] [default: all]",
+    },
+    "solver": {"metavar": "NAME", "help": f"{_either(list(SOLVERS))} [default: {SamplerOptions().solver}]"},
+    **_heun_options(),
+    "precision": {
+        "metavar": "NAME",
+        "type": click.Choice(PRECISIONS),
+        "help": f"{_either(PRECISIONS)} [default: fp16 on CUDA if the network says so, else fp32]",
+    },
+    "compile": {
+        "is_flag": True,
+        "help": "Compile the networks: takes minutes the first time, worth it for thousands of images",
+    },
+    "decoder-tile": {"metavar": "PIXELS", "type": int, "help": "Decode larger images in tiles [default: whole]"},
+    "decoder-precision": {"metavar": "NAME", "help": "fp32, fp16 or bf16 [default: fp16 on CUDA, else fp32]"},
+    "source": {
+        "metavar": "PATH",
+        "type": _PATH,
+        "help": "Images for a network of --condition: file, folder or ZIP; one per seed, in turn",
+    },
+    "masks": {"metavar": "PATH", "type": _PATH, "help": "What to fill of these: white; one for all, or each"},
+}
+
+_FILE_OPTIONS: dict[str, dict[str, Any]] = {
+    "skip-existing": {"is_flag": True, "help": "Generate only the images whose files are not in --outdir"},
+    "png-compression": {
+        "metavar": "0..9",
+        "type": click.IntRange(0, 9),
+        "default": 1,
+        "show_default": True,
+        "help": "0 = none, 1 = fast, 9 = smallest; same pixels",
+    },
+    "decoder-batch": {
+        "metavar": "INTEGER",
+        "type": click.IntRange(min=1),
+        "default": 4,
+        "show_default": True,
+        "help": "Latents decoded at once",
+    },
 }
 
 
 def sampling_options(command: F) -> F:
-    """Add the options to a command function; what they give is for `training.sampling.request.resolve_sampling`.
-
-    Their names there: preset, net, gnet (a tuple), gnet_shares, guidance, interval, solver, num_steps, sigma_min,
-    sigma_max, rho, S_churn, S_min, S_max, S_noise, precision, compile (a bool), decoder_tile, decoder_precision,
-    source, masks.
-    """
-    return sampling_options_without()(command)
+    """Add the options of `training.sampling.request.resolve_sampling` to a command function, by the same names."""
+    return _add(_OPTIONS, command)
 
 
 def sampling_options_without(*names: str) -> Callable[[F], F]:
-    """The same, apart from the options `--{name}` in `names`."""
+    """Add the same options, except for `--{name}` in `names`."""
+    return lambda command: _add({flag: row for flag, row in _OPTIONS.items() if flag not in names}, command)
 
-    def decorator(command: F) -> F:
-        for flag, option in reversed(_OPTIONS.items()):
-            if flag not in names:
-                command = option(command)
-        return command
 
-    return decorator
+def file_options(command: F) -> F:
+    """Add options for written images to a command function: skip_existing, png_compression, decoder_batch."""
+    return _add(_FILE_OPTIONS, command)
+
+
+def _add(options: dict[str, dict[str, Any]], command: F) -> F:
+    for flag, keywords in reversed(options.items()):
+        name = keywords.get("name", flag.replace("-", "_"))
+        rest = {key: value for key, value in keywords.items() if key != "name"}
+        command = click.option(f"--{flag}", name, **rest)(command)
+    return command

@@ -17,7 +17,7 @@ import dnnlib.cli
 import generate_images as script
 from tests.helpers.paths import GOLDEN_DIR
 from training.presets import GENERATION, MODEL_ROOT, REPOSITORY_DIR
-from training.sampling.sampler import HeunOptions
+from training.sampling.options import HeunOptions
 from training.sampling.solvers import SOLVERS
 
 NET = GOLDEN_DIR / "snapshots" / "rgb-cond.pkl"  # 16x16 pixels
@@ -100,21 +100,21 @@ def test_a_preset_fills_in_what_is_left_open():
     request = resolved(preset="edm2-img512-xxl-guid-dino").sampling
     assert request.net == MODEL_ROOT + "edm2-img512-xxl-0939524-0.015.pkl"
     assert request.gnets == (MODEL_ROOT + "edm2-img512-xs-uncond-2147483-0.015.pkl",)
-    assert (request.guidance, request.interval, request.heun) == (1.7, None, HeunOptions())
+    assert (request.weight, request.sampler.guidance.interval, request.sampler.heun) == (1.7, None, HeunOptions())
     limited = resolved(preset="edm2-img512-xxl-guid-interval-dino").sampling
     assert (limited.net, limited.gnets) == (request.net, request.gnets)
-    assert (limited.guidance, limited.interval) == (2.9, (0.6, 5.0))
+    assert (limited.weight, limited.sampler.guidance.interval) == (2.9, (0.6, 5.0))
 
 
 def test_an_explicit_option_wins_over_the_preset():
     guide = MODEL_ROOT + "edm2-img512-xs-uncond-2147483-0.015.pkl"
     request = resolved(preset="edm2-img512-xxl-guid-dino", net="a.pkl", guidance=3.0, num_steps=8).sampling
-    assert (request.net, request.guidance, request.gnets) == ("a.pkl", 3.0, (guide,))
-    assert request.heun == HeunOptions(num_steps=8)
+    assert (request.net, request.weight, request.gnets) == ("a.pkl", 3.0, (guide,))
+    assert request.sampler.heun == HeunOptions(num_steps=8)
     assert resolved(preset="edm2-img512-xxl-guid-dino", gnet=("b.pkl",)).sampling.gnets == ("b.pkl",)
     assert resolved(preset="edm2-img512-xxl-guid-dino", guidance=1).sampling.gnets == ()
     moved = resolved(preset="edm2-img512-xxl-guid-interval-dino", interval=(1.0, 2.0)).sampling
-    assert (moved.guidance, moved.interval) == (2.9, (1.0, 2.0))
+    assert (moved.weight, moved.sampler.guidance.interval) == (2.9, (1.0, 2.0))
 
 
 def test_guidance_in_an_interval_that_no_step_starts_in_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -140,7 +140,7 @@ def test_two_equal_guides_are_one_and_solvers_differ(tmp_path: Path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--preset=edm2-img512-s-guid-fidd"], "no generation preset"),
+        (["--preset=edm2-img512-s-guid-fidd"], "unknown generation preset"),
         (["--net=missing.pkl"], "missing.pkl"),
         ([f"--net={__file__}"], "test_generate_images.py"),
         ([f"--net={GOLDEN_DIR / 'numbers-that-are-no-network.json'}"], "no-network"),
@@ -148,19 +148,19 @@ def test_two_equal_guides_are_one_and_solvers_differ(tmp_path: Path):
         ([f"--net={NET}", "--guidance=1.4"], "--guidance=1.4 needs a guiding network"),
         ([f"--net={NET}", f"--gnet={GUIDE}", "--guidance=nan"], "guidance=nan"),
         ([f"--net={NET}", "--interval=0.1,1"], "--interval=0.1,1 needs a guiding network"),
-        ([f"--net={NET}", f"--gnet={GUIDE}", "--guidance=2", "--interval=1"], "'1' is no list of 2 numbers"),
+        ([f"--net={NET}", f"--gnet={GUIDE}", "--guidance=2", "--interval=1"], "'1' is not a list of 2 numbers"),
         ([f"--net={NET}", f"--gnet={GUIDE}", "--guidance=2", "--interval=2,1"], "interval 2,1"),
         ([f"--net={NET}", f"--gnet={GUIDE}", "--guidance=2", "--interval=nan,1"], "interval nan,1"),
         ([f"--net={NET}", f"--gnet={GUIDE}", "--guidance=2", "--gnet-shares=0.5,0.5"], "2 shares do not fit 1 guides"),
         ([f"--net={NET}", f"--gnet={GUIDE}", "--guidance=2", "--gnet-shares=0.9"], "share the weight as 0.9"),
-        ([f"--net={NET}", "--solver=rk4"], "'rk4' is no solver"),
+        ([f"--net={NET}", "--solver=rk4"], "unknown solver 'rk4'"),
         ([f"--net={NET}", "--solver=dpmpp2m", "--S_churn=3"], "S_churn=3 is for solvers that add noise"),
         ([f"--net={NET}", "--seeds=10-5"], "10-5"),
         ([f"--net={NET}", "--seeds=a"], "'a'"),
         ([f"--net={NET}", "--seeds="], "neither a number nor a range"),
         ([f"--net={NET}", "--class=4"], "classes 0 to 3"),
         ([f"--net={NET}", "--class=-1"], "classes 0 to 3"),
-        ([f"--net={NET}", "--class=cat"], "'cat' is no class"),
+        ([f"--net={NET}", "--class=cat"], "'cat' is not a class"),
         ([f"--net={NET}", "--class=all", "--seeds=0-5"], "6 seeds do not deal evenly over all 4 classes"),
         ([f"--net={NET}", "--batch=0"], "--batch"),
         ([f"--net={NET}", "--batch=-2"], "--batch"),
@@ -218,7 +218,7 @@ def test_the_list_of_presets_has_their_scores(capsys: pytest.CaptureFixture[str]
 def test_the_help_names_the_solvers_that_there_are():
     (option,) = (param for param in script.cmdline.params if param.name == "solver")
     assert set(re.findall(r"\w+", option.help.partition("[")[0])) - {"or"} == set(SOLVERS)
-    assert f"default: {resolved(net='a.pkl').sampling.solver}" in option.help
+    assert f"default: {resolved(net='a.pkl').sampling.sampler.solver}" in option.help
 
 
 def test_the_published_options_and_names_are_here():

@@ -1,1 +1,1 @@
-"""From seeds to pictures: the sampler, guidance, who makes which batch, and files."""
+"""From seeds to images: sampler, guidance, batches and files."""

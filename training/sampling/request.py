@@ -1,4 +1,4 @@
-"""What to sample from and how, put together from a preset and options and checked without any network."""
+"""What to sample from and how: made from a preset and options, and checked without loading any network."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -12,67 +12,78 @@ from dnnlib.errors import ConfigError
 from torch_utils.precision import Precision, precision_note
 from training.fast.prepare import PrepareNetwork
 from training.presets import generation_preset, locate
+from training.sampling.generation import generate_images
 from training.sampling.guidance import Guidance
-from training.sampling.image_decoder import DecoderOptions
-from training.sampling.sampler import HeunOptions, choose_solver
+from training.sampling.image_batches import GeneratedImages
+from training.sampling.networks import DecoderOptions
+from training.sampling.options import SamplerOptions
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingRequest:
-    """A network, its guides and the sampler's options. Raises ConfigError for what cannot work.
-
-    For use: `generate_images(request.net, request.gnets, ..., prepare=request.prepare(), **request.pictures(),
-    **request.sampler_kwargs())`.
-    """
+    """A network, its guides and the sampler's options. Raises ConfigError for invalid values."""
 
     net: str  # path or URL
-    gnets: tuple[str, ...] = ()  # those that guide; none where nothing is guided
-    guidance: float = 1.0
-    interval: tuple[float, float] | None = None  # of noise levels, (low, high]
-    shares: tuple[float, ...] | None = None  # of the guides; None = equal
-    solver: str = "heun"
-    heun: HeunOptions = field(default_factory=HeunOptions)  # noise levels and churn, of every solver
-    precision: Precision | None = None  # None = what the network's file says
+    gnets: tuple[str, ...] = ()  # the guides; none if no step is guided
+    sampler: SamplerOptions = field(default_factory=SamplerOptions)
+    precision: Precision | None = None  # None = as the network's file says
     compile: bool = False
-    source: Path | None = None  # pictures for a network that is conditioned on such
-    masks: Path | None = None  # what is to be filled of these
+    source: Path | None = None  # images for a network that is conditioned on images
+    masks: Path | None = None  # what to fill of them
     decoder: DecoderOptions = field(default_factory=DecoderOptions)  # of latents
-    notes: tuple[str, ...] = ()  # what a user who gave these options should be told
+    notes: tuple[str, ...] = ()  # for a user who gave these options
 
     def __post_init__(self) -> None:
-        choose_solver(self.solver, self.heun)
-        Guidance(weight=self.guidance, num_guides=len(self.gnets), shares=self.shares, interval=self.interval)
-        for option, path in (("source", self.source), ("masks", self.masks)):
-            if path is not None and not path.exists():
-                raise ConfigError(
-                    f"--{option}={path} does not exist; give a picture, or a folder or ZIP file of pictures"
-                )
+        for option, path in self.condition_files().items():
+            if not path.exists():
+                raise ConfigError(f"--{option}={path} does not exist; give an image, or a folder or ZIP file of images")
         if self.masks is not None and self.source is None:
-            raise ConfigError(
-                f"--masks={self.masks} says what to fill of pictures, and there are none; add --source=PATH"
-            )
+            raise ConfigError(f"--masks={self.masks} needs images to fill; add --source=PATH")
 
-    def pictures(self) -> dict[str, Any]:
-        """The keywords for `generate_images` of a network that is conditioned on pictures."""
-        return {"source": self.source, "masks": self.masks}
+    @property
+    def weight(self) -> float:
+        """The guidance weight; 1 = no guidance."""
+        return self.sampler.guidance.weight
 
-    def sampler_kwargs(self) -> dict[str, Any]:
-        """The keywords for `edm_sampler`, apart from the networks, and for `generate_images` to pass on to it."""
-        return {
-            **dataclasses.asdict(self.heun),
-            "guidance": self.guidance,
-            "interval": self.interval,
-            "shares": self.shares,
-            "solver": self.solver,
-        }
+    def condition_files(self) -> dict[str, Path]:
+        """Return the files given by --source and --masks, by the names of these options."""
+        paths = {"source": self.source, "masks": self.masks}
+        return {name: path for name, path in paths.items() if path is not None}
+
+    def generate(
+        self,
+        net: Any = None,
+        gnets: Sequence[Any] = (),
+        *,
+        announce: Callable[[str], None] | None = None,
+        **options: Any,
+    ) -> GeneratedImages:
+        """Call `generate_images` for this request. `options`: its keywords for seeds, classes, files and processes.
+
+        `net` and `gnets` replace the request's files by networks that are loaded and prepared already. `announce` is
+        called with what a user should know while networks are prepared.
+        """
+        prepare = None
+        if net is None:
+            net, gnets, prepare = self.net, self.gnets, self.prepare(announce)
+        return generate_images(
+            net=net,
+            gnet=gnets,
+            prepare=prepare,
+            sampler_options=self.sampler,
+            decoder=self.decoder,
+            source=self.source,
+            masks=self.masks,
+            **options,
+        )
 
     def notes_for(self, device: torch.device) -> tuple[str, ...]:
-        """What a user should be told who runs this on `device`."""
+        """Return what a user should know who runs this on `device`."""
         note = None if self.precision is None else precision_note(self.precision, device)
         return self.notes if note is None else (*self.notes, note)
 
     def prepare(self, announce: Callable[[str], None] | None = None) -> PrepareNetwork:
-        """What makes loaded networks ready to sample from; `announce` is told what a user should know meanwhile."""
+        """Return what prepares loaded networks for sampling; for `announce` see `generate`."""
         return PrepareNetwork(precision=self.precision, compile=self.compile, announce=announce)
 
 
@@ -93,9 +104,9 @@ def resolve_sampling(
     decoder_tile: int | None = None,
     **heun: float | None,
 ) -> SamplingRequest:
-    """Fill what was left open (None) from the preset. `heun`: the fields of HeunOptions.
+    """Return the request for what `edm2.options.sampling.sampling_options` gives. `heun`: the fields of HeunOptions.
 
-    Takes what `edm2.options.sampling.sampling_options` gives. Raises ConfigError for what cannot work.
+    Values left out (None) come from the preset, then from the defaults. Raises ConfigError for invalid values.
     """
     gnets = tuple(gnet)
     if preset is not None:
@@ -113,18 +124,21 @@ def resolve_sampling(
     request = SamplingRequest(
         net=net,
         gnets=gnets,
-        guidance=guidance,
-        interval=interval,
-        shares=gnet_shares,
-        solver="heun" if solver is None else solver,
+        sampler=SamplerOptions.from_keywords(
+            num_guides=len(gnets),
+            guidance=guidance,
+            interval=interval,
+            shares=gnet_shares,
+            solver=solver or "heun",
+            **{name: value for name, value in heun.items() if value is not None},  # type: ignore[arg-type]
+        ),
         precision=precision,
         compile=compile,
         source=source,
         masks=masks,
         decoder=DecoderOptions(precision=decoder_precision or "auto", tile=decoder_tile),
-        heun=HeunOptions(**{name: value for name, value in heun.items() if value is not None}),  # type: ignore[arg-type]
     )
-    return _without_idle_guides(request, tell=bool(gnet))
+    return request if request.sampler.is_guided else _without_guides(request, explain=bool(gnet))
 
 
 def _require_no_guidance(
@@ -133,19 +147,16 @@ def _require_no_guidance(
     for option, value in (("interval", interval), ("gnet-shares", shares), ("guidance", (guidance,))):
         if value is not None and value != (1,):
             text = ",".join(f"{number:g}" for number in value)
-            raise ConfigError(f"--{option}={text} needs a guiding network; add --gnet=FILE or leave --{option} out")
+            raise ConfigError(f"--{option}={text} needs a guiding network; add --gnet=FILE or leave out --{option}")
 
 
-def _without_idle_guides(request: SamplingRequest, *, tell: bool) -> SamplingRequest:
-    """Leave out guides that no step calls, so that they need not be there; with `tell`, say so in the notes."""
-    guided = Guidance(weight=request.guidance, num_guides=len(request.gnets), interval=request.interval)
-    if any(guided.applies(sigma) for sigma in request.heun.sigmas()[:-1]):
-        return request
+def _without_guides(request: SamplingRequest, *, explain: bool) -> SamplingRequest:
+    """Leave out guides that no step calls, so that their files need not exist; with `explain`, note why."""
+    guidance = request.sampler.guidance
     note = "Guidance is 1, so the guide is not used; --guidance=1.4, for example, uses it."
-    if request.guidance != 1 and request.interval is not None:
-        low, high = request.interval
+    if guidance.weight != 1 and guidance.interval is not None:
+        low, high = guidance.interval
         note = f"No step starts at a noise level in ({low:g}, {high:g}], so the guide is not used."
-        tell = True
-    return dataclasses.replace(
-        request, gnets=(), guidance=1.0, interval=None, shares=None, notes=(note,) if tell else ()
-    )
+        explain = True
+    sampler = dataclasses.replace(request.sampler, guidance=Guidance(weight=1.0))
+    return dataclasses.replace(request, gnets=(), sampler=sampler, notes=(note,) if explain else ())

@@ -1,67 +1,22 @@
-"""The sampler of EDM: noise levels, optional churn, and random numbers that belong to one image.
+"""The published sampler function, other samplers in its place, and random numbers that belong to one image.
 
-Source: Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models", arXiv 2206.00364,
-Algorithm 2 and Eq. 5.
+Source: Karras et al., arXiv 2206.00364, Algorithm 2 and Eq. 5; the options are in training/sampling/options.py.
 
 Shape legend: N images, C channels, H x W pixels, L labels.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 
-from dnnlib.errors import ConfigError
-from training.sampling.guidance import Guidance, Network, listed
-from training.sampling.solvers import CHURNING, SOLVERS, Churn, Evaluations, Solver, result_of
-
-Noise = Callable[[torch.Tensor], torch.Tensor]  # standard normal numbers in the shape of its argument
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeunOptions:
-    """Noise levels and churn of one sampling run. Raises ConfigError for values that cannot work."""
-
-    num_steps: int = 32
-    sigma_min: float = 0.002  # last noise level before zero
-    sigma_max: float = 80  # noise level to start from
-    rho: float = 7  # larger values put more of the steps at low noise levels
-    S_churn: float = 0  # noise added over all steps, as a sum of the relative increases of sigma
-    S_min: float = 0  # churn only at noise levels from here ...
-    S_max: float = math.inf  # ... up to here
-    S_noise: float = 1  # standard deviation of the added noise; a little above 1 makes up for lost detail
-
-    def __post_init__(self) -> None:
-        if self.num_steps < 1 or self.num_steps != int(self.num_steps):
-            raise ConfigError(f"{self.num_steps} sampling steps cannot be taken; ask for a whole number from 1 up")
-        if not 0 < self.sigma_min <= self.sigma_max < math.inf:
-            raise ConfigError(
-                f"noise levels cannot run from sigma_max={self.sigma_max:g} down to sigma_min={self.sigma_min:g}; "
-                "they need 0 < sigma_min <= sigma_max"
-            )
-        if not 0 < self.rho < math.inf:
-            raise ConfigError(f"rho={self.rho:g} gives no noise levels; it must be above 0 (7 is usual)")
-        for name in ("S_churn", "S_min", "S_max", "S_noise"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name}={getattr(self, name):g} cannot be used; it must be 0 or above")
-
-    def sigmas(self) -> list[float]:
-        """The N+1 noise levels t_0 = sigma_max, ..., t_{N-1} = sigma_min, t_N = 0 (Eq. 5); a single step starts at
-        sigma_max.
-
-        Written with sigma_max factored out, so that no rho overflows, and with exact end points, so that limits
-        such as S_max = sigma_max include them.
-        """
-        if self.num_steps == 1:
-            return [float(self.sigma_max), 0.0]
-        slope = (self.sigma_min / self.sigma_max) ** (1 / self.rho) - 1
-        inner = [
-            self.sigma_max * (1 + i / (self.num_steps - 1) * slope) ** self.rho for i in range(1, self.num_steps - 1)
-        ]
-        return [float(self.sigma_max), *inner, float(self.sigma_min), 0.0]
+from training.sampling.denoisers import Network, as_list
+from training.sampling.guidance import Guidance
+from training.sampling.options import Noise, SamplerOptions, non_default
+from training.sampling.solvers import result_of
 
 
 def edm_sampler(
@@ -84,116 +39,72 @@ def edm_sampler(
     interval: tuple[float, float] | None = None,
     shares: Sequence[float] | None = None,
     solver: str = "heun",
-    cond_images: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Turn `noise` [N, C, H, W] of unit variance into images [N, C, H, W] of type `dtype` (Algorithm 2).
 
     `net` and the guides `gnet`, one or several, are called as D = net(x, sigma, labels); `labels` [N, L] go to all. The
-    guide `WithoutLabels(net)` is the network itself without labels, for one that was trained with label dropout.
-    With guidance 1 no guide is called. `interval` (low, high] restricts guidance to the steps that set out at these
-    noise levels of the schedule; in the others no guide is called. `shares` split guidance among several guides; they
-    add up to 1 and are equal by default. `solver`: heun (2 * num_steps - 1 evaluations), euler or dpmpp2m (num_steps
-    each). `num_steps` = 1 gives D(sigma_max * noise, sigma_max), the mean of all images, since one Euler step to zero
-    is what remains. `randn_like` draws the churn. `cond_images` [N, K, H, W] go to those networks that are conditioned
-    on images (their attribute cond_channels is K), in a keyword of that name. Raises ConfigError for values that cannot
-    work.
+    guide `WithoutLabels(net)` is the network itself without labels, for one that was trained with label dropout. For
+    networks that are conditioned on images, pass those of `training.sampling.denoisers.conditioned`.
+
+    With guidance 1 no guide is called. `interval` (low, high] restricts guidance to the steps that start at these noise
+    levels of the schedule. `shares` split guidance among several guides; they add up to 1 and are equal by default.
+    `solver`: heun (2 * num_steps - 1 evaluations), euler or dpmpp2m (num_steps each). `num_steps` = 1 gives
+    D(sigma_max * noise, sigma_max), the mean of all images, since only the Euler step to zero remains. `randn_like`
+    draws the churn. Raises ConfigError for invalid values.
     """
-    return result_of(
-        edm_evaluations(
-            net,
-            noise,
-            labels,
-            gnet,
-            guidance=guidance,
-            dtype=dtype,
-            randn_like=randn_like,
-            interval=interval,
-            shares=shares,
-            solver=solver,
-            cond_images=cond_images,
-            num_steps=num_steps,
-            sigma_min=sigma_min,
-            sigma_max=sigma_max,
-            rho=rho,
-            S_churn=S_churn,
-            S_min=S_min,
-            S_max=S_max,
-            S_noise=S_noise,
-        )
-    )
+    guides = as_list(gnet)
+    options = SamplerOptions.from_keywords(
+        num_guides=len(guides), num_steps=num_steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho,
+        guidance=guidance, S_churn=S_churn, S_min=S_min, S_max=S_max, S_noise=S_noise, dtype=dtype, interval=interval,
+        shares=shares, solver=solver,
+    )  # fmt: skip
+    return result_of(options.evaluations(net, noise, labels, guides, randn_like=randn_like))
 
 
-def edm_evaluations(
-    net: Network,
-    noise: torch.Tensor,
-    labels: torch.Tensor | None = None,
-    gnet: Network | Sequence[Network] | None = None,
-    *,
-    guidance: float = 1,
-    dtype: torch.dtype = torch.float32,
-    randn_like: Noise = torch.randn_like,
-    interval: tuple[float, float] | None = None,
-    shares: Sequence[float] | None = None,
-    solver: str = "heun",
-    cond_images: torch.Tensor | None = None,
-    **heun: Any,
-) -> Evaluations:
-    """`edm_sampler` as a generator, an `Evaluation` after each one of the guided denoiser; it returns the images.
+@dataclass(frozen=True, kw_only=True)
+class ForeignSampler:
+    """A caller's own sampler, called like `edm_sampler` with its keywords as they were given."""
 
-    `heun`: the options of HeunOptions, by name. Raises ConfigError for values that cannot work, at once.
-    """
-    options = HeunOptions(**heun)
-    solve = choose_solver(solver, options, randn_like)
-    guides = listed(gnet)
-    guided = Guidance(
-        weight=guidance,
-        num_guides=len(guides),
-        shares=None if shares is None else tuple(shares),
-        interval=interval,
-    )
-    denoise = guided.denoiser(net, guides, labels, cond_images)
-    return solve.evaluations(denoise, options.sigmas(), noise.to(dtype))
+    function: Callable[..., torch.Tensor]
+    keywords: dict[str, Any]
+    guidance: Guidance
+
+    def record(self) -> dict[str, Any]:
+        """Return its name and the keywords that differ from their defaults, as PNG files note them."""
+        defaults = {name: p.default for name, p in inspect.signature(self.function).parameters.items()}
+        name = getattr(self.function, "__name__", type(self.function).__name__)
+        return {**non_default(self.keywords, defaults), "sampler": name}
+
+    def sample(
+        self,
+        net: Network,
+        noise: torch.Tensor,
+        labels: torch.Tensor | None,
+        guides: Sequence[Network],
+        *,
+        randn_like: Noise,
+    ) -> torch.Tensor:
+        """Return the images."""
+        gnet = list(guides) if len(guides) > 1 else guides[0] if guides else None
+        return self.function(net=net, noise=noise, labels=labels, gnet=gnet, randn_like=randn_like, **self.keywords)
 
 
-def choose_solver(name: str, options: HeunOptions, randn_like: Noise = torch.randn_like) -> Solver:
-    """The solver called `name`, with churn as `options` ask for it, called as solver(denoise, sigmas, noise).
-
-    Raises ConfigError for another name, and for churn options where the solver has no churn.
-    """
-    if name not in SOLVERS:
-        raise ConfigError(f"'{name}' is no solver; there are {', '.join(SOLVERS)}")
-    solver = SOLVERS[name]
-    if solver in CHURNING:
-        if options.S_churn <= 0:
-            return solver
-        return Solver(partial(solver.evaluations, churn=_churn(options, randn_like)))
-    plain = HeunOptions()
-    for option in ("S_churn", "S_min", "S_max", "S_noise"):
-        if getattr(options, option) != getattr(plain, option):
-            able = " or ".join(known for known, candidate in SOLVERS.items() if candidate in CHURNING)
-            raise ConfigError(
-                f"{option}={getattr(options, option):g} is for solvers that add noise ({able}), not {name}"
-            )
-    return solver
+Sampler = SamplerOptions | ForeignSampler
 
 
-def _churn(options: HeunOptions, randn_like: Noise) -> Churn:
-    """Raise the noise level a little by fresh noise, within the limits that the options set."""
-    gamma = min(options.S_churn / options.num_steps, math.sqrt(2) - 1)
-
-    def churn(x: torch.Tensor, sigma: float) -> tuple[torch.Tensor, float]:
-        if not options.S_min <= sigma <= options.S_max:
-            return x, sigma
-        sigma_hat = sigma * (1 + gamma)
-        return x + math.sqrt(sigma_hat**2 - sigma**2) * options.S_noise * randn_like(x), sigma_hat
-
-    return churn
+def sampler_of(function: Callable[..., torch.Tensor], keywords: dict[str, Any], num_guides: int) -> Sampler:
+    """Return what samples with `function` and its `keywords`. Raises ConfigError for invalid values."""
+    if function is edm_sampler:
+        return SamplerOptions.from_keywords(num_guides=num_guides, **keywords)
+    options = {name: keywords[name] for name in ("shares", "interval") if name in keywords}
+    guidance = Guidance(weight=keywords.get("guidance", 1), num_guides=num_guides, **options)
+    return ForeignSampler(function=function, keywords=keywords, guidance=guidance)
 
 
 class StackedRandomGenerator:
     """One random generator per image, so that what is drawn for an image depends on its seed alone.
 
-    The generators live on `device`; where PyTorch has none for it, they live on the CPU and the numbers are copied.
+    The generators live on `device`. Where PyTorch has none for it, they live on the CPU and the numbers are copied.
     CPU, CUDA and MPS generators of equal seed draw different numbers. Seeds are taken modulo 2**32.
     """
 

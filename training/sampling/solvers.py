@@ -3,10 +3,10 @@
 Sources: Karras et al., arXiv 2206.00364, Algorithm 2 (Heun, Euler, churn); Lu et al., "DPM-Solver++", arXiv 2211.01095,
 Algorithm 2.
 
-A solver is a generator of its evaluations, which returns the images: whoever watches sees every state, shows progress,
-or stops between two of them. Called, it gives the images alone.
+A solver is a generator of its evaluations that returns the images, so that a caller can show every state and stop
+between two of them. Called as a function, it returns the images alone.
 
-Noise levels are Python numbers all along, so that nothing here waits for the device.
+Noise levels are Python numbers, so that nothing here waits for the device.
 """
 
 import functools
@@ -19,20 +19,20 @@ from typing import Any
 import torch
 
 # What solvers call: D = denoise(x, sigma, step_sigma) for a state x [N, ...] with noise of standard deviation sigma.
-# step_sigma is the level of the schedule at which the running step set out, the same for all evaluations of a step and
-# untouched by churn: what wraps a denoiser decides by it about whole steps.
+# step_sigma is the level of the schedule at which the current step started: the same for all evaluations of a step, and
+# without churn, so that a wrapper such as guidance can decide for whole steps.
 Denoiser = Callable[[torch.Tensor, float, float], torch.Tensor]
 
-# Raises the noise of a state at noise level sigma a little: (x, sigma) -> (x, new sigma).
+# Adds a little noise to a state at noise level sigma: (x, sigma) -> (x, new sigma).
 Churn = Callable[[torch.Tensor, float], tuple[torch.Tensor, float]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Evaluation:
-    """What a solver has just asked of the denoiser, and got."""
+    """One call of the denoiser, with its result."""
 
     step_idx: int
-    is_trial: bool = False  # of a state that the step goes on to correct: Heun's second evaluation
+    is_trial: bool = False  # of a state that the step then corrects: Heun's second evaluation
     sigma: float  # noise level of the state; churn included
     x: torch.Tensor  # the state [N, ...]
     denoised: torch.Tensor  # D(x, sigma) [N, ...]
@@ -42,7 +42,7 @@ Evaluations = Generator[Evaluation, None, torch.Tensor]  # returns the images
 
 
 def result_of(evaluations: Evaluations) -> torch.Tensor:
-    """The images that `evaluations` end with."""
+    """Run `evaluations` to their end and return the images."""
     while True:
         try:
             next(evaluations)
@@ -52,24 +52,26 @@ def result_of(evaluations: Evaluations) -> torch.Tensor:
 
 
 class Solver:
-    """images = solver(denoise, sigmas, noise): `sigmas` fall to 0, `noise` [N, ...] has unit variance, images have its
-    type. Solvers that can take fresh noise in between have a keyword `churn`.
+    """images = solver(denoise, sigmas, noise).
+
+    `sigmas` fall to 0, `noise` [N, ...] has unit variance, and images have its type. Solvers that accept fresh noise
+    between steps have a keyword `churn`.
     """
 
     def __init__(self, evaluations: Callable[..., Evaluations]) -> None:
         functools.update_wrapper(self, evaluations)
         self.evaluations = evaluations  # called with the same arguments
 
-    def __call__(self, denoise: Denoiser, sigmas: Sequence[float], noise: torch.Tensor, **more: Any) -> torch.Tensor:
-        """The images."""
-        return result_of(self.evaluations(denoise, sigmas, noise, **more))
+    def __call__(self, denoise: Denoiser, sigmas: Sequence[float], noise: torch.Tensor, **churn: Any) -> torch.Tensor:
+        """Return the images."""
+        return result_of(self.evaluations(denoise, sigmas, noise, **churn))
 
 
 @Solver
 def euler(
     denoise: Denoiser, sigmas: Sequence[float], noise: torch.Tensor, *, churn: Churn | None = None
 ) -> Evaluations:
-    """Euler's method for dx/dsigma = (x - D) / sigma: first order, one evaluation a step."""
+    """Euler's method for dx/dsigma = (x - D) / sigma: first order, one evaluation per step."""
     x = noise * sigmas[0]
     for step_idx, (step_sigma, sigma_next) in enumerate(pairwise(sigmas)):
         x, sigma = (x, step_sigma) if churn is None else churn(x, step_sigma)
@@ -83,7 +85,7 @@ def euler(
 def heun(denoise: Denoiser, sigmas: Sequence[float], noise: torch.Tensor, *, churn: Churn | None = None) -> Evaluations:
     """Heun's method for dx/dsigma = (x - D) / sigma (Algorithm 2): second order.
 
-    Two evaluations a step, and one in the last, which is an Euler step to zero.
+    Two evaluations per step, except one in the last, which is an Euler step to zero.
     """
     x = noise * sigmas[0]
     for step_idx, (step_sigma, sigma_next) in enumerate(pairwise(sigmas)):
@@ -103,10 +105,10 @@ def heun(denoise: Denoiser, sigmas: Sequence[float], noise: torch.Tensor, *, chu
 
 @Solver
 def dpmpp2m(denoise: Denoiser, sigmas: Sequence[float], noise: torch.Tensor) -> Evaluations:
-    """DPM-Solver++ 2M: second order with one evaluation a step, by extrapolating from the step before.
+    """DPM-Solver++ 2M: second order with one evaluation per step, by extrapolating from the step before.
 
-    It solves the linear part exactly and takes D to be linear in lambda = -log sigma, the half log-SNR where the signal
-    is not scaled. The first step and the last one, to zero, take D to be constant.
+    It solves the linear part exactly and takes D to be linear in lambda = -log sigma, the half log-SNR of an unscaled
+    signal. The first step and the last one, to zero, take D to be constant.
     """
     x = noise * sigmas[0]
     previous: torch.Tensor | None = None  # D of the step before ...
@@ -122,7 +124,7 @@ def dpmpp2m(denoise: Denoiser, sigmas: Sequence[float], noise: torch.Tensor) -> 
             target = torch.lerp(previous, current, 1 + width / (2 * previous_width))
         x = torch.lerp(target, x, sigma_next / sigma)
         previous = current
-    return x  # of noise levels that end above zero
+    return x  # for noise levels that end above zero
 
 
 SOLVERS: Mapping[str, Solver] = {"heun": heun, "euler": euler, "dpmpp2m": dpmpp2m}

@@ -1,13 +1,13 @@
-"""Two stages of work on one GPU at the same time: the second stage of a batch beside the first stage of the next.
+"""Two stages of work on one GPU at the same time: the second stage of a batch next to the first stage of the next one.
 
 Sampling is the first stage; decoding and the copy to the host are the second. Each has a CUDA stream, and the host
-only queues. Elsewhere the stages run one after the other.
+only queues work. Without a GPU the stages run one after the other.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,27 +19,8 @@ R = TypeVar("R")
 _MAX_QUEUED = 2
 
 
-class Streams(Protocol):
-    """What the two stages need of a device. An event is a point in a stream's work."""
-
-    def first(self) -> AbstractContextManager[Any]:
-        """What is queued inside belongs to the first stage."""
-
-    def second(self) -> AbstractContextManager[Any]:
-        """What is queued inside belongs to the second stage, and comes after all of the first stage so far."""
-
-    def mark(self) -> Any:
-        """The event of all that is queued for the second stage so far."""
-
-    def wait(self, event: Any) -> None:
-        """Let the host wait for `event`."""
-
-    def hand_over(self, event: Any, tensors: Iterable[torch.Tensor]) -> None:
-        """Make what the caller will queue come after `event`, so that it may use these `tensors`."""
-
-
 class CudaStreams:
-    """Two streams of a GPU beside the one that the caller uses; what the caller has queued so far comes first."""
+    """A stream of a GPU for each stage, besides the caller's own; what the caller has queued so far comes first."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -48,39 +29,39 @@ class CudaStreams:
             stream.wait_stream(torch.cuda.current_stream(device))
 
     def first(self) -> AbstractContextManager[Any]:
-        """See Streams."""
+        """Queue what follows for the first stage."""
         return torch.cuda.stream(self._first)
 
     def second(self) -> AbstractContextManager[Any]:
-        """See Streams."""
+        """Queue what follows for the second stage, after all of the first stage so far."""
         self._second.wait_stream(self._first)
         return torch.cuda.stream(self._second)
 
     def mark(self) -> torch.cuda.Event:
-        """See Streams."""
+        """Return the event of all that is queued for the second stage so far."""
         return queued_event(self._second)
 
     def wait(self, event: torch.cuda.Event) -> None:
-        """See Streams."""
+        """Let the host wait for `event`."""
         event.synchronize()
 
     def hand_over(self, event: torch.cuda.Event, tensors: Iterable[torch.Tensor]) -> None:
-        """See Streams."""
+        """Let the caller use these `tensors`: what it queues from now on comes after `event`."""
         caller = torch.cuda.current_stream(self._device)
         caller.wait_event(event)
         for tensor in tensors:
-            tensor.record_stream(caller)  # the memory is the caller's until this stream is done with it
+            tensor.record_stream(caller)  # keep the memory until this stream is done with it
 
 
 def queued_event(stream: torch.cuda.Stream) -> torch.cuda.Event:
-    """The event of all that is queued in `stream`. Who waits for it sleeps: the cores have other work."""
+    """Return the event of all that is queued in `stream`. A thread that waits for it sleeps, which frees its core."""
     event = torch.cuda.Event(blocking=True)
     event.record(stream)
     return event
 
 
-def streams_of(device: torch.device) -> Streams | None:
-    """The streams of `device`; None where there are none, and a stage is over when its call returns."""
+def streams_of(device: torch.device) -> CudaStreams | None:
+    """Return the streams of `device`; None on devices without, where a stage is over when its call returns."""
     return CudaStreams(device) if device.type == "cuda" else None
 
 
@@ -89,42 +70,42 @@ def two_stages(
     first: Callable[[T], S],
     second: Callable[[S], R],
     tensors_of: Callable[[R], Iterable[torch.Tensor]],
-    streams: Streams | None,
+    streams: CudaStreams | None,
 ) -> Iterator[R]:
-    """second(first(item)) of every item, in order; with `streams`, both stages of the next item are queued before a
-    result is given out, and not more than that one.
+    """Yield second(first(item)) of every item, in order.
 
-    `tensors_of`: those in a result that the caller may use.
+    With `streams`, both stages of the next item, and of no more, are queued before a result is yielded. `tensors_of`:
+    those in a result that the caller may use.
     """
     if streams is None:
         for item in items:
             yield second(first(item))
         return
-    # The results of the first stage are kept until the second stage is over: their memory belongs to the first stream.
+
+    def yielded(entry: tuple[S, R, Any]) -> R:
+        _, result, event = entry
+        streams.hand_over(event, tensors_of(result))
+        return result
+
+    # Results of the first stage are kept until the second stage is over: their memory belongs to the first stream.
     queued: deque[tuple[S, R, Any]] = deque()
-    given = 0  # how many of these, from the left, the caller has
+    num_yielded = 0  # of these, from the left
     try:
         for item in items:
             if len(queued) == _MAX_QUEUED:
                 streams.wait(queued[0][2])
                 queued.popleft()
-                given -= 1
+                num_yielded -= 1
             with streams.first():
                 between = first(item)
             with streams.second():
                 result = second(between)
             queued.append((between, result, streams.mark()))
-            if len(queued) - given == _MAX_QUEUED:
-                yield _given(queued[given], streams, tensors_of)
-                given += 1
-        for entry in list(queued)[given:]:
-            yield _given(entry, streams, tensors_of)
+            if len(queued) - num_yielded == _MAX_QUEUED:
+                yield yielded(queued[num_yielded])
+                num_yielded += 1
+        for entry in list(queued)[num_yielded:]:
+            yield yielded(entry)
     finally:
         for entry in queued:
             streams.wait(entry[2])
-
-
-def _given(entry: tuple[Any, R, Any], streams: Streams, tensors_of: Callable[[R], Iterable[torch.Tensor]]) -> R:
-    _, result, event = entry
-    streams.hand_over(event, tensors_of(result))
-    return result

@@ -19,7 +19,7 @@ from tests.helpers.fake_hub import FakeHub, serve_hub
 from tests.helpers.paths import GOLDEN_DIR
 from training.encoders import StabilityVAEEncoder
 from training.sampling.generation import generate_images
-from training.sampling.sampler import HeunOptions
+from training.sampling.options import HeunOptions
 from training.sharing.write_folder import save_folder
 from training.snapshot import Snapshot, load_snapshot
 
@@ -317,7 +317,7 @@ def test_with_accelerate_parts_are_placed_and_offloaded(latent_folder: Path) -> 
 
 
 def test_without_diffusers_it_says_which_extra_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.split(".")[0] == "edm2.diffusers"]:
+    for name in [name for name in sys.modules if f"{name}.".startswith("edm2.diffusers.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(ImportError, match=r'pip install "edm2\[vae\]"'):

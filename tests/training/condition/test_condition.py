@@ -7,7 +7,7 @@ import torch
 from dnnlib.errors import ConfigError
 from training.condition.masks import NUM_DRAWS, random_masks, uniform_of
 from training.condition.spec import Inpaint, LowRes, parse_condition
-from training.run.batch_condition import batch_condition
+from training.run.batch_inputs import condition_images
 from training.run.streams import NoiseStream
 
 CPU = torch.device("cpu")
@@ -119,14 +119,14 @@ def test_what_is_seen_belongs_to_the_position_in_the_run():
     """However many processes share a batch, an image has the same mask; the next one has another."""
     clean = torch.randn(24, 1, 8, 8)
     for condition in (Inpaint(), LowRes(factor=2)):
-        whole = batch_condition(condition, clean, NoiseStream(3, CPU), 48, 0.5)
+        whole = condition_images(condition, clean, NoiseStream(3, CPU), 48, 0.5)
         for parts in (2, 3, 24):
             shares = [
-                batch_condition(condition, part, NoiseStream(3, CPU), 48 + rank * len(part), 0.5)
+                condition_images(condition, part, NoiseStream(3, CPU), 48 + rank * len(part), 0.5)
                 for rank, part in enumerate(clean.chunk(parts))
             ]
             assert torch.equal(torch.cat(shares), whole)
-    masks = batch_condition(Inpaint(), clean, NoiseStream(3, CPU), 48, 0.5)[:, -1]
-    later = batch_condition(Inpaint(), clean, NoiseStream(3, CPU), 72, 0.5)[:, -1]
-    other = batch_condition(Inpaint(), clean, NoiseStream(4, CPU), 48, 0.5)[:, -1]
+    masks = condition_images(Inpaint(), clean, NoiseStream(3, CPU), 48, 0.5)[:, -1]
+    later = condition_images(Inpaint(), clean, NoiseStream(3, CPU), 72, 0.5)[:, -1]
+    other = condition_images(Inpaint(), clean, NoiseStream(4, CPU), 48, 0.5)[:, -1]
     assert not any(torch.equal(a, b) or torch.equal(a, c) for a, b, c in zip(masks, later, other, strict=True))

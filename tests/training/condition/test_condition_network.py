@@ -8,14 +8,14 @@ import torch
 from tests.helpers import oracle
 from tests.helpers.paths import GOLDEN_DIR
 from tests.training.fast.test_fast_network import SMALL, small_network, worst
-from torch_utils.cuda.static_call import StaticCall, record_plainly
+from torch_utils.cuda import StaticCall, record_plainly
 from training.fast.inference_network import InferencePrecond
 from training.fast.prepare import PrepareNetwork
 from training.fast.training_network import FastPrecond
 from training.flops import count_flops, network_of
 from training.loss import EDM2Loss
 from training.networks_edm2 import Precond
-from training.sampling.guidance import bind_labels
+from training.sampling.denoisers import Conditioned, bind_labels, conditioned
 from training.sampling.sampler import edm_sampler
 from training.sharing.write_folder import save_folder
 from training.snapshot import Snapshot, load_snapshot, read_header, save_snapshot
@@ -73,9 +73,9 @@ def test_the_network_for_sampling_is_the_oracle_and_binds_what_it_sees(options):
         with torch.no_grad():
             for sigma in (0.1, 3.0):
                 expected = plain(x, torch.tensor(sigma), labels, seen)
-                bound = bind_labels(ours, labels, seen)
+                bound = bind_labels(Conditioned(ours, seen), labels)
                 torch.testing.assert_close(bound(x, sigma, sigma), expected, rtol=1e-4, atol=1e-4)
-            other = bind_labels(ours, labels, -seen)(x, 3.0, 3.0)
+            other = bind_labels(Conditioned(ours, -seen), labels)(x, 3.0, 3.0)
         assert float((other - expected).abs().max()) > 0.01
 
 
@@ -172,13 +172,19 @@ def test_operations_count_the_wider_first_convolution(tmp_path):
 def test_guides_see_the_same_image_or_none():
     net, guide = small_network(cond_channels=3).eval(), small_network(num_blocks=0).eval()
     data = data_for(net)
-    options = {"labels": data["labels"], "num_steps": 3, "guidance": 1.5, "cond_images": data["cond_images"]}
+    options = {"labels": data["labels"], "num_steps": 3, "guidance": 1.5}
     with torch.no_grad():
-        expected = edm_sampler(net, data["unit_noise"], gnet=guide, **options)
-        actual = edm_sampler(InferencePrecond(net), data["unit_noise"], gnet=InferencePrecond(guide), **options)
+        expected, actual = (
+            edm_sampler(main, data["unit_noise"], gnet=other, **options)
+            for main, other in (
+                conditioned([net, guide], data["cond_images"]),
+                conditioned([InferencePrecond(net), InferencePrecond(guide)], data["cond_images"]),
+            )
+        )
         torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
-        same = edm_sampler(net, data["unit_noise"], gnet=net, **options)
-        alone = edm_sampler(net, data["unit_noise"], **(options | {"guidance": 1}))
+        (main,) = conditioned([net], data["cond_images"])
+        same = edm_sampler(main, data["unit_noise"], gnet=main, **options)
+        alone = edm_sampler(main, data["unit_noise"], **(options | {"guidance": 1}))
     torch.testing.assert_close(same, alone, rtol=1e-4, atol=1e-4)
 
 
@@ -195,10 +201,11 @@ def test_on_a_gpu_the_recorded_network_sees_the_images_of_each_batch():
     recorded = PrepareNetwork(precision="fp32")(net, device)
     data = {name: value.to(device) for name, value in data_for(net).items() if value is not None}
     for seen in (data["cond_images"], -data["cond_images"]):  # the second replays what the first recorded
-        options = {"labels": data["labels"], "num_steps": 3, "cond_images": seen}
+        options = {"labels": data["labels"], "num_steps": 3}
         with torch.no_grad():
-            expected = edm_sampler(net, data["unit_noise"], **options)
-        torch.testing.assert_close(edm_sampler(recorded, data["unit_noise"], **options), expected, rtol=1e-3, atol=1e-3)
+            expected = edm_sampler(Conditioned(net, seen), data["unit_noise"], **options)
+        actual = edm_sampler(Conditioned(recorded, seen), data["unit_noise"], **options)
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_a_recorded_call_takes_the_images_of_each_batch():
@@ -207,5 +214,5 @@ def test_a_recorded_call_takes_the_images_of_each_batch():
     recorded = InferencePrecond(net, through=lambda call: StaticCall(call, record_plainly))
     data = data_for(net)
     for seen in (data["cond_images"], -data["cond_images"]):
-        expected = bind_labels(InferencePrecond(net), data["labels"], seen)(data["images"], 2.0, 2.0)
-        assert torch.equal(bind_labels(recorded, data["labels"], seen)(data["images"], 2.0, 2.0), expected)
+        expected = bind_labels(Conditioned(InferencePrecond(net), seen), data["labels"])(data["images"], 2.0, 2.0)
+        assert torch.equal(bind_labels(Conditioned(recorded, seen), data["labels"])(data["images"], 2.0, 2.0), expected)

@@ -24,7 +24,7 @@ from tests.helpers.stand_in_detector import StandInDetector
 from tests.helpers.tiny import tiny_config, train, write_dataset
 from tests.training.fast.test_fast_network import small_network
 from torch_utils.distributed import World
-from training.condition.cond_files import PictureFiles
+from training.condition.source_images import FileImages
 from training.fast.prepare import PrepareNetwork
 from training.metrics import available as plan
 from training.run.run_folder import RunFolder
@@ -151,7 +151,7 @@ def test_grey_networks_take_any_picture_as_grey(nets, tmp_path):
 
 def test_images_have_the_classes_of_a_labelled_data_set(nets, tmp_path):
     data = write_dataset(tmp_path / "data.zip", num=5, size=16)
-    classes = PictureFiles(data, 3).classes
+    classes = FileImages(data, 3).classes
     assert classes == [0, 1, 2, 0, 1]
     expected = made(nets["lowres"], range(5), source=data, class_idx=classes)
     assert np.array_equal(made(nets["lowres"], range(5), source=data), expected)
@@ -173,12 +173,12 @@ def test_skip_existing_knows_the_pictures(nets, tmp_path):
         prepare=PrepareNetwork(),
         **options,
     )
-    assert again.there == frozenset({0, 1})
+    assert again.existing == frozenset({0, 1})
     assert first.shape == (2, 16, 16, 3)
     PIL.Image.fromarray(PICTURES[3]).save(folder / "1.png")
     with pytest.raises(ConfigError, match="source"):
         made(nets["lowres"], [0, 1], source=folder, **options)
-    with pytest.raises(ConfigError, match="seed 0 is asked for with two pictures"):
+    with pytest.raises(ConfigError, match="seed 0 is asked for with two source images"):
         made(nets["lowres"], [0, 0], source=folder, **options)
 
 
@@ -195,7 +195,7 @@ def test_guides_see_the_pictures_or_do_without(nets, tmp_path):
     for guide, message in refused.items():
         with pytest.raises(ConfigError, match=message):
             made(nets["lowres"], [0], gnet=str(nets[guide]), **options)
-    with pytest.raises(ConfigError, match="the guide is conditioned on pictures, and the main network is not"):
+    with pytest.raises(ConfigError, match="the guide is conditioned on images, and the main network is not"):
         made(nets["plain"], [0], gnet=str(nets["lowres"]), guidance=1.5)
 
 
@@ -211,22 +211,22 @@ def mistakes(nets: dict[str, Path], tmp: Path) -> dict[str, tuple[list[Any], str
     (tmp / "text.txt").write_text("no pictures")
     lowres, inpaint = f"--net={nets['lowres']}", f"--net={nets['inpaint']}"
     return {
-        "no pictures": ([lowres], "trained with --condition=lowres:4; give it pictures by --source=PATH"),
-        "pictures for another network": ([f"--net={nets['plain']}", f"--source={full}"], "no --source"),
+        "no pictures": ([lowres], "trained with --condition=lowres:4; give it images by --source=PATH"),
+        "pictures for another network": ([f"--net={nets['plain']}", f"--source={full}"], "leave out --source"),
         "masks alone": ([inpaint, f"--masks={black}"], "add --source=PATH"),
         "missing": ([lowres, f"--source={tmp / 'nowhere'}"], "nowhere does not exist"),
         "missing masks": ([inpaint, f"--source={full}", f"--masks={tmp / 'nowhere'}"], "--masks="),
-        "empty folder": ([lowres, f"--source={tmp / 'empty'}"], "holds no pictures"),
+        "empty folder": ([lowres, f"--source={tmp / 'empty'}"], "contains no images"),
         "no archive": ([lowres, f"--source={tmp / 'text.txt'}"], "text.txt"),
         "damaged": ([lowres, f"--source={tmp / 'broken.png'}"], "broken.png cannot be read"),
-        "another size": ([lowres, f"--source={odd}"], "give small pictures of 4x4, or full ones of 16x16"),
-        "size to fill": ([inpaint, f"--source={small}"], "4x4 pixels; the network fills pictures of 16x16"),
+        "another size": ([lowres, f"--source={odd}"], "give small images of 4x4, or full ones of 16x16"),
+        "size to fill": ([inpaint, f"--source={small}"], "4x4 pixels; the network fills images of 16x16"),
         "masks for lowres": ([lowres, f"--source={full}", f"--masks={black}"], "is for networks that inpaint"),
         "nothing hidden": ([inpaint, f"--source={full}"], "nothing is hidden in"),
         "black mask": ([inpaint, f"--source={full}", f"--masks={black}"], "nothing is hidden in"),
-        "number of masks": ([inpaint, f"--source={full}", f"--masks={two_masks}"], "2 pictures for the 4"),
+        "number of masks": ([inpaint, f"--source={full}", f"--masks={two_masks}"], "2 images for the 4"),
         "size of a mask": ([inpaint, f"--source={full}", f"--masks={small_mask}"], "smallmask.png is 8x8"),
-        "a file that does not say": ([f"--net={nets['silent']}", f"--source={full}"], "does not say what they are"),
+        "a file that does not say": ([f"--net={nets['silent']}", f"--source={full}"], "does not say of which kind"),
         "a file that lies": ([f"--net={nets['wrong']}", f"--source={full}"], "which inpaint:0.1-0.5 does not make"),
     }
 
@@ -272,7 +272,7 @@ def test_training_and_sampling_by_command_line_for_both_conditions(tmp_path, cap
             else:
                 assert np.array_equal(seen[::4, ::4], reduced(PICTURES[index : index + 1])[0])
         assert command(generate_script.cmdline, *args, "--skip-existing") == 0
-        assert "6 were there already" in capsys.readouterr().out
+        assert "6 existed already" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -312,7 +312,7 @@ def test_metrics_sweeps_and_reports_of_a_conditioned_run(tmp_path, monkeypatch, 
 
     sweeping = [f"--indir={indir}", "--outstd=0.08", f"--json={tmp_path / 'sweep.json'}", *measuring]
     assert command(sweep.cmdline, *sweeping) == 2
-    assert "give it pictures by --source" in capsys.readouterr().err
+    assert "give it images by --source" in capsys.readouterr().err
     assert command(sweep.cmdline, *sweeping, f"--source={data}") == 0
     assert f"--source={data}" in capsys.readouterr().out  # the command that makes such images
     (point,) = json.loads((tmp_path / "sweep.json").read_text())["points"]
@@ -323,7 +323,7 @@ def test_metrics_sweeps_and_reports_of_a_conditioned_run(tmp_path, monkeypatch, 
     assert load_snapshot(net).info["condition"] == "lowres:2"
     gen = ["gen", f"--net={net}", f"--json={tmp_path / 'gen.json'}", "--repeat=2", *measuring]
     assert command(calculate_metrics.cmdline, *gen) == 2
-    assert "give it pictures by --source" in capsys.readouterr().err
+    assert "give it images by --source" in capsys.readouterr().err
     assert command(calculate_metrics.cmdline, *gen, f"--source={data}") == 0
     result = json.loads((tmp_path / "gen.json").read_text())
     assert result["source"]["path"] == str(data) and len(result["source"]["sha256"]) == 64
@@ -335,7 +335,7 @@ def test_metrics_sweeps_and_reports_of_a_conditioned_run(tmp_path, monkeypatch, 
         for line in commands_for(read_run(indir))
         if "generate_images.py" in line.text or " sweep.py" in line.text
     ]
-    assert len(told) == 3 and all("--source=PICTURES" in text and "--masks" not in text for text in told)
+    assert len(told) == 3 and all("--source=IMAGES" in text and "--masks" not in text for text in told)
 
 
 def test_a_network_that_is_no_file_is_told_its_condition(nets, tmp_path):
@@ -358,7 +358,7 @@ def test_the_diffusers_pipeline_gives_the_same_images(nets, tmp_path):
     mask.save(tmp_path / "mask.png")
     save_folder(load_snapshot(nets["inpaint"]), tmp_path / "shared")
     card = (tmp_path / "shared" / "README.md").read_text(encoding="utf-8")
-    assert 'image="pictures", mask_image="masks"' in card and "--source=pictures --masks=masks" in card
+    assert 'image="images", mask_image="masks"' in card and "--source=images --masks=masks" in card
     expected = {
         "lowres": made(nets["lowres"], [3, 5, 8], source=folder, class_idx=1, prepare=None),
         "inpaint": made(nets["inpaint"], [3, 5, 8], source=folder, masks=tmp_path / "mask.png", prepare=None),
@@ -374,7 +374,7 @@ def test_the_diffusers_pipeline_gives_the_same_images(nets, tmp_path):
         paths = {"image": folder} | ({"mask_image": tmp_path / "mask.png"} if name == "inpaint" else {})
         call["generator"] = [torch.Generator().manual_seed(seed) for seed in (3, 5, 8)]
         assert np.array_equal(pipeline(**{**call, **paths})[0], images)
-        with pytest.raises(ConfigError, match="give it pictures by image=PATH"):
+        with pytest.raises(ConfigError, match="give it images by image=PATH"):
             pipeline(num_inference_steps=2)
     assert len(pipeline(image=pictures, mask_image=mask, num_inference_steps=2).images) == 2
     for wrong in ({"image": [3]}, {"image": pictures, "mask_image": [mask] * 3}, {"mask_image": mask}, {"image": []}):

@@ -20,11 +20,10 @@ from tests.helpers.stand_in_detector import StandInDetector
 from tests.helpers.tiny import assert_close, assert_same_state, flat_state, tiny_config, train, write_dataset
 from tests.training.run.test_run_samples import cells
 from torch_utils.distributed import World
-from training.condition.cond_files import DatasetPictures
-from training.config import MetricsConfig, TrainingConfig
+from training.condition.source_images import DatasetImages
+from training.config import MetricsConfig, SamplesConfig, TrainingConfig
 from training.metrics import available as plan
 from training.run.run_folder import RunFolder
-from training.run.samples_config import SamplesConfig
 from training.run.state import TrainingState
 from training.sampling.generation import generate_images
 from training.snapshot import load_snapshot
@@ -61,7 +60,7 @@ def learned(folder: Path, pixels: np.ndarray, condition: str, hidden: np.ndarray
     )  # fmt: skip
     run = train(run_of(config, folder / "run"))
     (net,) = (net for net, _ in run.state.averages())
-    source = DatasetPictures(run.dataset, range(NUM_PICTURES), hidden=hidden)
+    source = DatasetImages(run.dataset, range(NUM_PICTURES), hidden=hidden)
     batches = generate_images(
         net.eval(), seeds=range(NUM_PICTURES), source=source, condition=condition, num_steps=6, device="cpu"
     )
@@ -138,7 +137,7 @@ def test_a_network_without_goes_on_as_one_that_sees(data, tmp_path):
     snapshot = tmp_path / "plain" / "network-snapshot-0000000-0.100.safetensors"
     tuned = dataclasses.replace(config, condition="lowres:4", init=str(snapshot))
     state = run_of(tuned, tmp_path / "tuned").state
-    assert state.widened and not state.left_fresh and not plain.state.widened
+    assert state.has_new_condition_input and not state.uninitialized and not plain.state.has_new_condition_input
     x, labels = torch.randn(4, 3, 8, 8), torch.eye(3)[[0, 1, 2, 0]]
     net = load_snapshot(snapshot).net.float()
     with torch.no_grad():
@@ -159,7 +158,7 @@ def test_a_network_without_goes_on_as_one_that_sees(data, tmp_path):
     ],
 )
 def test_data_that_does_not_fit_is_refused(options, word, data, tmp_path, monkeypatch):
-    monkeypatch.setattr("training.training_loop.make_encoder", lambda config, dataset: None)
+    monkeypatch.setattr("training.run.run_data.make_encoder", lambda config, dataset: None)
     with pytest.raises(ConfigError, match=word):
         run_of(tiny_config(data, **options), tmp_path)
 

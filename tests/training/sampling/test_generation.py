@@ -17,8 +17,8 @@ from dnnlib.errors import ConfigError
 from tests.helpers.paths import GOLDEN_DIR, Golden
 from torch_utils.distributed import World
 from torch_utils.processes.dealing import split_batches
-from training.images.png_files import write_png
-from training.images.sheet import ImageWriter, contact_sheet, num_writer_threads
+from training.images.png_files import ImageWriter, write_png
+from training.images.sheet import contact_sheet
 from training.networks_edm2 import Precond
 from training.sampling.generation import GeneratedImages, generate_images
 
@@ -277,16 +277,6 @@ def test_a_slow_disk_holds_sampling_back_and_a_fast_one_does_not(
         disk.set()
         waiting.join(10)
     assert len(list(tmp_path.iterdir())) == num + 1
-
-
-def test_processes_on_one_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    alone = num_writer_threads()
-    assert alone >= 1
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert num_writer_threads() in (max(1, alone // 2), alone)  # alone, where both are at the upper limit
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
-    assert num_writer_threads() == 1
 
 
 def test_a_file_that_cannot_be_written_ends_the_run(tmp_path: Path):

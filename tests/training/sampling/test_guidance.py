@@ -8,8 +8,10 @@ import torch
 
 from dnnlib.errors import ConfigError
 from tests.training.sampling.test_sampler import GaussianDenoiser
-from training.sampling.guidance import Guidance, bind_labels
-from training.sampling.sampler import HeunOptions, edm_sampler
+from training.sampling.denoisers import bind_labels
+from training.sampling.guidance import Guidance, extrapolate
+from training.sampling.options import HeunOptions
+from training.sampling.sampler import edm_sampler
 
 NOISE = torch.randn([2, 1, 3, 3], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -20,6 +22,12 @@ def test_guidance_extrapolates_from_the_guide_through_the_main_network():
     for weight in (0.0, 0.5, 1.0, 2.5):
         guided = Guidance(weight=weight, num_guides=1).wrap(main, [guide])
         torch.testing.assert_close(guided(*at), guide(*at) + weight * (main(*at) - guide(*at)))
+
+
+def test_extrapolation_is_equation_3():
+    guide, main = torch.tensor([1.0, -2.0]), torch.tensor([3.0, 0.5])
+    for weight in (0.0, 0.5, 1.0, 2.5):
+        torch.testing.assert_close(extrapolate(guide, main, weight), guide + weight * (main - guide))
 
 
 def test_several_guides_share_the_weight():
@@ -102,7 +110,7 @@ def test_every_solver_calls_each_network_once_an_evaluation(solver: str, calls: 
         ({"guidance": 2, "interval": (1, 1)}, "interval 1,1"),
         ({"guidance": 2, "interval": (-1, 1)}, "interval -1,1"),
         ({"guidance": 2, "interval": (0, math.nan)}, "interval 0,nan"),
-        ({"guidance": 2, "interval": (1,)}, "interval 1 is none"),
+        ({"guidance": 2, "interval": (1,)}, "interval 1 must be two noise levels"),
         ({"guidance": 2, "shares": [0.5, 0.5]}, "2 shares do not fit 1 guides"),
         ({"guidance": 2, "shares": [2]}, "share the weight as 2"),
         ({"guidance": 2, "shares": [math.nan]}, "share the weight as nan"),

@@ -11,7 +11,7 @@ from dnnlib.errors import ConfigError
 from tests.training.sampling.test_generation import tiny_network
 from training.encoders import StabilityVAEEncoder, StandardRGBEncoder
 from training.sampling.generation import generate_images
-from training.sampling.image_decoder import PRECISIONS, DecoderOptions
+from training.sampling.networks import DECODER_DTYPES, DecoderOptions
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -72,7 +72,7 @@ def test_half_precision_is_close_and_leaves_encoding_alone(vae: str, precision: 
     assert expected.float().std() > 5
     difference = (expected.int() - actual.int()).abs()
     assert int(difference.max()) <= most and int(difference.sum()) > 0
-    assert next(half._decoder_vae.decoder.parameters()).dtype == PRECISIONS[precision]
+    assert next(half._decoder_vae.decoder.parameters()).dtype == DECODER_DTYPES[precision]
     assert torch.equal(half.encode_pixels(expected), plain.encode_pixels(expected))
     assert torch.equal(plain.decode(latents()), expected)
 
@@ -120,7 +120,7 @@ def test_large_images_are_decoded_in_tiles_and_small_ones_as_they_were(vae: str)
 
 def test_tiles_that_do_not_fit_the_vae_are_refused(vae: str):
     encoder, _ = applied(encoder_of(vae), tile=12)
-    with pytest.raises(ConfigError, match="tiles of 12 pixels cannot be decoded; the VAE needs a multiple of 8"):
+    with pytest.raises(ConfigError, match="decoder tiles of 12 pixels must be a multiple of 8 for this VAE"):
         encoder.init("cpu")
     with pytest.raises(ConfigError, match="--decoder-tile=0"):
         DecoderOptions(tile=0)

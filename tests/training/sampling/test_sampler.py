@@ -13,8 +13,10 @@ import torch
 from dnnlib.errors import ConfigError
 from tests.helpers.paths import Golden
 from training.networks_edm2 import Precond
-from training.sampling.guidance import bind_labels
-from training.sampling.sampler import HeunOptions, StackedRandomGenerator, choose_solver, edm_sampler
+from training.sampling.denoisers import bind_labels
+from training.sampling.options import HeunOptions, SamplerOptions
+from training.sampling.sampler import StackedRandomGenerator, edm_sampler
+from training.sampling.solvers import result_of
 
 CASES = ["plain_32", "heun_8", "guid_cond", "guid_uncond", "guid_below_1", "range", "churn", "f64", "two_steps"]
 
@@ -142,8 +144,7 @@ def test_churn_is_drawn_at_the_noise_levels_in_its_range_with_the_given_strength
 
     net = GaussianDenoiser()
     options = HeunOptions(num_steps=10, S_churn=2, S_min=0.05, S_max=80)
-    solve = choose_solver("heun", options, randn_like)
-    solve(bind_labels(net, None), options.sigmas(), torch.zeros([1, 1, 2, 2]))
+    result_of(SamplerOptions(heun=options).solve(bind_labels(net, None), torch.zeros([1, 1, 2, 2]), randn_like))
     churned = [sigma for sigma in options.sigmas() if 0.05 <= sigma <= 80]
     assert len(drawn) == len(churned) > 3
     assert net.calls[:: len(net.calls)][0] == pytest.approx(80 * 1.2)  # 1 + S_churn / num_steps
@@ -167,7 +168,7 @@ def test_churn_is_drawn_at_the_noise_levels_in_its_range_with_the_given_strength
         ({"S_noise": math.nan}, "S_noise=nan"),
         ({"guidance": math.nan}, "guidance=nan"),
         ({"guidance": 1.4}, "needs a guiding network"),
-        ({"solver": "rk4"}, "'rk4' is no solver; there are heun, euler, dpmpp2m"),
+        ({"solver": "rk4"}, "unknown solver 'rk4'; choose from heun, euler, dpmpp2m"),
         (
             {"solver": "dpmpp2m", "S_churn": 5},
             r"S_churn=5 is for solvers .* \(heun or euler\), not dpmpp2m",

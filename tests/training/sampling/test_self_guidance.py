@@ -28,8 +28,9 @@ from training.fast.prepare import PrepareNetwork
 from training.images.png_files import read_png_head
 from training.metrics import available as plan
 from training.run.run_folder import RunFolder
+from training.sampling.denoisers import WithoutLabels, conditioned, merged_call
 from training.sampling.generation import generate_images
-from training.sampling.guidance import Guidance, WithoutLabels, one_batch
+from training.sampling.guidance import Guidance
 from training.sampling.sampler import edm_sampler
 from training.sharing.write_folder import save_folder
 from training.snapshot import load_snapshot
@@ -150,10 +151,10 @@ def test_latents_are_bitwise_the_same_too_and_with_other_guides_beside_it():
         assert torch.equal(actual, edm_sampler(main, noise, labels, plain, num_steps=3, guidance=1.8))
 
 
-def test_one_batch_of_twice_the_images_is_bitwise_two_evaluations():
+def test_a_merged_call_on_twice_the_images_is_bitwise_two_evaluations():
     net = InferencePrecond(small_network().eval())
     x, labels = torch.randn(3, 3, 16, 16), torch.eye(5)[:3]
-    guide, main = one_batch(net, labels)(x, 1.5, 1.5)
+    guide, main = merged_call(net, labels)(x, 1.5, 1.5)
     assert torch.equal(main, net(x, 1.5, labels)) and torch.equal(guide, net(x, 1.5, torch.zeros(3, 5)))
 
 
@@ -215,7 +216,7 @@ def test_the_command_guides_by_the_network_itself_and_notes_it(net: Path, tmp_pa
     assert note["gnet"] == [f"{note['net']} without labels"]
     args = [*quick, f"--outdir={tmp_path / 'a'}", "--skip-existing"]
     assert run(script.cmdline, *args, "--gnet=self", "--guidance=2") == 0
-    assert "3 were there already" in capsys.readouterr().out
+    assert "3 existed already" in capsys.readouterr().out
     assert run(script.cmdline, *args, f"--gnet={net}", "--guidance=2") == 2  # the same file, but with labels
     assert "made with gnet" in capsys.readouterr().err
 
@@ -241,7 +242,7 @@ def test_a_network_that_never_saw_images_without_labels_is_refused_in_one_line(o
 def test_a_network_without_labels_is_refused_and_one_in_memory_is_the_callers(net: Path):
     unconditional = small_network(label_dim=0).eval()
     for options in ({"gnet": "self", "guidance": 2}, {"class_idx": "none"}):
-        with pytest.raises(ConfigError, match="the network has none to leave out"):
+        with pytest.raises(ConfigError, match="the network is unconditional"):
             generate_images(unconditional, seeds=[0], device="cpu", **options)
     loaded = load_snapshot(PUBLISHED).net
     assert len(list(generate_images(loaded, "self", seeds=[0], device="cpu", num_steps=1, guidance=2))) == 1
@@ -280,7 +281,7 @@ def test_a_sweep_guides_every_reconstructed_network_by_itself(folder, measure, t
         shutil.copy(path, plain)
     capsys.readouterr()
     assert run(sweep.cmdline, f"--indir={plain}", *args, f"--json={tmp_path / 'no.json'}") == 2
-    assert "--gnet=self leaves out labels, and the network has none" in capsys.readouterr().err
+    assert "--gnet=self leaves out labels, but the network is unconditional" in capsys.readouterr().err
     assert not (tmp_path / "no.json").exists()
 
 
@@ -310,9 +311,11 @@ def test_a_conditioned_network_guides_itself_by_the_same_images():
     net = InferencePrecond(small_network(cond_channels=2).eval())
     x, labels, seen = torch.randn(3, 3, 16, 16), torch.eye(5)[:3], torch.randn(3, 2, 16, 16)
     zeros = torch.zeros(3, 5)
-    guide, main = one_batch(net, labels, seen)(x, 1.5, 1.5)
+    (bound,) = conditioned([net], seen)
+    guide, main = merged_call(bound, labels)(x, 1.5, 1.5)
     assert torch.equal(main, net(x, 1.5, labels, cond_images=seen))
     assert torch.equal(guide, net(x, 1.5, zeros, cond_images=seen))
     assert not torch.equal(guide, net(x, 1.5, zeros, cond_images=seen.flip(0)))
-    denoise = Guidance(weight=1.5, num_guides=1).denoiser(net, [WithoutLabels(net)], labels, seen)
+    main_net, guide_net = conditioned([net, WithoutLabels(net)], seen)
+    denoise = Guidance(weight=1.5, num_guides=1).denoiser(main_net, [guide_net], labels)
     torch.testing.assert_close(denoise(x, 1.5, 1.5), guide + 1.5 * (main - guide))

@@ -23,7 +23,7 @@ from tests.training.sampling.test_generation import collect, tiny_network
 from torch_utils.distributed import World
 from training.presets import REPOSITORY_DIR
 from training.sampling.generation import generate_images
-from training.sampling.image_records import KEYWORD, network_digest
+from training.sampling.output_files import KEYWORD, network_digest
 from training.snapshot import load_snapshot, save_snapshot
 
 NET = GOLDEN_DIR / "snapshots" / "rgb-cond.pkl"  # 16x16 pixels
@@ -101,7 +101,7 @@ def test_files_of_other_programs_count_by_their_names(full: Path):
 def test_images_that_were_made_from_something_else_are_refused(full: Path, options: dict[str, Any], message: str):
     before = contents(full)
     (full / "000007.png").unlink()
-    with pytest.raises(ConfigError, match=rf"000000\.png .*{message}.*leave --skip-existing out"):
+    with pytest.raises(ConfigError, match=rf"000000\.png .*{message}.*leave out --skip-existing"):
         generate(full, **options)
     assert contents(full).items() <= before.items()
 
@@ -163,7 +163,7 @@ def test_a_contact_sheet_takes_what_is_there_from_the_files(tmp_path: Path, caps
     run_script(*args, f"--grid={tmp_path / 'first.png'}")
     (tmp_path / "out" / "000002.png").unlink()
     run_script(*args, f"--grid={tmp_path / 'second.png'}", "--skip-existing")
-    assert "Wrote 1 images, 5 were there already" in capsys.readouterr().out
+    assert "Wrote 1 images, 5 existed already" in capsys.readouterr().out
     assert (tmp_path / "first.png").read_bytes() == (tmp_path / "second.png").read_bytes()
 
 
@@ -178,7 +178,7 @@ def test_a_killed_run_goes_on_to_the_same_folder(tmp_path: Path):
     while process.poll() is None and len(list(out.rglob("*.png"))) < 6:
         time.sleep(0.01)
     process.kill()
-    _, errors = process.communicate()
+    _, errors = process.communicate(timeout=120)
     num_there = len(list(out.rglob("*.png")))
     assert 6 <= num_there < 80, errors
     run_script(*args, f"--outdir={out}", "--skip-existing")

@@ -29,7 +29,7 @@ from training.posthoc.inputs import list_input_pickles
 from training.presets import REPOSITORY_DIR
 from training.run.run_folder import RunFolder
 from training.sampling.request import resolve_sampling
-from training.sweep.settings import Point, Sweep, at_the_edge, best_point, read_points
+from training.sweep.ema_sweep import Point, Sweep, at_the_edge, best_point, read_points
 from training.sweep.sweep_plot import plot_sweep, sweep_figure
 from training.training_loop import TrainingRun
 
@@ -251,7 +251,7 @@ def test_bad_input_is_refused_in_one_line_with_nothing_written(tiny, reference, 
         (["--guidance=2"], "--guidance=2 needs a guiding network"),
         ([f"--indir={tmp_path / 'empty'}"], "no input snapshots"),
         ([f"--indir={tmp_path / 'missing'}"], "missing"),
-        (["--outstd=0.3"], "'0.3' in '0.3' is no EMA length"),
+        (["--outstd=0.3"], "'0.3' in '0.3' is not an EMA length"),
         (["--outkimg=2000"], "no input snapshot at 2000 kimg"),
         (["--num=1"], "--num=1"),
         (["--metrics=kid_efflite0"], "keeps no efflite0 features"),
@@ -259,8 +259,8 @@ def test_bad_input_is_refused_in_one_line_with_nothing_written(tiny, reference, 
         ([f"--plot={tmp_path / 'new' / 'plot.txt'}"], ".png, .pdf, .svg"),
         ([f"--plot={tmp_path / 'empty'}"], "it is a folder"),
         ([f"--json={reference / 's.json'}"], "is a file"),
-        ([f"--json={tmp_path / 'foreign.json'}"], "no record of a sweep"),
-        (["--guidance=1,x"], "'1,x' is no list of numbers"),
+        ([f"--json={tmp_path / 'foreign.json'}"], "is not a record of a sweep"),
+        (["--guidance=1,x"], "'1,x' is not a list of numbers"),
     ):
         default = [f"--indir={tiny / 'run'}", "--outstd=0.05", *measuring(tiny, reference)]
         assert words in fails(capsys, *default, *args), args
