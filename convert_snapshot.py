@@ -12,14 +12,14 @@ from training.sharing.convert_network import convert_snapshots
 
 @click.command()
 @click.argument("sources", metavar="PATH|URL|NAME...", nargs=-1, required=True)
-@click.option("--outdir", metavar="DIR", help="Write {name}.safetensors for {name}.pkl here, and the other way round")
+@click.option("--outdir", metavar="DIR", help="Write {name}.safetensors for {name}.pkl here, and vice versa")
 @click.option("--out", metavar="FILE|DIR", help="Write the one input to FILE.pkl or FILE.safetensors, or to a folder")
 @click.option(
     "--to",
     type=click.Choice(["pkl", "safetensors", "folder"]),
-    help="What to write [default: what --out says, else the other kind of file]",
+    help="Form to write [default: by the suffix of --out, else the other kind of file]",
 )
-@click.option("--license", "licence", metavar="ID", help="Licence for the model card of a folder, e.g. apache-2.0")
+@click.option("--license", "licence", metavar="ID", help="License for the model card of a folder, e.g. apache-2.0")
 @click.option(
     "--metrics",
     metavar="FILE",
@@ -28,15 +28,15 @@ from training.sharing.convert_network import convert_snapshots
     help="Result of calculate_metrics.py --json for the model card; may be repeated",
 )
 def cmdline(sources: tuple[str, ...], **options: Any) -> None:
-    """Convert networks between the published pickle, .safetensors and model folders as the diffusers library has them,
-    without running anything from them.
+    """Convert networks between the published pickle, .safetensors and model folders of the diffusers library, without
+    running anything from them.
 
-    Inputs are files, model folders, URLs, and names on the Hugging Face hub. The configuration, EMA length, image
-    count, encoder, loss and provenance come along; docs/file-formats.md tells where. Parameters are stored as float16,
-    as they are in published files. Inputs are never overwritten, nor are folders with anything in them.
+    Inputs are files, model folders, URLs, and names on the Hugging Face hub. Configuration, EMA length, image count,
+    encoder, loss and provenance are kept (docs/file-formats.md). Parameters are stored as float16, as in published
+    files. Inputs and non-empty folders are never overwritten.
 
     \b
-    # Published or own pickles to .safetensors
+    # Pickles, published ones or your own, to .safetensors
     python convert_snapshot.py snapshots/*.pkl --outdir=converted
 
     \b

@@ -1,6 +1,6 @@
 """Reconstruct networks with any EMA length from the snapshots of a training run (post-hoc EMA).
 
-Equal to the published script in options and results; `--help` lists them.
+Options and results are those of the published script.
 """
 
 import os
@@ -10,18 +10,20 @@ from typing import Any
 import click
 import tqdm
 
-from dnnlib.cli import STD_LIST, main
+from dnnlib.cli import main
 from dnnlib.errors import ConfigError
-from dnnlib.parse import parse_std_list
+from edm2.options.metrics import STD_LIST
 from training.posthoc import reconstruction
-from training.posthoc.reconstruction import Reconstruction, list_input_pickles
+from training.posthoc.inputs import list_input_pickles, parse_std_list
+from training.posthoc.reconstruction import Reconstruction, output_name
 from training.posthoc.response_plot import check_plot_path, plot_responses
-from training.snapshot import nimg_from_kimg
+from training.snapshot import nimg_from_kimg as kimg_to_nimg
 
-__all__ = ["list_input_pickles", "parse_std_list", "reconstruct_phema"]
+# Names that people's scripts import from here.
+__all__ = ["kimg_to_nimg", "list_input_pickles", "parse_std_list", "pkl_path", "reconstruct_phema"]
 
-# Parameters in float16 are rounded by up to 2**-11 of their size. Coefficients that multiply the rounding errors of
-# the inputs to more than a few percent leave a network that looks no better for a good fit.
+# Parameters in float16 are rounded by up to 2**-11 of their size. Coefficients that amplify these errors to more than a
+# few percent spoil the network, however good its fit.
 _MAX_GAIN = 100
 
 
@@ -48,6 +50,11 @@ def reconstruct_phema(
     return work
 
 
+def pkl_path(dir: str | os.PathLike[str], prefix: str, nimg: int, std: float) -> str:
+    """Return the path of a snapshot of EMA length `std` after `nimg` images."""
+    return os.path.join(dir, f"{output_name(prefix, nimg, std)}.pkl")
+
+
 @click.command()
 @click.option("--indir", metavar="DIR", required=True, help="Folder with the snapshots of a training run")
 @click.option("--inprefix", metavar="STR", help="Take only inputs named {this}-{kimg}-{std}")
@@ -69,7 +76,7 @@ def reconstruct_phema(
     "--skip-existing",
     "skip",
     is_flag=True,
-    help="Leave outputs alone that exist already, made of the same snapshots",
+    help="Keep existing outputs that were made of the same snapshots",
 )
 @click.option(
     "--batch",
@@ -107,9 +114,9 @@ def cmdline(
 ) -> None:
     """Reconstruct networks with any EMA length from the snapshots of a training run.
 
-    The snapshots are files {prefix}-{kimg}-{std}.pkl or .safetensors, of at least one EMA length; two lengths and a
-    few times give good reconstructions. Each output is printed with its fit: the relative L2 error of the achieved
-    averaging profile, 0 being perfect.
+    The snapshots are files {prefix}-{kimg}-{std}.pkl or .safetensors. One EMA length is enough; two lengths at a few
+    times give good reconstructions. Each output is printed with its fit: the relative L2 error of the achieved
+    averaging profile, where 0 is perfect.
 
     Examples:
 
@@ -119,12 +126,12 @@ def cmdline(
         --outdir=out --outstd=0.150
 
     \b
-    # A set of 31 profiles, streaming over the inputs 4 times
+    # A set of 49 profiles, reading the inputs 7 times
     python reconstruct_phema.py --indir=raw-snapshots/edm2-img512-xs \\
         --outdir=out --outstd=0.010,0.015,...,0.250 --batch=8
 
     \b
-    # How near they come to the wanted profiles, as a figure
+    # A figure of the achieved and the wanted profiles
     python reconstruct_phema.py --indir=raw-snapshots/edm2-img512-xs \\
         --outdir=out --outstd=0.050,0.075,0.200 --plot=profiles.png
 
@@ -137,10 +144,10 @@ def cmdline(
         check_plot_path(plot)
     inputs = list_input_pickles(indir, in_prefix=inprefix, in_std=instd)
     if not inputs:
-        wanted = f" with prefix '{inprefix}'" if inprefix is not None else ""
-        wanted += f" with EMA length {', '.join(f'{std:.3f}' for std in instd)}" if instd is not None else ""
-        raise ConfigError(f"no snapshots {{prefix}}-{{kimg}}-{{std}}.pkl or .safetensors{wanted} in {indir}")
-    nimg = nimg_from_kimg(outkimg) if outkimg is not None else None
+        filters = f" with prefix '{inprefix}'" if inprefix is not None else ""
+        filters += f" with EMA length {', '.join(f'{std:.3f}' for std in instd)}" if instd is not None else ""
+        raise ConfigError(f"no snapshots {{prefix}}-{{kimg}}-{{std}}.pkl or .safetensors{filters} in {indir}")
+    nimg = kimg_to_nimg(outkimg) if outkimg is not None else None
     work = reconstruct_phema(
         inputs, outstd, nimg, outdir, outprefix, skip_existing=skip, max_batch_size=batch, out_format=out_format
     )

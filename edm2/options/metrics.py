@@ -1,28 +1,40 @@
-"""The options that say what is measured and with what, the same for every script that computes metrics."""
+"""Options that say what is measured and with what, the same in all scripts; and the type of lists of EMA lengths."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import click
 
-from dnnlib.cli import NIMG
-from dnnlib.errors import ConfigError
+from dnnlib.cli import NIMG, Parsed
+from training.metrics.metric_table import DEFAULT, listing
+from training.posthoc.inputs import parse_std_list
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-DEFAULT_METRICS = "fid,fd_dinov2"  # as published
+STD_LIST = Parsed("list", parse_std_list)
 COUNT = click.IntRange(min=1)
 
 metrics_option = click.option(
-    "--metrics", metavar="LIST", default=DEFAULT_METRICS, show_default=True, help="Which; all = whatever can be had"
+    "--metrics", metavar="LIST", default=",".join(DEFAULT), show_default=True, help="Names; all = all available ones"
 )
 workers_option = click.option(
     "--workers", type=click.IntRange(min=0), default=2, show_default=True, help="Processes that read images"
 )
 
+
+def _list_metrics(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value:
+        click.echo("\n".join(listing()))
+        ctx.exit()
+
+
+list_metrics_option = click.option(
+    "--list-metrics", is_flag=True, is_eager=True, expose_value=False, callback=_list_metrics, help="List them and exit"
+)
 skip_existing_option = click.option(
-    "--skip-existing", is_flag=True, help="End at once where --json has the results of just this"
+    "--skip-existing", is_flag=True, help="Stop at once if --json has the results of this very request"
 )
 
 _MEASURING = (
@@ -30,17 +42,18 @@ _MEASURING = (
     metrics_option,
     # Some versions of torchrun take --num for an abbreviation of options of their own, even behind the script's name.
     click.option("--num", "--num-images", "num", type=NIMG, default=50000, show_default=True, help="Images to measure"),
-    click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="What chooses the images"),
-    click.option("--repeat", type=COUNT, default=1, show_default=True, help="Measure so many disjoint sets of images"),
+    click.option(
+        "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Determines the choice of images"
+    ),
+    click.option("--repeat", type=COUNT, default=1, show_default=True, help="Number of disjoint sets to measure"),
     click.option(
         "--json",
         "json_path",
         metavar="FILE",
         type=click.Path(path_type=Path),
-        help="Write the results and what repeats them",
+        help="Write the results and everything needed to repeat them",
     ),
 )
-
 _WEIGHTS = {
     "inception": "Weights of Inception-v3, in place of the download",
     "dinov2": "Weights of DINOv2, in place of the download",
@@ -48,19 +61,27 @@ _WEIGHTS = {
 }
 
 
-_WHILE_TRAINING: dict[str, Callable[[Any], Any]] = {
-    "metrics": click.option("--metrics", metavar="LIST", help="Measure the averaged networks: fd_efflite0, fid, ..."),
-    "every": click.option(
-        "--metrics-every", metavar="NIMG", type=NIMG, help="Interval, each time with a snapshot  [default: --snapshot]"
-    ),
-    "num": click.option(
-        "--metrics-num", metavar="NIMG", type=NIMG, help="Images that each network generates  [default: 5000]"
-    ),
-    "ref": click.option("--metrics-ref", metavar="PATH|URL", help="Reference statistics to compare them with"),
-    "batch": click.option("--metrics-batch", metavar="INT", type=COUNT, help="At once per process  [default: 32]"),
-    "steps": click.option("--metrics-steps", metavar="INT", type=COUNT, help="Sampling steps  [default: 32]"),
-    "weights": lambda command: _weights_options(command),
-}
+@dataclass(frozen=True, kw_only=True)
+class Measuring:
+    """The values of `measuring_options`, `skip_existing_option` and `detector_options`."""
+
+    ref: str | None
+    metrics: str
+    num: int
+    seed: int
+    repeat: int
+    json_path: Path | None
+    skip_existing: bool
+    device: str | None
+    weights: dict[str, str]  # by detector
+
+    @classmethod
+    def take(cls, options: dict[str, Any]) -> Self:
+        """Take the fields out of a command's `options`."""
+        weights = _take_weights(options)
+        return cls(
+            **{field.name: options.pop(field.name) for field in fields(cls) if field.name != "weights"}, weights=weights
+        )
 
 
 def measuring_options(command: F) -> F:
@@ -71,48 +92,30 @@ def measuring_options(command: F) -> F:
 
 
 def detector_options(command: F) -> F:
-    """Add --inception-weights and its like, and --device; `given_weights` takes the former apart."""
+    """Add the options of weights, which `given_weights` collects, and --device."""
     device_help = "cpu, cuda, cuda:N or mps [default: the best one here]"
-    return _weights_options(click.option("--device", metavar="NAME", help=device_help)(command))
-
-
-def training_metrics_options(command: F) -> F:
-    """Add what a training run measures: --metrics, --metrics-every and so on, which `given_metrics` collects."""
-    for option in reversed(_WHILE_TRAINING.values()):
-        command = option(command)
-    return command
-
-
-def given_metrics(options: dict[str, Any]) -> dict[str, Any] | None:
-    """Take the options of `training_metrics_options` out of `options`: arguments for MetricsConfig, None = no metrics.
-
-    Raises ConfigError where there are others than --metrics without it.
-    """
-    weights = given_weights(options)
-    for name in _WEIGHTS:
-        del options[f"{name}_weights"]
-    given = {name: options.pop(f"metrics_{name}") for name in ("every", "num", "ref", "batch", "steps")}
-    given = {name: value for name, value in given.items() if value is not None}
-    names = options.pop("metrics")
-    if names is None:
-        idle = [f"--metrics-{name}" for name in given] + [f"--{name}-weights" for name in weights]
-        if idle:
-            raise ConfigError(f"{idle[0]} needs --metrics, e.g. --metrics=fd_efflite0")
-        return None
-    return {"names": tuple(name.strip() for name in names.split(",")), "weights": weights, **given}
-
-
-def _weights_options(command: F) -> F:
-    for name in reversed(_WEIGHTS):
-        command = click.option(f"--{name}-weights", metavar="PATH", help=_WEIGHTS[name])(command)
-    return command
+    return weights_options(click.option("--device", metavar="NAME", help=device_help)(command))
 
 
 def batch_option(default: int) -> Callable[[F], F]:
-    """--batch, with this default."""
+    """Return the option --batch with this default."""
     return click.option("--batch", type=COUNT, default=default, show_default=True, help="Images at once per process")
 
 
 def given_weights(options: Mapping[str, Any]) -> dict[str, str]:
-    """The weights options in use, by detector."""
+    """Return the paths of the weights options in use, by detector."""
     return {name: options[f"{name}_weights"] for name in _WEIGHTS if options[f"{name}_weights"] is not None}
+
+
+def _take_weights(options: dict[str, Any]) -> dict[str, str]:
+    weights = given_weights(options)
+    for name in _WEIGHTS:
+        del options[f"{name}_weights"]
+    return weights
+
+
+def weights_options(command: F) -> F:
+    """Add the option of weights for each detector to a command function."""
+    for name in reversed(_WEIGHTS):
+        command = click.option(f"--{name}-weights", metavar="PATH", help=_WEIGHTS[name])(command)
+    return command

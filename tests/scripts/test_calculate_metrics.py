@@ -22,15 +22,17 @@ from tests.helpers.paths import GOLDEN_DIR
 from tests.helpers.stand_in_detector import NUM_FEATURES, StandInDetector, images
 from tests.helpers.tiny import write_dataset
 from torch_utils.distributed import World
-from training.dataset.image_set import PictureBatch, PictureSet, choose_pictures
+from training.dataset.image_set import ImageSet, ImageSetBatch, choose_images
 from training.metrics import available as plan
+from training.metrics import evaluate
 from training.metrics.detectors import DETECTORS, DetectorOutput, EfficientNetLite0Detector
+from training.metrics.distances import frechet_distance
 from training.metrics.evaluate import StatsPass, evaluate_images
-from training.metrics.frechet import frechet_distance
 from training.metrics.reference import load_stats
 from training.presets import REPOSITORY_DIR
+from training.sampling import request as sampling
 from training.sampling.generation import generate_images
-from training.sampling.image_decoder import DecoderOptions
+from training.sampling.networks import DecoderOptions
 from training.sampling.request import resolve_sampling
 
 NET = GOLDEN_DIR / "snapshots" / "rgb-cond.pkl"  # 16x16 pixels
@@ -42,7 +44,7 @@ TRAINING = REPOSITORY_DIR / "data" / "fashion-mnist-32.zip"
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """Detectors of every name without weights."""
-    for module in (plan, script):
+    for module in (plan, evaluate):
         monkeypatch.setattr(module, "make_detector", lambda name, device, weights=None: StandInDetector(name))
     for cls in DETECTORS.values():
         monkeypatch.setattr(cls, "has_weights", lambda: True)
@@ -66,7 +68,7 @@ def fails(capsys: pytest.CaptureFixture[str], *args: Any) -> str:
     return error[0]
 
 
-def features_of(pictures: PictureSet, choice: np.ndarray | None = None) -> np.ndarray:
+def features_of(pictures: ImageSet, choice: np.ndarray | None = None) -> np.ndarray:
     choice = np.arange(len(pictures)) if choice is None else choice
     return StandInDetector()(torch.stack([pictures[int(i)] for i in choice])).double().numpy()
 
@@ -89,7 +91,7 @@ def reference(stand_in: None, tmp_path: Path, data: Path) -> Path:
 
 
 def test_ref_has_the_statistics_of_all_images(reference: Path, data: Path):
-    stats, features = load_stats(reference), features_of(PictureSet(data))
+    stats, features = load_stats(reference), features_of(ImageSet(data))
     assert stats["num_images"] == 60 and set(stats) == {"num_images", "fid", "sfid", "features"}
     np.testing.assert_allclose(stats["fid"]["mu"], features.mean(0), rtol=1e-12)
     np.testing.assert_allclose(stats["fid"]["sigma"], np.cov(features, rowvar=False), rtol=1e-9)
@@ -103,8 +105,8 @@ def test_calc_measures_disjoint_random_subsets_and_tells_what_repeats_it(referen
     out = tmp_path / "new" / "result.json"
     options = ["--num=20", "--repeat=3", "--seed=5", "--metrics=all", "--workers=0", "--batch=7", "--device=cpu"]
     printed = run("calc", f"--images={data}", f"--ref={reference}", f"--json={out}", *options)
-    record, pictures = json.loads(out.read_text()), PictureSet(data)
-    parts = [features_of(pictures, choice) for choice in choose_pictures(pictures, 20, seed=5, repeat=3)]
+    record, pictures = json.loads(out.read_text()), ImageSet(data)
+    parts = [features_of(pictures, choice) for choice in choose_images(pictures, 20, seed=5, repeat=3)]
     expected = [distance(part, features_of(pictures)) for part in parts]
     fid = record["results"]["fid"]
     assert fid["values"] == pytest.approx(expected, rel=1e-8)
@@ -125,7 +127,7 @@ def test_fewer_images_are_an_error_or_marked(
     reference: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     options = ["calc", f"--images={data}", f"--ref={reference}", "--metrics=fid", "--workers=0"]
-    assert "holds 60 pictures and 50000 are asked for" in fails(capsys, *options)
+    assert "holds 60 images and 50000 are asked for" in fails(capsys, *options)
     printed = run(*options, "--allow-fewer", f"--json={tmp_path / 'r.json'}")
     assert " 60* " in printed and "* fewer than the 50000" in printed
     record = json.loads((tmp_path / "r.json").read_text())
@@ -140,11 +142,11 @@ def test_skip_existing_knows_results_of_the_same_request(
     options += ["--num=20", "--repeat=2"]
     assert "--json=result.json" in fails(capsys, *options)
     options += [f"--json={out}"]
-    assert "there already" not in run(*options)
+    assert "exists already" not in run(*options)
     fid, content = json.loads(out.read_text())["results"]["fid"]["mean"], out.read_bytes()
     monkeypatch.setattr(script, "StatsPass", None)
     printed = run(*options)
-    assert f"{out} is there already" in printed and f"fid: {fid:.4f}" in printed
+    assert f"{out} exists already" in printed and f"fid: {fid:.4f}" in printed
     for change, message in (
         ("--seed=1", "other seed"),
         ("--num=10", "other num_images"),
@@ -153,7 +155,7 @@ def test_skip_existing_knows_results_of_the_same_request(
         assert message in fails(capsys, *options, change)
     assert out.read_bytes() == content
     out.write_text("[]")
-    assert "is no record of results" in fails(capsys, *options)
+    assert "is not a record of results" in fails(capsys, *options)
 
 
 def test_skip_existing_knows_statistics_of_as_many_images(
@@ -162,7 +164,7 @@ def test_skip_existing_knows_statistics_of_as_many_images(
     options = ["ref", f"--data={data}", f"--dest={reference}", "--metrics=fid,sfid,kid_inception", "--workers=0"]
     options += ["--skip-existing", "--features=40"]
     stamp = reference.stat().st_mtime_ns
-    assert f"{reference} is there already" in run(*options)
+    assert f"{reference} exists already" in run(*options)
     assert "holds other statistics (60 images, fid, sfid, features of 40)" in fails(capsys, *options, "--features=30")
     write_dataset(data, num=30, size=16)
     assert "than those of 30 images" in fails(capsys, *options)
@@ -198,7 +200,7 @@ def test_gen_decodes_as_asked_and_notes_it(reference: Path, tmp_path: Path, monk
         asked.append(kwargs["decoder"])
         return generate_images(*args, **kwargs)
 
-    monkeypatch.setattr(script, "generate_images", spy)
+    monkeypatch.setattr(sampling, "generate_images", spy)
     out = tmp_path / "r.json"
     options = [f"--net={NET}", f"--ref={reference}", "--metrics=fid", "--num=2", "--steps=1", "--device=cpu"]
     run("gen", *options, "--decoder-precision=bf16", "--decoder-tile=64", f"--json={out}")
@@ -230,18 +232,16 @@ def test_gen_takes_presets_and_the_options_of_generate_images():
     assert next(param.default for param in script.gen.params if param.name == "batch") == 32
 
 
-def test_gen_refuses_images_that_are_no_pictures(
-    reference: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-):
+def test_gen_refuses_latents(reference: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     latents = torch.zeros([2, 8, 4, 4], dtype=torch.uint8)
-    monkeypatch.setattr(script, "generate_images", lambda **_: _Generated([latents]))
+    monkeypatch.setattr(sampling, "generate_images", lambda *_, **__: _Generated([latents]))
     monkeypatch.setattr(plan, "make_detector", _real_check)
     error = fails(capsys, "gen", f"--net={NET}", f"--ref={reference}", "--metrics=fid", "--num=2", "--device=cpu")
     assert "these have 8: latents must be decoded" in error
 
 
 class _Generated(list[Any]):
-    net = gnet = encoder = conditioning = None
+    net = guides = encoder = conditioning = None
 
 
 def _real_check(name: str, device: Any, weights: Any = None) -> StandInDetector:
@@ -256,23 +256,23 @@ def _real_check(name: str, device: Any, weights: Any = None) -> StandInDetector:
 
 def test_metrics_are_listed():
     lines = run("--list-metrics").splitlines()
-    assert lines[0] == "fid                   Fréchet distance of Inception-v3 features"
-    assert any(line.startswith("recall5_efflite0 ") for line in lines)
+    assert lines[0] == "fid                        Fréchet distance of Inception-v3 features"
+    assert len(lines) < 12 and any(line.startswith("recall{3,5}_{detector} ") for line in lines)
 
 
 @pytest.mark.parametrize(
     "args, message",
     [
-        (["--metrics=fidd"], "'fidd' is no metric"),
+        (["--metrics=fidd"], "unknown metric 'fidd'"),
         (["--metrics=fd_dinov2"], "none of the metrics can be computed: fd_dinov2: the reference lacks it"),
         (["--ref=missing.pkl"], "'missing.pkl' does not exist"),
         (["--ref=damaged.pkl"], "damaged.pkl"),
         (["--images=nowhere"], "nowhere does not exist"),
         (["--images=latents.zip"], "holds latents"),
-        (["--num=61"], "holds 60 pictures and 61 are asked for"),
-        (["--num=40", "--repeat=2"], "holds 60 pictures and 2 times 40 are asked for"),
+        (["--num=61"], "holds 60 images and 61 are asked for"),
+        (["--num=40", "--repeat=2"], "holds 60 images and 2 times 40 are asked for"),
         (["--num=1"], "two each are the least"),
-        (["--num=many"], "'many' is no image count"),
+        (["--num=many"], "'many' is not an image count"),
         (["--repeat=0"], "--repeat"),
         (["--batch=0"], "--batch"),
         (["--json=damaged.pkl/x.json"], "cannot be made"),
@@ -305,7 +305,10 @@ def test_bad_input_is_one_line_and_writes_nothing(
     "args, message",
     [
         (["--dest=a.npz"], "none of the suffixes"),
-        (["--dest=a.pkl", "--features=5"], "--features=5 needs a --dest that ends in .safetensors"),
+        (
+            ["--dest=a.pkl", "--features=5"],
+            "a.pkl cannot hold features; --features needs a --dest",
+        ),
         (["--metrics=is"], "none of the metrics can be computed: is: it needs no reference"),
         (["--metrics=kid_inception"], "kid_inception: it needs --features=N"),
         (["--data=nowhere"], "nowhere does not exist"),
@@ -346,11 +349,11 @@ def test_the_published_functions(stand_in: None, tmp_path: Path, capsys: pytest.
 def test_statistics_of_files(stand_in: None, data: Path):
     work = script.calculate_stats_for_files(data, num_images=25, seed=2, metrics=["fid"], num_workers=0, device="cpu")
     stats = [step.stats for step in work][-1]
-    pictures = PictureSet(data)
-    features = features_of(pictures, choose_pictures(pictures, 25, seed=2)[0])
+    pictures = ImageSet(data)
+    features = features_of(pictures, choose_images(pictures, 25, seed=2)[0])
     assert stats["num_images"] == 25
     np.testing.assert_allclose(stats["fid"]["sigma"], np.cov(features, rowvar=False), rtol=1e-9)
-    with pytest.raises(ConfigError, match="holds 60 pictures and 61"):
+    with pytest.raises(ConfigError, match="holds 60 images and 61"):
         script.calculate_stats_for_files(data, num_images=61)
 
 
@@ -358,7 +361,9 @@ def launch(*args: Any, ranks: int = 1) -> None:
     launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     command = [sys.executable, *launcher, REPOSITORY_DIR / "calculate_metrics.py", *args, "--device=cpu"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=environment)
+    result = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, env=environment, timeout=120
+    )
     assert result.returncode == 0, result.stderr
 
 
@@ -366,7 +371,7 @@ def launch(*args: Any, ranks: int = 1) -> None:
 def test_real_features_agree_over_processes_and_batch_sizes(tmp_path: Path):
     folder = tmp_path / "some"
     folder.mkdir()
-    pictures = PictureSet(HELD_OUT)
+    pictures = ImageSet(HELD_OUT)
     for i in range(0, 400, 15):
         PIL.Image.fromarray(pictures[i][0].numpy()).save(folder / f"{i}.png")
     common = ["ref", f"--data={folder}", "--metrics=fd_efflite0", "--features=27"]
@@ -382,16 +387,16 @@ def test_real_features_agree_over_processes_and_batch_sizes(tmp_path: Path):
 @pytest.mark.slow
 def test_held_out_images_score_far_better_than_samples_and_samples_than_noise(tmp_path: Path):
     num = 150
-    real, detectors = PictureSet(TRAINING), {"efflite0": EfficientNetLite0Detector().to("cpu")}
+    real, detectors = ImageSet(TRAINING), {"efflite0": EfficientNetLite0Detector().to("cpu")}
     names = ["fd_efflite0", "kid_efflite0"]
-    choice = choose_pictures(real, 600, seed=0)[0]
+    choice = choose_images(real, 600, seed=0)[0]
 
-    def batches(pictures: PictureSet, choice: np.ndarray) -> list[torch.Tensor]:
+    def batches(pictures: ImageSet, choice: np.ndarray) -> list[torch.Tensor]:
         return [torch.stack([pictures[int(i)] for i in choice])]
 
     everything = np.arange(len(choice))
     work = StatsPass(
-        [PictureBatch(images=batches(real, choice)[0], indices=everything)],
+        [ImageSetBatch(images=batches(real, choice)[0], indices=everything)],
         metrics=names[:1],
         detectors=detectors,
         world=World(),
@@ -403,13 +408,12 @@ def test_held_out_images_score_far_better_than_samples_and_samples_than_noise(tm
         found = evaluate_images(sets, metrics=names, detectors=detectors, reference=reference, world=World())
         return {name: score.value for name, score in found.items()}
 
-    held_out = PictureSet(HELD_OUT)
+    held_out = ImageSet(HELD_OUT)
     request = resolve_sampling(preset="demo", num_steps=10, solver="dpmpp2m")
-    samples = generate_images(
-        request.net, request.gnets, seeds=range(num), max_batch_size=50, device="cpu", **request.sampler_kwargs()
-    )
+    networks: dict[str, Any] = {"net": request.net, "gnets": request.gnets}
+    samples = request.generate(**networks, seeds=range(num), max_batch_size=50, device="cpu")
     scores = {
-        "held out": score(batches(held_out, choose_pictures(held_out, num, seed=0)[0])),
+        "held out": score(batches(held_out, choose_images(held_out, num, seed=0)[0])),
         "samples": score(samples),
         "noise": score([images(num, channels=1, size=32)]),
     }

@@ -1,10 +1,10 @@
-"""Precision, recall, density and coverage: are generated images near real ones, and real ones near generated ones?
+"""Precision, recall, density and coverage of generated images, by nearest neighbors in feature space.
 
 Sources: Kynkäänniemi et al., arXiv 1904.06991 (precision, recall; k = 3); Naeem et al., arXiv 2002.09797 (density,
-coverage; k = 5). The manifold of a set is the union of the balls around its points that reach to the k-th nearest
-other point of the set, the surface included.
+coverage; k = 5). The manifold of a set is the union of closed balls around its points, each with the distance to the
+k-th nearest other point of the set as its radius.
 
-Shape legend: R real and G generated images, F features, K neighbourhood sizes.
+Shape legend: R real and G generated images, F features, K neighborhood sizes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,7 +22,7 @@ _TILE = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class Manifold:
-    """The four figures for one k."""
+    """The four metrics for one k."""
 
     precision: float  # share of generated images inside the real manifold
     recall: float  # share of real images inside the generated manifold
@@ -33,30 +33,30 @@ class Manifold:
 def manifold(
     real: np.ndarray, generated: np.ndarray, ks: Sequence[int], *, device: torch.device | None = None, tile: int = _TILE
 ) -> dict[int, Manifold]:
-    """The figures for each k, between features real [R, F] and generated [G, F], more than max(ks) of each.
+    """Compute the metrics for each k of features real [R, F] and generated [G, F], with more than max(ks) rows each.
 
-    Besides the features, memory is bounded as said at `_TILE`. Distances are float64.
+    Distances are float64. Memory besides the features is bounded (see `_TILE`).
     """
-    place = accumulation_device(device or torch.device("cpu"))
-    center = torch.from_numpy(real.mean(0, dtype=np.float64)).to(place)
-    sets = [_Points(torch.from_numpy(part).to(place), center) for part in (real, generated)]
-    return _figures(sets[0], sets[1], list(ks), tile)
+    device = accumulation_device(device or torch.device("cpu"))
+    center = torch.from_numpy(real.mean(0, dtype=np.float64)).to(device)
+    points = [_Points(torch.from_numpy(part).to(device), center) for part in (real, generated)]
+    return _manifolds(points[0], points[1], list(ks), tile)
 
 
 @dataclass(frozen=True)
 class _Points:
     features: torch.Tensor  # [N, F], as given
-    center: torch.Tensor  # float64 [F]; distances cancel less when points are taken relative to it
+    center: torch.Tensor  # float64 [F]; relative to it, squared norms are small and distances cancel less
 
     def __len__(self) -> int:
         return len(self.features)
 
     def strip(self, rows: slice) -> torch.Tensor:
-        """Some of the points in float64."""
+        """Return some of the points in float64."""
         return self.features[rows].to(torch.float64) - self.center
 
 
-def _figures(real: _Points, generated: _Points, ks: list[int], tile: int) -> dict[int, Manifold]:
+def _manifolds(real: _Points, generated: _Points, ks: list[int], tile: int) -> dict[int, Manifold]:
     radii_real, radii_generated = _radii(real, ks, tile), _radii(generated, ks, tile)  # [K, R], [K, G]
     num_ks = len(ks)
     precise = torch.zeros(num_ks, len(generated), dtype=torch.bool, device=real.center.device)
@@ -82,7 +82,7 @@ def _figures(real: _Points, generated: _Points, ks: list[int], tile: int) -> dic
 
 
 def _radii(points: _Points, ks: list[int], tile: int) -> torch.Tensor:
-    """Squared distance of each point to its k-th nearest other point, for each k: float64 [K, R]."""
+    """Return each point's squared distance to its k-th nearest other point, for each k: float64 [K, R]."""
     most = max(ks)
     nearest = torch.full([len(points), most], float("inf"), dtype=torch.float64, device=points.center.device)
     for rows, columns, squared in _tiles(points, points, tile):
@@ -90,12 +90,12 @@ def _radii(points: _Points, ks: list[int], tile: int) -> torch.Tensor:
             squared.fill_diagonal_(float("inf"))
         found = squared.topk(min(most, squared.shape[1]), largest=False).values
         nearest[rows] = torch.cat([nearest[rows], found], dim=1).topk(most, largest=False).values
-    # With room for rounding, so that copies of a point's neighbours are on the surface of its ball, hence inside.
+    # Room for rounding: copies of a point's k-th neighbor lie on the surface of its ball, which belongs to it.
     return nearest[:, [k - 1 for k in ks]].T.contiguous() * (1 + 1e-9)
 
 
 def _tiles(a: _Points, b: _Points, tile: int) -> Iterator[tuple[slice, slice, torch.Tensor]]:
-    """The squared distances between a and b in tiles, each with its rows and columns."""
+    """Yield the squared distances between a and b in tiles, each with its rows and columns."""
     for i in range(0, len(a), tile):
         rows = slice(i, min(i + tile, len(a)))
         first = a.strip(rows)
@@ -105,6 +105,6 @@ def _tiles(a: _Points, b: _Points, tile: int) -> Iterator[tuple[slice, slice, to
             second = b.strip(columns)
             norms = first_norms + second.square().sum(1)
             squared = torch.addmm(norms, first, second.T, alpha=-2)
-            # Copies are at distance 0, and not at what rounding leaves of the norms.
+            # Copies are at distance 0: rounding of the norms must not leave a remainder.
             squared.masked_fill_(squared < norms.mul_(1e-12), 0)
             yield rows, columns, squared

@@ -1,11 +1,10 @@
-"""Statistics of image sets as files: the published .pkl and .npz, and .safetensors as ours.
+"""Statistics of image sets as files: the published .pkl and .npz, and our .safetensors (docs/metrics.md).
 
-Statistics are a dictionary, with the published keys where those exist:
-    num_images: int, absent where a file does not say
+Statistics are a dictionary, with the published keys if they exist:
+    num_images: int, absent if the file does not record it
     fid, fd_dinov2, fd_efflite0, sfid: {"mu": float64 [F], "sigma": float64 [F, F]}
-    features: {detector: float32 [M, F]}, of some or all images; absent where none are kept
-    logits: {detector: float32 [M, K]}, which is not written to files
-docs/metrics.md describes the files.
+    features: {detector: float32 [M, F]}, of some or all images; absent if none are kept
+    logits: {detector: float32 [M, K]}, not written to files
 """
 
 import json
@@ -23,7 +22,7 @@ from safetensors.numpy import save_file
 from dnnlib.atomic import atomic_path
 from dnnlib.download import open_url
 from dnnlib.errors import ConfigError, reason_of
-from torch_utils.pickles.safe_pickle import read_pickle
+from torch_utils.pickles.safe_pickle import file_format, read_pickle
 from training.metrics.metric_table import DETECTORS, METRICS, moments_entry
 
 Stats = dict[str, Any]
@@ -37,19 +36,19 @@ _MAX_NPZ_BYTES = 1 << 30  # Inception's statistics take 34 MB
 _MOMENTS = tuple(name for name, metric in METRICS.items() if metric.kind == "frechet")
 
 
-def load_stats(path: str | os.PathLike[str]) -> Stats:
-    """The statistics in the file or at the http(s) URL `path`. The first bytes tell the format, not the name.
+def load_stats(path: str | os.PathLike[str], verbose: bool = True) -> Stats:
+    """Read the statistics in the file or at the http(s) URL `path`. The first bytes tell the format, not the name.
 
-    Nothing in the file is executed. Raises ConfigError for a file that is missing, damaged or holds no statistics.
+    Nothing in the file is executed. `verbose` is accepted and prints nothing. Raises ConfigError for a file that is
+    missing, damaged or does not hold statistics.
     """
     name = str(path)
     local = Path(open_url(name, return_filename=True))
     try:
-        with open(local, "rb") as file:
-            head = file.read(10)
-        if head[:2] == b"PK":
+        kind = file_format(local)
+        if kind == "zip":
             stats = _read_npz(local)
-        elif head[8:9] == b"{":
+        elif kind == "safetensors":
             stats = _read_safetensors(local)
         else:
             stats = read_pickle(local, name)
@@ -61,11 +60,14 @@ def load_stats(path: str | os.PathLike[str]) -> Stats:
     try:
         return _checked(stats)
     except ConfigError as error:
-        raise ConfigError(f"{name} is no reference file, or a damaged one: {error}") from None
+        raise ConfigError(f"{name} is damaged or not a reference file: {error}") from None
 
 
-def save_stats(stats: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Write `stats` to `path`, whole or not at all: .pkl in the published layout, without features, or .safetensors."""
+def save_stats(stats: Mapping[str, Any], path: str | os.PathLike[str], verbose: bool = True) -> None:
+    """Write `stats` to `path`, whole or not at all: .pkl in the published layout, without features, or .safetensors.
+
+    `verbose` is accepted and prints nothing.
+    """
     path = Path(path)
     require_suffix(path)
     moments = {
@@ -83,16 +85,18 @@ def save_stats(stats: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
         raise ConfigError(f"{path} cannot be written: {reason_of(error)}") from None
 
 
-def require_suffix(path: Path) -> None:
-    """Raise ConfigError unless `save_stats` can write a file of this name."""
+def require_suffix(path: Path, *, keep_features: bool = False) -> None:
+    """Raise ConfigError unless `save_stats` can write a file of this name, with features if `keep_features`."""
     if path.suffix not in SUFFIXES:
         raise ConfigError(f"{path} has none of the suffixes {' and '.join(SUFFIXES)} of reference files")
+    if keep_features and path.suffix == ".pkl":
+        raise ConfigError(f"{path} cannot hold features; --features needs a --dest that ends in .safetensors")
 
 
 def require_statistics(path: Path, metrics: Sequence[str], *, num_images: int, num_features: int | None) -> None:
-    """Raise ConfigError unless the file holds what `metrics` need, of so many images, and features of that many.
+    """Raise ConfigError unless the file holds statistics of `num_images` images for `metrics`, and `num_features`.
 
-    Which images these were, no file says.
+    Files do not record which images these were.
     """
     stats = load_stats(path)
     needed = {moments_entry(METRICS[name]) for name in metrics if METRICS[name].kind == "frechet"}
@@ -101,15 +105,15 @@ def require_statistics(path: Path, metrics: Sequence[str], *, num_images: int, n
     if stats.get("num_images") != num_images or lacks or rows - {min(num_features or 0, num_images)}:
         found = f"{stats.get('num_images')} images, {', '.join(sorted(stats.keys() - {'num_images', 'features'}))}"
         raise ConfigError(
-            f"{path} is there, and holds other statistics ({found}, features of {max(rows, default=0)}) than those of"
+            f"{path} exists and holds other statistics ({found}, features of {max(rows, default=0)}) than those of"
             f" {num_images} images; name another file, or delete it"
         )
     if num_features and not rows:
-        raise ConfigError(f"{path} is there, and has no features; name another file, or delete it")
+        raise ConfigError(f"{path} exists and has no features; name another file, or delete it")
 
 
 def _read_npz(path: Path) -> Stats:
-    """Older published files hold the mean and covariance of Inception's features, and nothing else."""
+    """Read an older published file: mean and covariance of Inception's features, nothing else."""
     try:
         with zipfile.ZipFile(path) as archive:
             if sum(entry.file_size for entry in archive.infolist()) > _MAX_NPZ_BYTES:
@@ -122,7 +126,7 @@ def _read_npz(path: Path) -> Stats:
         raise ConfigError("an .npz reference holds the arrays mu and sigma; this one lacks them") from None
     except OSError:
         raise
-    except Exception as error:  # zipfile, zlib and NumPy raise half a dozen kinds
+    except Exception as error:  # zipfile, zlib and NumPy raise many kinds
         raise ConfigError(f"the file is damaged or cut short ({type(error).__name__})") from None
 
 
@@ -142,7 +146,7 @@ def _read_safetensors(path: Path) -> Stats:
     try:
         count = json.loads(metadata.get("num_images", "null"))
     except (ValueError, RecursionError):
-        raise ConfigError("its header entry num_images is no JSON") from None
+        raise ConfigError("its header entry num_images is not JSON") from None
     return stats if count is None else stats | {"num_images": count}
 
 
@@ -154,7 +158,7 @@ def _write_safetensors(path: Path, count: dict[str, int], moments: dict[str, Any
 
 
 def _checked(stats: Any) -> Stats:
-    """The known entries of `stats`, with the types above. Raises ConfigError for wrong ones, and if there is none."""
+    """Return the known entries of `stats`, with the types above. Raises ConfigError for wrong ones or none."""
     if not isinstance(stats, dict):
         raise ConfigError(f"it holds a {type(stats).__name__}")
     found: Stats = {}
@@ -182,15 +186,15 @@ def _checked_moments(name: str, entry: Any) -> dict[str, np.ndarray]:
         raise ConfigError(f"its entry {name} lacks mu or sigma")
     mu, sigma = _array(f"{name}.mu", entry["mu"], 1), _array(f"{name}.sigma", entry["sigma"], 2)
     if sigma.shape != (len(mu), len(mu)):
-        raise ConfigError(f"{name}.sigma is {list(sigma.shape)} beside a mu of {len(mu)}")
+        raise ConfigError(f"{name}.sigma has shape {list(sigma.shape)} with a mu of {len(mu)}")
     if np.abs(sigma - sigma.T).max() > 1e-3 * np.abs(sigma).max() or sigma.diagonal().min() < 0:
-        raise ConfigError(f"{name}.sigma is no covariance: it is not symmetric, or has a negative variance")
+        raise ConfigError(f"{name}.sigma is not a covariance: it is not symmetric, or has a negative variance")
     return {"mu": mu.astype(np.float64), "sigma": sigma.astype(np.float64)}
 
 
 def _array(name: str, value: Any, num_dims: int) -> np.ndarray:
     if not isinstance(value, np.ndarray) or value.ndim != num_dims or value.dtype.kind != "f" or value.size == 0:
-        raise ConfigError(f"{name} is no array of numbers with {num_dims} dimension{'s' if num_dims > 1 else ''}")
+        raise ConfigError(f"{name} is not an array of numbers with {num_dims} dimension{'s' if num_dims > 1 else ''}")
     if not np.isfinite(value).all():
         raise ConfigError(f"{name} holds values that are not finite")
     return value

@@ -1,4 +1,4 @@
-"""Results for people and for programs: repeated values summed up, a table, and a record with what repeats them."""
+"""Results: a summary of repeated values, a table, and a JSON record with everything needed to repeat them."""
 
 import hashlib
 import importlib.metadata
@@ -6,7 +6,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,11 +20,13 @@ from dnnlib.atomic import write_text
 from dnnlib.download import is_url, open_url
 from dnnlib.errors import ConfigError, reason_of
 from torch_utils.distributed import World
+from torch_utils.processes.together import on_main
 from training.metrics.available import Plan
 from training.metrics.detectors import Detector
-from training.metrics.detectors.weights import file_sha256
-from training.metrics.metric_table import METRICS
-from training.metrics.scores import Score
+from training.metrics.detectors.common import file_sha256
+from training.metrics.distances import Score
+from training.metrics.metric_table import METRICS, compact_names
+from training.sampling.request import SamplingRequest
 
 FORMAT = "edm2-metrics-result"
 VERSION = 1
@@ -42,7 +44,7 @@ class Summary:
 
 
 def summarize(runs: Sequence[Mapping[str, Score]]) -> dict[str, Summary]:
-    """The scores of all runs, by metric."""
+    """Summarize the scores of all runs, by metric."""
     summaries = {}
     for name in runs[0]:
         values = [run[name].value for run in runs]
@@ -57,7 +59,7 @@ def summarize(runs: Sequence[Mapping[str, Score]]) -> dict[str, Summary]:
 
 
 def table(summaries: Mapping[str, Summary], *, num_images: int, wanted: int) -> list[str]:
-    """The lines of a table: a metric per line, then what to know about the number of images."""
+    """Return the lines of a table with a metric per line; a note follows if there are fewer images than `wanted`."""
     rows = [["metric", "images", "value", *(["minimum", "mean ± std"] if _repeated(summaries) else [])]]
     for name, summary in summaries.items():
         values = [
@@ -72,47 +74,63 @@ def table(summaries: Mapping[str, Summary], *, num_images: int, wanted: int) -> 
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     if num_images < wanted:
         lines.append(
-            f"* fewer than the {wanted} that were asked for: not comparable to results for {wanted} images; the Fréchet"
+            f"* fewer than the {wanted} that were asked for: not comparable to results for {wanted} images; Fréchet"
             " distances are too high"
         )
     return lines
 
 
 def notes(skipped: Mapping[str, str], detectors: Mapping[str, Detector]) -> list[str]:
-    """Lines about metrics that were left out, by reason, and about weights that are not the published ones."""
+    """Return lines on skipped metrics, by reason, and on weights that are not the published ones."""
     by_reason: dict[str, list[str]] = {}
     for name, reason in skipped.items():
         by_reason.setdefault(reason, []).append(name)
-    lines = [f"Skipped {', '.join(names)}: {reason}" for reason, names in by_reason.items()]
+    lines = [f"Skipped {', '.join(compact_names(names))}: {reason}" for reason, names in by_reason.items()]
     for name, detector in detectors.items():
         if not detector.published:
-            lines.append(f"{detector.weights_path} is not the published weights file of {name}: no published numbers")
+            path = detector.weights_path
+            lines.append(f"{path} is not the published weights file of {name}: not comparable to published numbers")
     return lines
 
 
-def result_record(
-    summaries: Mapping[str, Summary], plan: Plan, *, world: World, num_images: int, wanted: int
-) -> dict[str, Any]:
-    """The results and what they were computed with, for a JSON file; images and reference are for the caller to add."""
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A measurement that was asked for. `facts` are entries of its record; making them may read large files."""
+
+    command: str
+    num_images: int
+    wanted: int  # number of images asked for
+    ref: str | None
+    facts: Callable[[], dict[str, Any]]
+
+    def origin(self) -> dict[str, Any]:
+        """Return the entries of the record that tell what was measured."""
+        reference = None if self.ref is None else described_file(self.ref)
+        return {"command": self.command, "reference": reference, **self.facts()}
+
+
+def result_record(summaries: Mapping[str, Summary], plan: Plan, *, world: World, request: Request) -> dict[str, Any]:
+    """Return the results and everything needed to repeat them, for a JSON file."""
     return {
         "format": FORMAT,
         "format_version": VERSION,
         "results": {name: _entry(name, summary) for name, summary in summaries.items()},
         "skipped": plan.skipped,
-        "num_images": num_images,
-        "num_images_wanted": wanted,
-        "fewer_images_than_wanted": num_images < wanted,
+        "num_images": request.num_images,
+        "num_images_wanted": request.wanted,
+        "fewer_images_than_wanted": request.num_images < request.wanted,
         "detectors": described_detectors(plan),
         "device": str(world.device),
         "device_name": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else platform.machine(),
         "processes": world.size,
         "versions": versions(),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        **request.origin(),
     }
 
 
 def described_detectors(plan: Plan) -> dict[str, Any]:
-    """The weights of the networks that measure."""
+    """Return files and digests of the detectors' weights."""
     return {
         name: {**described_file(detector.weights_path), "published_weights": detector.published}
         for name, detector in plan.detectors.items()
@@ -128,9 +146,9 @@ def write_json(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_results(path: Path, request: Mapping[str, Any]) -> dict[str, float] | None:
-    """The mean of each metric in the record at `path`; None where there is no such file.
+    """Return the mean of each metric in the record at `path`; None if the file does not exist.
 
-    Raises ConfigError where it is no record, or one of another `request`: entries of a record, as for `write_json`.
+    Raises ConfigError if it is not a record, or one of another `request` (entries of a record, as for `write_json`).
     """
     if not path.exists():
         return None
@@ -140,7 +158,7 @@ def read_results(path: Path, request: Mapping[str, Any]) -> dict[str, float] | N
             raise ValueError
         results = {name: fmean(map(float, entry["values"])) for name, entry in record["results"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError):
-        raise ConfigError(f"{path} is there, and is no record of results; name another file") from None
+        raise ConfigError(f"{path} exists and is not a record of results; name another file") from None
     wanted = json.loads(json.dumps(for_json(request)))
     changed = sorted(key for key in wanted if record.get(key) != wanted[key])
     if changed:
@@ -150,15 +168,42 @@ def read_results(path: Path, request: Mapping[str, Any]) -> dict[str, float] | N
     return results
 
 
+def existing_results(world: World, path: Path, request: Request, plan: Plan) -> dict[str, float] | None:
+    """Return in every process the means in the record at `path`; None if it does not exist. Raises ConfigError."""
+
+    def read() -> dict[str, float] | None:
+        counts = {"num_images": request.num_images, "num_images_wanted": request.wanted}
+        results = read_results(path, {**counts, **request.origin(), "detectors": described_detectors(plan)})
+        if results is not None and set(results) != set(plan.metrics):
+            raise ConfigError(
+                f"{path} holds {', '.join(results)}, not {', '.join(plan.metrics)}; name another file, or delete it"
+            )
+        return results
+
+    return on_main(world, read)
+
+
 def described_file(source: str | os.PathLike[str]) -> dict[str, Any]:
-    """Name and SHA-256 digest of a file, of the local copy where `source` is a URL; of a folder, see folder_sha256."""
-    place = Path(open_url(str(source), return_filename=True)) if is_url(source) else Path(source)
-    digest = folder_sha256(place) if place.is_dir() else file_sha256(place) if place.is_file() else None
+    """Return name and SHA-256 digest of a file, a URL (of its local copy) or a folder (`folder_sha256`)."""
+    path = Path(open_url(str(source), return_filename=True)) if is_url(source) else Path(source)
+    digest = folder_sha256(path) if path.is_dir() else file_sha256(path) if path.is_file() else None
     return {"path": str(source), "sha256": digest}
 
 
+def described_sampling(request: SamplingRequest) -> dict[str, Any]:
+    """Return files and settings of the sampling behind generated images."""
+    return {
+        "net": described_file(request.net),
+        "gnets": [described_file(guide) for guide in request.gnets],
+        **{name: described_file(path) for name, path in request.condition_files().items()},
+        "sampler": request.sampler.keywords(),
+        **request.prepare().settings,
+        **request.decoder.settings,
+    }
+
+
 def folder_sha256(folder: Path) -> str:
-    """A digest of a folder's contents: SHA-256 of the lines `{digest of the file}  {name}` in the order of names.
+    """SHA-256 of the lines `{digest of the file}  {name}` of a folder's files, sorted by name.
 
     With GNU tools: find . -type f -printf '%P\\n' | LC_ALL=C sort | xargs -d '\\n' sha256sum | sha256sum
     """
@@ -166,14 +211,11 @@ def folder_sha256(folder: Path) -> str:
         (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()), key=str.encode
     )
     lines = (f"{file_sha256(folder / name)}  {name}\n" for name in names)
-    total = hashlib.sha256()
-    for line in lines:
-        total.update(line.encode())
-    return total.hexdigest()
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of what the numbers may depend on."""
+    """Return the versions of software that the numbers may depend on."""
     found: dict[str, str | None] = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -188,7 +230,7 @@ def versions() -> dict[str, str | None]:
 
 
 def for_json(value: Any) -> Any:
-    """`value` with numbers that JSON lacks (inf, nan) as texts, and tuples as lists."""
+    """Return `value` with numbers that JSON lacks (inf, nan) as texts, and tuples as lists."""
     if isinstance(value, Mapping):
         return {str(key): for_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -213,5 +255,5 @@ def _repeated(summaries: Mapping[str, Summary]) -> bool:
 
 
 def _number(value: float) -> str:
-    """Four decimals, or three digits where these are zeros."""
+    """Four decimals, or three digits for values so small that these would be mostly zeros."""
     return f"{value:.4f}" if value == 0 or not math.isfinite(value) or abs(value) >= 0.01 else f"{value:.3g}"

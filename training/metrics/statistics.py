@@ -1,4 +1,4 @@
-"""What is gathered from a detector's outputs, batch by batch and over all processes: moments, and single rows.
+"""Statistics of a detector's outputs, gathered batch by batch and over all processes: moments, and single rows.
 
 Shape legend: N rows of this batch, F columns.
 """
@@ -10,25 +10,25 @@ from torch_utils.distributed import World
 
 
 def accumulation_device(device: torch.device) -> torch.device:
-    """Where float64 sums are kept: `device`, or the CPU where `device` has no float64."""
+    """Return the device of float64 sums: `device`, or the CPU for MPS, which lacks float64."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
 class Moments:
     """Mean and covariance of all rows seen, in float64.
 
-    Rows are taken relative to the mean of the first batch, so that a large common offset cancels nothing away, and each
-    batch is centred on its own mean before it is merged, by the formula of Chan, Golub and LeVeque (1979).
+    Rows are taken relative to the mean of the first batch, so that a large common offset causes no cancellation. Each
+    batch is centered on its own mean and merged by the formula of Chan, Golub and LeVeque (1979).
     """
 
     def __init__(self) -> None:
         self.count = 0
         self._shift: torch.Tensor | None = None  # [F]
         self._mean = torch.zeros(0)  # [F], relative to the shift
-        self._scatter = torch.zeros(0)  # [F, F], sum of outer products of centred rows
+        self._scatter = torch.zeros(0)  # [F, F], sum of outer products of centered rows
 
     def add(self, rows: torch.Tensor) -> None:
-        """Take in rows [N, F]."""
+        """Add rows [N, F]."""
         if len(rows) == 0:
             return
         rows = rows.to(accumulation_device(rows.device)).to(torch.float64)
@@ -40,13 +40,13 @@ class Moments:
         total = self.count + len(rows)
         mean = rows.mean(0)
         between = (mean - self._mean) * (self.count * len(rows) / total) ** 0.5
-        centred = torch.cat([rows - mean, between[None]])
-        self._scatter.addmm_(centred.T, centred)
+        centered = torch.cat([rows - mean, between[None]])
+        self._scatter.addmm_(centered.T, centered)
         self._mean += (mean - self._mean) * (len(rows) / total)
         self.count = total
 
     def merge(self, world: World) -> tuple[int, np.ndarray, np.ndarray]:
-        """Count, mean [F] and covariance [F, F] (divisor count - 1) over all processes, in each of them."""
+        """Return count, mean [F] and covariance [F, F] (divisor count - 1) over all processes, in each of them."""
         shares = world.all_gather_objects((self.count, None if self._shift is None else self._shift.cpu()))
         total = sum(count for count, _ in shares)
         shift = next((shift for _, shift in shares if shift is not None), torch.zeros(0, dtype=torch.float64))
@@ -62,7 +62,7 @@ class Moments:
 
 
 class Rows:
-    """Single rows with the position of each in the whole sequence, kept in memory as float32 on the CPU."""
+    """Single rows with their positions in the whole sequence, kept as float32 on the CPU."""
 
     def __init__(self) -> None:
         self._keys: list[np.ndarray] = []
@@ -75,7 +75,7 @@ class Rows:
             self._rows.append(rows.to("cpu", torch.float32).numpy())
 
     def merge(self, world: World) -> np.ndarray:
-        """The rows of all processes in the order of their positions, in each process: float32 [M, F]."""
+        """Return the rows of all processes sorted by position, in each process: float32 [M, F]."""
         own = (np.concatenate(self._keys), np.concatenate(self._rows)) if self._keys else None
         shares = [share for share in world.all_gather_objects(own) if share is not None]
         if not shares:

@@ -1,4 +1,4 @@
-"""The stored averages that a reconstruction is made of: found in a folder, and chosen."""
+"""EMA lengths as people write them, and the stored averages of a reconstruction: listed and chosen."""
 
 import json
 import math
@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from dnnlib.errors import ConfigError
+from dnnlib.errors import ConfigError, reason_of
+from training.phema import MAX_STD
 from training.snapshot import nimg_from_kimg, parse_name
 
 _NAME = re.compile(r"(?P<prefix>.*)-(?P<kimg>\d+)-(?P<std>\d+\.\d+)(?P<suffix>\.pkl|\.safetensors)")
+_SPACING = "0.010,0.015,...,0.250"  # example for errors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,40 +28,79 @@ class Input:
     std: float
 
 
+def require_std(std: float, what: str) -> None:
+    """Raise ConfigError unless `std`, called `what`, is shorter than the uniform average (Eq. 123)."""
+    if not 0 < std < MAX_STD:
+        raise ConfigError(f"{what} is not an EMA length: it must be above 0 and below {MAX_STD}")
+
+
+def parse_std_list(text: str | list[float]) -> list[float]:
+    """Parse relative EMA lengths; sorts them and drops duplicates. 'a,b,...,c' fills in an even spacing."""
+    if isinstance(text, list):
+        return text
+    parts = [part.strip() for part in text.split(",")]
+    stds: set[float] = set()
+    for index, part in enumerate(parts):
+        if part == "...":
+            if index < 2 or index + 1 == len(parts):
+                raise ConfigError(f"'...' in '{text}' needs two lengths before it and one after it: {_SPACING}")
+            first, second, last = (_parse_std(parts[i], text) for i in (index - 2, index - 1, index + 1))
+            step = second - first
+            if step <= 0 or last < second:
+                raise ConfigError(f"'{text}' does not rise; write e.g. {_SPACING}")
+            # Half a step of slack, so that rounding neither drops the last value nor adds one beyond it.
+            stds.update(second + step * j for j in range(1, int((last - second) / step + 0.5)))
+        else:
+            stds.add(_parse_std(part, text))
+    return sorted(stds)
+
+
+def _parse_std(part: str, text: str) -> float:
+    try:
+        std = float(part)
+    except ValueError:
+        std = math.nan
+    require_std(std, f"'{part}' in '{text}'")
+    return std
+
+
 def list_input_pickles(
     in_dir: str | os.PathLike[str], in_prefix: str | None = None, in_std: float | Iterable[float] | None = None
 ) -> list[Input]:
-    """The snapshots {prefix}-{kimg}-{std}.pkl or .safetensors in `in_dir`, sorted by (nimg, std).
+    """List the snapshots {prefix}-{kimg}-{std}.pkl or .safetensors in `in_dir`, sorted by (nimg, std).
 
-    `in_prefix` and `in_std` leave out those with another prefix or length. Of two formats of one snapshot, the
-    safetensors file counts; its header has the exact image count. Raises ConfigError where the folder cannot be read.
+    `in_prefix` and `in_std` select by prefix and length. If a snapshot has both formats, the .safetensors file is
+    taken: its header has the exact image count. Raises ConfigError if the folder cannot be read.
     """
     stds = None if in_std is None else [float(std) for std in np.atleast_1d(np.asarray(in_std, dtype=np.float64))]
     try:
         names = sorted(entry.name for entry in os.scandir(in_dir) if entry.is_file())
     except OSError as error:
-        raise ConfigError(f"cannot read the input folder {in_dir}: {error.strerror}") from None
+        raise ConfigError(f"cannot read the input folder {in_dir}: {reason_of(error)}") from None
     found: dict[str, Input] = {}
     for name in names:
         match = _NAME.fullmatch(name)
         if match is None or (in_prefix is not None and match["prefix"] != in_prefix):
             continue
         std = float(match["std"])
-        if stds is None or any(math.isclose(std, wanted, abs_tol=1e-6) for wanted in stds):
-            # The suffixes sort in the order in which the later one wins.
+        if stds is None or any(math.isclose(std, selected, abs_tol=1e-6) for selected in stds):
             path = os.path.join(in_dir, name)
             nimg = _recorded_nimg(path, int(match["kimg"]))
             nimg = nimg_from_kimg(int(match["kimg"])) if nimg is None else nimg
+            # .safetensors sorts after .pkl, so it replaces the pickle here.
             found[name.removesuffix(match["suffix"])] = Input(path=path, nimg=nimg, std=std)
     return sorted(found.values(), key=lambda file: (file.nimg, file.std, file.path))
 
 
 def choose_inputs(inputs: Iterable[Input], out_nimg: int | None) -> tuple[int, list[Input]]:
-    """The output time and the inputs up to it, sorted by time and length; times need to agree in thousands only."""
+    """Return the output time and the inputs up to it, sorted by time and length.
+
+    `out_nimg` selects an input time with the same thousands. Raises ConfigError.
+    """
     inputs = sorted((file for file in inputs if file.nimg > 0), key=lambda file: (file.nimg, file.std))
     if not inputs:
         raise ConfigError(
-            "no input snapshots to reconstruct from; they are named {prefix}-{kimg}-{std}.pkl, kimg above 0"
+            "no input snapshots to reconstruct from; their names are {prefix}-{kimg}-{std}.pkl, kimg above 0"
         )
     times = sorted({file.nimg for file in inputs})
     nimg = times[-1] if out_nimg is None else out_nimg
@@ -75,25 +116,24 @@ def choose_inputs(inputs: Iterable[Input], out_nimg: int | None) -> tuple[int, l
     inputs = [file for file in inputs if file.nimg <= nimg]
     taken: dict[Any, Input] = {}
     for file in inputs:
-        # A pickle's time is known to the thousand only, so that what the names say counts too.
+        # A pickle's time is known to the thousand only, so compare the names as well.
         for key in {(file.nimg, file.std), parse_name(file.path) or (file.nimg, file.std)}:
             if taken.setdefault(key, file) is not file:
                 raise ConfigError(
                     f"two inputs have the same time and EMA length: {os.path.basename(taken[key].path)} and"
                     f" {os.path.basename(file.path)}; choose one kind by its prefix"
                 )
-        if not 0 < file.std < 0.289:
-            raise ConfigError(f"{file.path}: {file.std} is no EMA length; it must lie above 0 and below 0.289")
+        require_std(file.std, f"{file.path}: {file.std}")
     return nimg, inputs
 
 
 def _recorded_nimg(path: str, kimg: int) -> int | None:
-    """The image count in the header of a .safetensors file, if its thousands are those of the name; else None."""
+    """Return the image count in the header of a .safetensors file if its thousands are those of the name."""
     if not path.endswith(".safetensors"):
         return None
     try:
         with safe_open(path, framework="pt") as file:
             nimg = json.loads((file.metadata() or {}).get("nimg", "null"))
     except (SafetensorError, OSError, ValueError, RecursionError):
-        return None  # what is wrong with the file is said when it is checked, if it takes part
+        return None  # if the file takes part, its check tells what is wrong
     return nimg if type(nimg) is int and nimg // 1000 == kimg else None

@@ -1,7 +1,7 @@
 """Networks with any EMA length, after training, from the snapshots of a run (arXiv 2312.02696, Section 3.2).
 
-A reconstruction is a weighted sum of the stored averages; `training.phema` has the weights, `training.posthoc.sums` the
-sums, `inputs` and `files` the stored averages.
+A reconstruction is a weighted sum of stored averages. `training.phema` computes the weights, `training.posthoc.sums`
+adds; `inputs` lists the stored averages and `stored_averages` reads them.
 """
 
 import math
@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from dnnlib.atomic import atomic_path
-from dnnlib.errors import ConfigError, reason_of
-from dnnlib.leftovers import remove_leftovers
+from dnnlib.atomic import remove_leftovers
+from dnnlib.disk import make_folder, require_folder
+from dnnlib.errors import ConfigError
 from training import phema
-from training.posthoc.inputs import Input, choose_inputs, list_input_pickles
+from training.posthoc.inputs import Input, choose_inputs, list_input_pickles, require_std
 from training.posthoc.stored_averages import InputFiles
 from training.posthoc.sums import NotFinite, WeightedSums
-from training.snapshot import Snapshot, pickle_file, read_header, safetensors_file
+from training.snapshot import Snapshot, read_header, save_snapshot
 
 __all__ = [
     "Input",
@@ -36,27 +36,27 @@ __all__ = [
 ]
 
 _FORMATS = {"pkl": (".pkl",), "safetensors": (".safetensors",), "both": (".pkl", ".safetensors")}
-_WRITERS = 2  # threads; most of the time goes into copying to, and waiting for, the disk
+_WRITERS = 2  # threads; most of the time is spent on copying to the disk and waiting for it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """A reconstructed network and how near its averaging profile comes to the wanted one."""
+    """A reconstructed network and how well its averaging profile fits the wanted one."""
 
     snapshot: Snapshot
     nimg: int
     std: float
-    paths: tuple[Path, ...]  # files written; none where no folder was given
+    paths: tuple[Path, ...]  # files written; empty without an output folder
     fit: float  # relative L2 error of the achieved response, see phema.posthoc_fit
-    gain: float  # how much the rounding errors of stored parameters grow: root of the sum of squared coefficients
+    gain: float  # amplification of the stored parameters' rounding errors: root of the sum of squared coefficients
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """As many steps as there are inputs make a pass: in pass 0 each is checked, from pass 1 on all are added up."""
+    """One input of one pass: pass 0 checks the inputs, each later pass adds them up to a batch of outputs."""
 
     pass_idx: int
-    outputs: tuple[Output, ...] = ()  # what the last step of a pass has completed
+    outputs: tuple[Output, ...] = ()  # with the last step of a pass
 
 
 def reconstruct_phema(
@@ -72,48 +72,68 @@ def reconstruct_phema(
 ) -> "Reconstruction":
     """Plan the networks of lengths `out_std` at `out_nimg` images (None = the newest input); iterating builds them.
 
-    `in_pkls` are what `list_input_pickles` returns, or anything with path, nimg and std. `max_batch_size` outputs are
-    built at a time; each such batch is one pass over the inputs. With `out_dir`, outputs are written there as
-    {out_prefix}-{kimg}-{std} in `out_format` (pkl, safetensors, both); `skip_existing` leaves alone what is there,
-    whole and made of the same snapshots, refuses what is not, and removes what a killed process left of these files.
-    Nothing else is read or written before the iteration, and nothing is added or written before all inputs were checked
-    against each other. Raises ConfigError for what cannot be done.
+    `in_pkls` are those of `list_input_pickles`, or any objects with path, nimg and std. `max_batch_size` outputs are
+    built at a time, in one pass over the inputs. With `out_dir`, they are written there as {out_prefix}-{kimg}-{std} in
+    `out_format` (pkl, safetensors, both). `skip_existing` keeps outputs that exist, are whole and were made of the same
+    snapshots; it refuses others, and removes temporary files of these names that a killed process left.
 
-    Memory: the outputs of a batch in float16, and about 20 MB beside. Inputs in .safetensors files are read where they
-    lie, block by block. Inputs in pickles take up to `read_bytes`, or two files if these are larger; if all of them
-    together are larger, each batch also needs its outputs in float32, and each pass reads the pickles anew.
+    Raises ConfigError. Until the iteration begins, nothing else is read or written; until all inputs have been checked
+    against each other, nothing is added or written.
+
+    Memory: the outputs of a batch in float16 and about 20 MB. Inputs in .safetensors files are read from the file block
+    by block. Inputs in pickles take up to `read_bytes`, or two files if these are larger. If all of them are larger
+    together, each batch also needs its outputs in float32, and each pass reads the pickles again.
     """
     inputs = [Input(path=str(file.path), nimg=int(file.nimg), std=float(file.std)) for file in in_pkls]
-    stds = sorted({float(std) for std in np.atleast_1d(np.asarray(out_std, dtype=np.float64))})
-    _check_stds(stds)
+    stds = _sorted_stds(out_std)
     if max_batch_size < 1:
-        raise ConfigError(f"a batch of {max_batch_size} outputs builds nothing; give 1 or more")
+        raise ConfigError(f"max_batch_size={max_batch_size} must be at least 1")
     if out_format not in _FORMATS:
-        raise ConfigError(f"'{out_format}' is no file format; choose from {', '.join(_FORMATS)}")
+        raise ConfigError(f"unknown file format '{out_format}'; choose from {', '.join(_FORMATS)}")
     nimg, inputs = choose_inputs(inputs, out_nimg)
-    plans = [_Plan(nimg=nimg, std=std, paths=()) for std in stds]
-    if out_dir is not None:
-        stems = [Path(out_dir) / f"{out_prefix}-{nimg // 1000:07d}-{std:.3f}" for std in stds]
+    if out_dir is None:
+        plans, skipped = [_Plan(nimg=nimg, std=std, paths=()) for std in stds], []
+    else:
+        require_folder(Path(out_dir))
+        stems = [Path(out_dir) / output_name(out_prefix, nimg, std) for std in stds]
         files = [tuple(stem.with_name(stem.name + suffix) for suffix in _FORMATS[out_format]) for stem in stems]
-        _check_files(files, inputs, Path(out_dir))
-        plans = [replace(plan, paths=paths) for plan, paths in zip(plans, files, strict=True)]
-    skipped = []
-    if skip_existing:
-        skipped = [path for plan in plans for path in plan.paths if _is_finished(path, plan, inputs)]
-        for path in (path for plan in plans for path in plan.paths):
-            remove_leftovers(path)
-        plans = [replace(plan, paths=tuple(p for p in plan.paths if p not in skipped)) for plan in plans]
-        plans = [plan for plan in plans if plan.paths or out_dir is None]
+        _check_files(files, inputs)
+        plans = [_Plan(nimg=nimg, std=std, paths=paths) for std, paths in zip(stds, files, strict=True)]
+        plans, skipped = _without_finished(plans, inputs) if skip_existing else (plans, [])
     return Reconstruction(inputs, nimg, plans, skipped, max_batch_size, read_bytes)
+
+
+def _sorted_stds(out_std: float | Iterable[float]) -> list[float]:
+    stds = sorted({float(std) for std in np.atleast_1d(np.asarray(out_std, dtype=np.float64))})
+    if not stds:
+        raise ConfigError("no EMA length to reconstruct; give at least one, e.g. 0.100")
+    for std in stds:
+        require_std(std, f"{std}")
+    return stds
+
+
+def _without_finished(plans: list["_Plan"], inputs: list[Input]) -> tuple[list["_Plan"], list[Path]]:
+    """Return what is left to build, and the files that are finished. Leftovers of killed processes are removed."""
+    finished = [path for plan in plans for path in plan.paths if _is_finished(path, plan, inputs)]
+    for plan in plans:
+        for path in plan.paths:
+            remove_leftovers(path)
+    left = [replace(plan, paths=tuple(path for path in plan.paths if path not in finished)) for plan in plans]
+    return [plan for plan in left if plan.paths], finished
+
+
+def output_name(prefix: str, nimg: int, std: float) -> str:
+    """Return the name of a snapshot's file, without its suffix."""
+    return f"{prefix}-{nimg // 1000:07d}-{std:.3f}"
 
 
 def reconstruct_networks(
     in_pkls: Iterable[Any], out_std: float | Iterable[float], out_nimg: int | None = None, max_batch_size: int = 8
 ) -> Iterator[tuple[float, Snapshot]]:
-    """The networks that `reconstruct_phema` would write, as (length, snapshot) in the order of their lengths.
+    """Return the networks that `reconstruct_phema` would write, as pairs (length, snapshot) sorted by length.
 
-    Nothing is written; `max_batch_size` networks are in memory at a time, all until the last of them is let go. Raises
-    ConfigError, at once for what the arguments show.
+    Nothing is written. `max_batch_size` networks are in memory at a time; they share it until the last is released.
+    Raises ConfigError: at once for wrong arguments, for wrong files during the iteration.
     """
     work = reconstruct_phema(in_pkls, out_std, out_nimg, max_batch_size=max_batch_size)
     return ((output.std, output.snapshot) for step in work for output in step.outputs)
@@ -129,7 +149,7 @@ class _Plan:
 class Reconstruction:
     """The work of `reconstruct_phema`: an iterable of `Step` with a length; every iteration does all of it.
 
-    `inputs` take part, `out_nimg` and `out_stds` will be built, `skipped` are the files that were there already.
+    `inputs` take part, `out_nimg` and `out_stds` will be built, `skipped` are existing outputs that are kept.
     """
 
     def __init__(
@@ -149,7 +169,7 @@ class Reconstruction:
         self._read_bytes = read_bytes
 
     def __len__(self) -> int:
-        """Number of steps: inputs times (one checking pass and a pass for each batch of outputs)."""
+        """Number of steps: inputs times passes, of which one checks and the others build a batch each."""
         return len(self.inputs) * (1 + len(self._batches)) if self._batches else 0
 
     def __iter__(self) -> Iterator[Step]:
@@ -164,22 +184,24 @@ class Reconstruction:
 
     def _run_pass(self, pass_idx: int, batch: list[_Plan], files: InputFiles) -> Iterator[Step]:
         profiles = ([file.nimg for file in self.inputs], [file.std for file in self.inputs])
-        wanted = ([plan.nimg for plan in batch], [plan.std for plan in batch])
-        weights = phema.solve_posthoc_coefficients(*profiles, *wanted)
-        fits = phema.posthoc_fit(*profiles, *wanted, weights)
+        targets = ([plan.nimg for plan in batch], [plan.std for plan in batch])
+        weights = phema.solve_posthoc_coefficients(*profiles, *targets)
+        fits = phema.posthoc_fit(*profiles, *targets, weights)
         sums = WeightedSums(files.shapes(), weights)
         with ThreadPoolExecutor(_WRITERS) as pool:
-            # Laid out while the sums are made, which leave Python the time for it.
+            # Build the modules while the sums are computed: those run outside Python most of the time.
             laid_out = pool.submit(lambda: [files.lay_out() for _ in batch])
             buffers = yield from self._add_up(pass_idx, batch, files, sums)
             names, nets = [os.path.basename(file.path) for file in self.inputs], laid_out.result()
 
-            def finish(place: int) -> Output:
-                plan, fit, gain = batch[place], float(fits[place]), float(np.linalg.norm(weights[:, place]))
+            def finish(index: int) -> Output:
+                plan, fit, gain = batch[index], float(fits[index]), float(np.linalg.norm(weights[:, index]))
                 info = {"posthoc_inputs": names, "posthoc_fit": fit}
-                tensors = sums.outputs[place] | buffers
-                snapshot = files.assemble(nets[place], tensors, nimg=plan.nimg, std=plan.std, info=info)
-                _write(snapshot, plan.paths)
+                tensors = sums.outputs[index] | buffers
+                snapshot = files.assemble(nets[index], tensors, nimg=plan.nimg, std=plan.std, info=info)
+                for path in plan.paths:
+                    make_folder(path.parent)
+                    save_snapshot(_as_published(snapshot) if path.suffix == ".pkl" else snapshot, path, as_is=True)
                 return Output(snapshot=snapshot, nimg=plan.nimg, std=plan.std, paths=plan.paths, fit=fit, gain=gain)
 
             outputs = tuple(pool.map(finish, range(len(batch))))
@@ -188,30 +210,39 @@ class Reconstruction:
     def _add_up(
         self, pass_idx: int, batch: list[_Plan], files: InputFiles, sums: WeightedSums
     ) -> Generator[Step, None, dict[str, torch.Tensor]]:
-        """Add all inputs, a step for each but the last; returns the buffers, which are those of the last input."""
+        """Add all inputs, with a step for each but the last; returns the buffers, those of the last input."""
         buffers: dict[str, torch.Tensor] = {}
         added, steps, last = 0, 0, len(self.inputs) - 1
         for group in files.groups():
-            if last in group.places:
-                buffers = files.read_buffers(group.readers[group.places.index(last)])
+            if last in group.indices:
+                buffers = files.read_buffers(group.readers[group.indices.index(last)])
             try:
-                for share in sums.add(group.places, group.readers, group.last):
-                    while steps < min(math.floor(added + share * len(group.places)), last):
+                for share in sums.add(group.indices, group.readers, group.last):
+                    while steps < min(math.floor(added + share * len(group.indices)), last):
                         steps += 1
                         yield Step(pass_idx=pass_idx)
             except NotFinite as error:
-                place, name = error.args
+                index, name = error.args
                 raise ConfigError(
-                    f"{name} is not finite in float16 for EMA length {batch[place].std:.3f}; an input is damaged, or"
+                    f"{name} is not finite in float16 for EMA length {batch[index].std:.3f}; an input is damaged, or"
                     " the inputs cannot give this length"
                 ) from None
-            added += len(group.places)
-            del group  # its tensors, before the next group comes
+            added += len(group.indices)
+            del group  # free its tensors before the next group is read
         return buffers
 
 
+def _as_published(snapshot: Snapshot) -> Snapshot:
+    """Return `snapshot` for a pickle, without provenance of our own: only with `info` of the inputs, if they have any.
+
+    Nothing to tell, not even image count and length, keeps the pickle's layout exactly as published.
+    """
+    info = {key: value for key, value in snapshot.info.items() if key not in ("posthoc_inputs", "posthoc_fit")}
+    return replace(snapshot, info=info) if info else replace(snapshot, info={}, nimg=None, ema_std=None)
+
+
 def _is_finished(path: Path, plan: _Plan, inputs: Sequence[Input]) -> bool:
-    """Whether `path` is there already, whole and, as far as it says, made as planned. Raises ConfigError if not so.
+    """Return whether `path` exists. Raises ConfigError if it is damaged or says that it was not made as planned.
 
     Pickles, in the published layout, do not say of which snapshots they were made.
     """
@@ -225,29 +256,14 @@ def _is_finished(path: Path, plan: _Plan, inputs: Sequence[Input]) -> bool:
     recorded = header.info.get("posthoc_inputs")
     names = [os.path.basename(file.path) for file in inputs]
     if recorded not in (None, names):
-        raise ConfigError(
-            f"{path} is there, and was made of other snapshots ({len(recorded)}, now {len(names)}); {hint}"
-        )
+        raise ConfigError(f"{path} exists and was made of other snapshots ({len(recorded)}, now {len(names)}); {hint}")
     if (header.nimg or plan.nimg) // 1000 != plan.nimg // 1000 or abs((header.ema_std or plan.std) - plan.std) > 0.0006:
-        raise ConfigError(f"{path} is there, and says that its EMA length is {header.ema_std} at {header.nimg}; {hint}")
+        raise ConfigError(f"{path} exists and records EMA length {header.ema_std} at {header.nimg} images; {hint}")
     return True
 
 
-def _check_stds(stds: Sequence[float]) -> None:
-    if not stds:
-        raise ConfigError("no EMA length to reconstruct; give at least one, e.g. 0.100")
-    for std in stds:
-        if not 0 < std < 0.289:
-            raise ConfigError(f"{std} is no EMA length; each must lie above 0 and below 0.289")
-
-
-def _check_files(files: Sequence[tuple[Path, ...]], inputs: Sequence[Input], out_dir: Path) -> None:
-    """Refuse a folder that cannot be made, two outputs in one file, and an output over an input."""
-    parent = out_dir.absolute()
-    while not parent.exists() and parent != parent.parent:
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ConfigError(f"the output folder {out_dir} cannot be made: {parent} is no folder that can be written to")
+def _check_files(files: Sequence[tuple[Path, ...]], inputs: Sequence[Input]) -> None:
+    """Refuse two outputs in one file, and an output in the place of an input."""
     for one, two in pairwise(files):
         if one == two:
             raise ConfigError(
@@ -257,28 +273,3 @@ def _check_files(files: Sequence[tuple[Path, ...]], inputs: Sequence[Input], out
     for path in (path for paths in files for path in paths):
         if os.path.realpath(path) in taken:
             raise ConfigError(f"the output {path} would replace an input; give another folder or prefix")
-
-
-def _write(snapshot: Snapshot, paths: Sequence[Path]) -> None:
-    """Write `snapshot`; as `save_snapshot` does, which would first make all parts anew: these are new.
-
-    Pickles tell what the inputs told, such as --label-dropout; where that is nothing, no more than published ones do.
-    """
-    parts: dict[str, Any] = {
-        "net": snapshot.net,
-        "encoder": snapshot.encoder,
-        "loss_fn": snapshot.loss_fn,
-        "dataset_kwargs": snapshot.dataset_kwargs,
-    }
-    more: dict[str, Any] = {"nimg": snapshot.nimg, "ema_std": snapshot.ema_std, "info": snapshot.info}
-    told = {name: value for name, value in snapshot.info.items() if name not in ("posthoc_inputs", "posthoc_fit")}
-    for path in paths:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_path(path) as temp:
-                if path.suffix == ".pkl":
-                    pickle_file.write(temp, **parts, provenance={**more, "info": told} if told else None)
-                else:
-                    safetensors_file.write(temp, **parts, **more)
-        except OSError as error:
-            raise ConfigError(f"cannot write {path}: {reason_of(error)}") from None

@@ -19,16 +19,16 @@ _STORED, _ACHIEVED = ("tab:blue", "tab:orange", "tab:green", "tab:red"), "tab:pu
 
 
 def check_plot_path(path: str | os.PathLike[str]) -> None:
-    """Raise ConfigError where `path` cannot become a figure."""
+    """Raise ConfigError if no figure can be written to `path`."""
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
         raise ConfigError(f"{path} has none of the suffixes {', '.join(SUFFIXES)} of figures")
     if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
-        raise ConfigError(f"cannot write {path}: {path.absolute().parent} is no folder that can be written to")
+        raise ConfigError(f"cannot write {path}: {path.absolute().parent} is not a writable folder")
 
 
 def responses(inputs: Sequence[Input], nimg: int, stds: Sequence[float], num: int = _POINTS) -> tuple[np.ndarray, ...]:
-    """Times [num] in images, and the responses, per image: stored [num, inputs], wanted and achieved [num, stds]."""
+    """Return times [num] in images, and responses per image: stored [num, inputs], wanted and achieved [num, stds]."""
     in_nimg, in_std = np.array([file.nimg for file in inputs]), np.array([file.std for file in inputs])
     weights = phema.solve_posthoc_coefficients(in_nimg, in_std, nimg, stds)
     images = nimg / (num - 1)  # a step
@@ -38,9 +38,9 @@ def responses(inputs: Sequence[Input], nimg: int, stds: Sequence[float], num: in
 
 
 def plot_responses(path: str | os.PathLike[str], inputs: Sequence[Input], nimg: int, stds: Sequence[float]) -> None:
-    """Draw how much each moment of the training counts: in the inputs, and in the networks of lengths `stds` at `nimg`.
+    """Draw how much each moment of training counts, in the inputs and in the networks of lengths `stds` at `nimg`.
 
-    The first panel has the stored averages as areas, a colour for each length; every other panel one output, the
+    The first panel has the stored averages as areas, with a color per length. Every other panel has one output: the
     wanted response dashed, the achieved one as an area. The file is written whole or not at all.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -59,20 +59,20 @@ def plot_responses(path: str | os.PathLike[str], inputs: Sequence[Input], nimg: 
     top = figure.add_subplot(grid[0, :])
     lengths = sorted({file.std for file in inputs})
     for length in reversed(lengths):  # narrow and high ones in front
-        colour = _STORED[lengths.index(length) % len(_STORED)]
-        for place, file in enumerate(inputs):
+        color = _STORED[lengths.index(length) % len(_STORED)]
+        for index, file in enumerate(inputs):
             if file.std == length:
-                top.fill_between(times, stored[:, place], color=colour, alpha=0.25, lw=0)
-                top.plot(times, stored[:, place], color=colour, lw=0.8)
-        top.plot([], color=colour, label=f"stored, $\\sigma_{{rel}}$ = {length:.3f}")
+                top.fill_between(times, stored[:, index], color=color, alpha=0.25, lw=0)
+                top.plot(times, stored[:, index], color=color, lw=0.8)
+        top.plot([], color=color, label=f"stored, $\\sigma_{{rel}}$ = {length:.3f}")
     top.legend(loc="upper center", fontsize="small")
     top.set_title(f"{len(inputs)} stored averages", fontsize="medium")
-    for place, std in enumerate(stds):
-        axes = figure.add_subplot(grid[1 + place // columns, place % columns])
-        axes.fill_between(times, achieved[:, place], color=_ACHIEVED, alpha=0.4, lw=0, label="achieved")
-        axes.plot(times, wanted[:, place], color="black", ls="--", lw=1.2, label="wanted")
-        axes.set_title(f"$\\sigma_{{rel}}$ = {std:.3f}, fit {fits[place]:.1e}", fontsize="medium")
-        if place == 0:
+    for index, std in enumerate(stds):
+        axes = figure.add_subplot(grid[1 + index // columns, index % columns])
+        axes.fill_between(times, achieved[:, index], color=_ACHIEVED, alpha=0.4, lw=0, label="achieved")
+        axes.plot(times, wanted[:, index], color="black", ls="--", lw=1.2, label="wanted")
+        axes.set_title(f"$\\sigma_{{rel}}$ = {std:.3f}, fit {fits[index]:.1e}", fontsize="medium")
+        if index == 0:
             axes.legend(loc="upper left", fontsize="small")
     for axes in figure.axes:
         axes.set_xlim(0, times[-1])

@@ -1,4 +1,4 @@
-"""Weighted sums of the tensors of many networks, block by block, in memory that their number does not change."""
+"""Weighted sums of the tensors of many networks, block by block, in memory independent of their number."""
 
 import json
 from collections import deque
@@ -21,16 +21,16 @@ class Reader(Protocol):
     """The tensors of one network, by name."""
 
     def tensor(self, name: str) -> torch.Tensor:
-        """All of it."""
+        """Return the whole tensor."""
         ...
 
     def copy_to(self, row: torch.Tensor, name: str, start: int) -> None:
-        """Copy its numbers from `start` on, counted as if it was flat, to `row`, float32 [N]."""
+        """Copy values of the flattened tensor, from index `start`, to `row`, float32 [N]."""
         ...
 
 
 class StateReader:
-    """Of a network that is in memory, or can be taken for it."""
+    """Reader of a network in memory, or in a mapped file."""
 
     def __init__(self, tensor: Callable[[str], torch.Tensor]) -> None:
         self.tensor = tensor
@@ -41,10 +41,10 @@ class StateReader:
 
 
 class Float16File:
-    """Of a .safetensors file with float16 numbers: read piece by piece, which takes less time than mapping it.
+    """Reader of a .safetensors file of float16 tensors, piece by piece, which is faster than mapping it.
 
-    Source: the format's specification, an 8-byte length, that much JSON with each tensor's place, and the numbers.
-    Raises ValueError, KeyError or TypeError where `path` is no such file, and OSError.
+    The file is, by the format's specification, an 8-byte length, a JSON header of that length with the offset of each
+    tensor, and the values. Raises ValueError, KeyError, TypeError or OSError for other files.
     """
 
     def __init__(self, path: str, tensor: Callable[[str], torch.Tensor]) -> None:
@@ -54,39 +54,39 @@ class Float16File:
         entries = json.loads(self._file.read(length))
         entries.pop("__metadata__", None)
         if any(entry["dtype"] != "F16" for entry in entries.values()):
-            raise ValueError("other numbers than float16")
+            raise ValueError("not all tensors are float16")
         self._begin = {name: 8 + length + int(entry["data_offsets"][0]) for name, entry in entries.items()}
         self._buffer = np.empty(0, dtype="<f2")
 
     def copy_to(self, row: torch.Tensor, name: str, start: int) -> None:
-        """See Reader. Raises ConfigError where the file has become shorter, or cannot be read any more."""
+        """See Reader. Raises ConfigError if the file has become shorter or unreadable."""
         if len(self._buffer) < len(row):
             self._buffer = np.empty(len(row), dtype="<f2")
-        numbers = self._buffer[: len(row)]
+        values = self._buffer[: len(row)]
         try:
             self._file.seek(self._begin[name] + 2 * start)
-            count = self._file.readinto(numbers.view(np.uint8).data)
+            count = self._file.readinto(values.view(np.uint8).data)
         except OSError as error:
             raise ConfigError(f"{self._file.name} cannot be read: {reason_of(error)}") from None
-        if count != numbers.nbytes:
+        if count != values.nbytes:
             raise ConfigError(f"{self._file.name} has become shorter while it was read")
-        row.copy_(torch.from_numpy(numbers))
+        row.copy_(torch.from_numpy(values))
 
 
-# I inputs, O outputs, N numbers of a block.
-BLOCK_BYTES = 4 << 20  # of a block of all inputs in float32: small enough for the processor's cache
+# I inputs, O outputs, N values of a block.
+BLOCK_BYTES = 4 << 20  # of a block of all inputs in float32: fits the processor's cache
 _AHEAD = 2  # blocks that are read while one is added
 
 
 class NotFinite(Exception):
-    """A sum that float16 cannot hold: the arguments are the place of the output and the tensor's name."""
+    """A sum that float16 cannot hold. Arguments: index of the output, name of the tensor."""
 
 
 class WeightedSums:
-    """Sums of networks with the tensors `shapes`, with the coefficients `weights` [inputs, outputs].
+    """Sums of networks with tensors of these `shapes`, with coefficients `weights` [inputs, outputs].
 
-    `outputs` are what is complete, in float16, by name. While it grows, there are a few blocks in memory; sums in
-    float32 only where `add` is called more than once, because not all inputs can be open at a time.
+    `outputs` holds the finished tensors in float16, by name. Besides them, memory holds a few blocks; it holds sums in
+    float32 only if `add` is called more than once, because not all inputs can be open at the same time.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], weights: npt.NDArray[np.float64]) -> None:
@@ -95,14 +95,11 @@ class WeightedSums:
         self._weights = torch.from_numpy(weights.T.copy()).to(torch.float32)  # [O, I]
         self._sums: dict[str, torch.Tensor] = {}  # [O, numbers of the tensor]
 
-    def add(self, places: Sequence[int], readers: Sequence[Reader], last: bool) -> Iterator[float]:
-        """Add the inputs at `places`, one after the other the share of it that is done; `last` completes the outputs.
-
-        Raises NotFinite.
-        """
-        weights = self._weights[:, list(places)].contiguous()
+    def add(self, indices: Sequence[int], readers: Sequence[Reader], last: bool) -> Iterator[float]:
+        """Add the inputs `indices`, yielding the share that is done; `last` completes the outputs. Raises NotFinite."""
+        weights = self._weights[:, list(indices)].contiguous()
         product = torch.empty(weights.shape[0] * self._width(len(readers)))
-        with cpu_threads(max(torch.get_num_threads() - 1, 1)):  # the reading has one of its own
+        with cpu_threads(max(torch.get_num_threads() - 1, 1)):  # leaves one to the reading
             yield from self._add(weights, product, readers, last)
 
     def _add(
@@ -125,11 +122,11 @@ class WeightedSums:
             yield done / total
 
     def _width(self, num_inputs: int) -> int:
-        """Numbers of a block."""
+        """Return the number of values in a block of each input."""
         return max(BLOCK_BYTES // (4 * num_inputs), 1024)
 
     def _read(self, readers: Sequence[Reader]) -> Iterator[tuple[str, int, int, torch.Tensor]]:
-        """Blocks of all tensors, flattened: name, first and last index, [I, N] in float32, valid until the next."""
+        """Yield blocks of all flattened tensors: name, start, stop, values [I, N] in float32, valid until the next."""
         width = self._width(len(readers))
         buffers = [torch.empty(len(readers) * width) for _ in range(_AHEAD + 1)]
         sizes = {name: torch.Size(shape).numel() for name, shape in self._shapes.items()}
@@ -150,7 +147,7 @@ class WeightedSums:
         return self._sums[name]
 
     def _complete(self, name: str, start: int, block: torch.Tensor) -> None:
-        # A plain comparison, which no NaN passes; the exact test below sees the rounding to float16.
+        # A cheap comparison, which NaN fails as well; the exact test below includes the rounding to float16.
         low, high = torch.aminmax(block)
         limit = torch.finfo(torch.float16).max
         doubtful = not bool((low >= -limit) & (high <= limit))
@@ -164,9 +161,9 @@ class WeightedSums:
                 raise NotFinite(int(finite.int().argmin()), name)
 
     def _allocate(self, name: str) -> None:
-        """Make room for a tensor of all outputs at once: large pieces of memory come in large pages.
+        """Allocate a tensor of all outputs at once, because large allocations come in large pages.
 
-        Each output has a storage of its own in it, so that whoever writes it to a file sees nothing of the others.
+        Each output still has its own storage, so that a file written from it holds nothing of the others.
         """
         shape = self._shapes[name]
         room = np.empty((len(self.outputs), torch.Size(shape).numel()), dtype=np.float16)
@@ -176,7 +173,7 @@ class WeightedSums:
 
 
 def read_ahead(function: Callable[[A], B], items: Iterable[A], depth: int) -> Iterator[B]:
-    """`function` of each of `items`, in order; a thread computes up to `depth` of them ahead of the one in use."""
+    """Yield `function` of each item, in order; a thread computes up to `depth` of them ahead."""
     waiting: deque[Future[B]] = deque()
     with ThreadPoolExecutor(1) as pool:
         try:

@@ -1,4 +1,4 @@
-"""Networks from one form to another: published pickle, .safetensors, model folder; from files, URLs and hub names."""
+"""Conversion of networks between published pickle, .safetensors and model folder, from files, URLs and hub names."""
 
 import json
 import os
@@ -9,9 +9,9 @@ from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
 from dnnlib import hub
+from dnnlib.disk import make_folder, require_folder
 from dnnlib.download import is_url
 from dnnlib.errors import ConfigError, reason_of
-from dnnlib.folders import make_folder, require_folder
 from training.run.run_folder import RunFolder
 from training.sharing.model_card import CardFacts, is_published
 from training.sharing.write_folder import require_free, save_folder
@@ -21,7 +21,7 @@ Form = Literal["pkl", "safetensors", "folder"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class ConversionJob:
     """One network to convert."""
 
     source: str  # path of a file or folder, http(s) URL, or name on the hub
@@ -31,7 +31,7 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Converted:
-    """One network that was written."""
+    """One converted network."""
 
     source: str
     path: Path
@@ -39,11 +39,11 @@ class Converted:
 
 
 class Conversion:
-    """Converts the networks while it is iterated over; each is written whole or not at all."""
+    """An iterable that converts a network in each step and writes it whole or not at all."""
 
-    def __init__(self, jobs: list[Job], facts: CardFacts) -> None:
+    def __init__(self, jobs: list[ConversionJob], facts: CardFacts) -> None:
         self.jobs = jobs
-        self._facts = facts  # for model cards, beside what is known of the run
+        self._facts = facts  # for model cards, in addition to those of the run
 
     def __len__(self) -> int:
         return len(self.jobs)
@@ -52,10 +52,10 @@ class Conversion:
         for job in self.jobs:
             snapshot = load_snapshot(job.source)
             make_folder(job.path.parent)
-            if job.form != "pkl":  # readers of the published layout know no such entry
-                snapshot = noting_source(snapshot, job.source)
+            if job.form != "pkl":  # a file in the published layout stays as it is
+                snapshot = _with_source(snapshot, job.source)
             if job.form == "folder":
-                save_folder(snapshot, job.path, facts_of_run(job.source, snapshot, self._facts))
+                save_folder(snapshot, job.path, _facts_of_run(job.source, snapshot, self._facts))
             else:
                 save_snapshot(snapshot, job.path)
             yield Converted(source=job.source, path=job.path, snapshot=snapshot)
@@ -70,19 +70,19 @@ def convert_snapshots(
     licence: str | None = None,
     metrics: Sequence[str | os.PathLike[str]] = (),
 ) -> Conversion:
-    """Check the request, and return the conversion of the networks `sources`: whatever `load_snapshot` takes.
+    """Check the request and return the conversion of `sources`, named as for `load_snapshot`.
 
-    `to`: what to write. Left out, it is what the suffix of `out` says, or for `outdir` the other of .pkl and
-    .safetensors; .safetensors for what is no file. `out` is the output of a single source. `outdir` gets outputs of the
-    sources' names. `licence` and `metrics`, files of calculate_metrics.py --json, are for the card of a model folder.
-    Everything that the sources hold is kept. Raises ConfigError before a network is read or anything written.
+    `to` is the form to write. By default it follows the suffix of `out`; with `outdir` it is the other one of .pkl and
+    .safetensors, or .safetensors for folders and repositories. `out` is the output of a single source; `outdir` gets
+    outputs with the sources' names. `licence` and `metrics` (files of calculate_metrics.py --json) are for the card of
+    a model folder. Everything in the sources is kept. Raises ConfigError before a network is read or anything written.
     """
     if (outdir is None) == (out is None):
         raise ConfigError("give either --outdir=DIR or --out=FILE, where to write to")
     if out is not None and len(sources) != 1:
         raise ConfigError(f"--out={out} is one file for {len(sources)} inputs; give --outdir=DIR for several")
     if out is not None:
-        jobs = [Job(source=sources[0], path=Path(out), form=_form_of(Path(out), to))]
+        jobs = [ConversionJob(source=sources[0], path=Path(out), form=_form_of(Path(out), to))]
     else:
         jobs = [_named(source, Path(outdir or ""), to) for source in sources]
     if (licence is not None or metrics) and all(job.form != "folder" for job in jobs):
@@ -90,7 +90,7 @@ def convert_snapshots(
     facts = CardFacts(licence=licence, results=tuple(_read_result(Path(path)) for path in metrics))
     paths = [job.path for job in jobs]
     for job in jobs:
-        _require_no_input(job, sources)
+        _refuse_input(job, sources)
         if paths.count(job.path) > 1:
             raise ConfigError(f"several inputs would be written to {job.path}; convert them one by one with --out=FILE")
         if job.form == "folder":
@@ -101,15 +101,15 @@ def convert_snapshots(
     return Conversion(jobs, facts)
 
 
-def noting_source(snapshot: Snapshot, source: str) -> Snapshot:
-    """The snapshot with its origin noted where that is a published file, since its licence goes with it."""
+def _with_source(snapshot: Snapshot, source: str) -> Snapshot:
+    """Record the origin of a published network in `info`, since its license depends on it."""
     if not is_published(source, snapshot) or "source" in snapshot.info:
         return snapshot
     return replace(snapshot, info={**snapshot.info, "source": source if is_url(source) else Path(source).name})
 
 
-def facts_of_run(source: str, snapshot: Snapshot, facts: CardFacts) -> CardFacts:
-    """`facts` with the options and scores of the training run in whose folder the file `source` lies, if it does."""
+def _facts_of_run(source: str, snapshot: Snapshot, facts: CardFacts) -> CardFacts:
+    """Add to `facts` the options and scores of the training run, if the file `source` is in its folder."""
     run = RunFolder(Path(source).parent)
     if is_url(source) or hub.is_hub_url(source) or not Path(source).is_file() or not run.options_file.is_file():
         return facts
@@ -121,7 +121,7 @@ def facts_of_run(source: str, snapshot: Snapshot, facts: CardFacts) -> CardFacts
 
 
 def _scores_of_run(run: RunFolder, snapshot: Snapshot) -> dict[str, float]:
-    """What the run measured for this very snapshot."""
+    """Return the scores that the run recorded for this snapshot."""
     if snapshot.nimg is None or snapshot.ema_std is None:
         return {}
     prefix, suffix = "Metrics/", f"-{snapshot.ema_std:.3f}"
@@ -136,7 +136,7 @@ def _scores_of_run(run: RunFolder, snapshot: Snapshot) -> dict[str, float]:
 
 
 def _form_of(path: Path, to: Form | None) -> Form:
-    """What to write to `path`."""
+    """Return the form of the output `path`."""
     if to == "folder":
         if path.suffix in SUFFIXES:
             raise ConfigError(f"--out={path} has the suffix of a file; name a folder for --to=folder")
@@ -152,19 +152,19 @@ def _form_of(path: Path, to: Form | None) -> Form:
     return form
 
 
-def _named(source: str, outdir: Path, to: Form | None) -> Job:
-    """The job for an output in `outdir` of the name of `source`."""
+def _named(source: str, outdir: Path, to: Form | None) -> ConversionJob:
+    """Return the job for an output in `outdir` with the name of `source`."""
     name, may_be_folder = _name_of(source)
     suffix = Path(name).suffix if Path(name).suffix in SUFFIXES else ""
     if not suffix and not may_be_folder:
         raise ConfigError(f"{source} has none of the suffixes {' and '.join(SUFFIXES)}; name its output by --out=FILE")
     form: Form = to if to is not None else "pkl" if suffix == ".safetensors" else "safetensors"
     stem = name.removesuffix(suffix)
-    return Job(source=source, path=outdir / (stem if form == "folder" else f"{stem}.{form}"), form=form)
+    return ConversionJob(source=source, path=outdir / (stem if form == "folder" else f"{stem}.{form}"), form=form)
 
 
 def _name_of(source: str) -> tuple[str, bool]:
-    """The last part of the name of `source`, and whether it can be a model folder or a repository."""
+    """Return the last part of the name of `source`, and True if it may be a model folder or a repository."""
     if hub.is_hub_url(source):
         name = hub.parse_hub_url(source)
         return Path(name.file or name.repo).name, name.file is None
@@ -176,10 +176,10 @@ def _name_of(source: str) -> tuple[str, bool]:
     return Path(os.path.abspath(source)).name, Path(source).is_dir()
 
 
-def _require_no_input(job: Job, sources: Sequence[str]) -> None:
+def _refuse_input(job: ConversionJob, sources: Sequence[str]) -> None:
     for other in sources:
         if not is_url(other) and not hub.is_hub_url(other) and _is_same(job.path, Path(other)):
-            raise ConfigError(f"{job.source} would be written to {job.path}, which is an input; choose another place")
+            raise ConfigError(f"{job.source} would be written to {job.path}, which is an input; choose another path")
 
 
 def _is_same(path: Path, other: Path) -> bool:
@@ -187,7 +187,7 @@ def _is_same(path: Path, other: Path) -> bool:
 
 
 def _read_result(path: Path) -> dict[str, Any]:
-    """What calculate_metrics.py --json wrote."""
+    """Read a file of calculate_metrics.py --json."""
     try:
         record = json.loads(path.read_text("utf-8"))
         for entry in record["results"].values():
@@ -195,5 +195,5 @@ def _read_result(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"cannot read --metrics={path}: {reason_of(error)}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ConfigError(f"--metrics={path} is no result of calculate_metrics.py --json") from None
+        raise ConfigError(f"--metrics={path} is not a result of calculate_metrics.py --json") from None
     return dict(record)

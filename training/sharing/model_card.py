@@ -1,4 +1,4 @@
-"""The model card of a network that is shared: README.md with its front matter for the hub."""
+"""The model card of a shared network: README.md with front matter for the hub."""
 
 import json
 import re
@@ -10,14 +10,14 @@ from typing import Any
 from dnnlib.errors import ConfigError
 from training.encoders import StabilityVAEEncoder
 from training.snapshot import Snapshot, label_dropout
-from training.snapshot.parts import network_arguments
+from training.snapshot.parts import described_network
 
 PUBLISHED_LICENCE = "cc-by-nc-sa-4.0"
 PUBLISHED_NOTICE = (
     "© 2024 NVIDIA Corporation & affiliates. These are weights that were published with the EDM2 and autoguidance"
-    " papers, in another form. They keep their own terms, Creative Commons Attribution-NonCommercial-ShareAlike 4.0"
-    " (CC BY-NC-SA 4.0, https://creativecommons.org/licenses/by-nc-sa/4.0/), whatever the licence of the code: no"
-    " commercial use, credit to the authors, and the same terms for the files and for what is made of them."
+    " papers, in another format. They keep their own terms, Creative Commons Attribution-NonCommercial-ShareAlike 4.0"
+    " (CC BY-NC-SA 4.0, https://creativecommons.org/licenses/by-nc-sa/4.0/), independent of the license of the code: no"
+    " commercial use, credit to the authors, and the same terms for the files and for derived works."
 )
 PUBLISHED_SITE = "https://nvlabs-fi-cdn.nvidia.com/edm2/"
 
@@ -27,32 +27,31 @@ _LICENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]*")
 
 @dataclass(frozen=True, kw_only=True)
 class CardFacts:
-    """What a card says beside what the network file does. Raises ConfigError for a licence that is no identifier."""
+    """Facts for a card that the network file lacks. Raises ConfigError for an invalid licence identifier."""
 
-    licence: str | None = None  # identifier as the hub has them, such as apache-2.0
-    training_command: str | None = None
+    licence: str | None = None  # an identifier of the hub, such as apache-2.0
     training_options: Mapping[str, Any] | None = None  # training_options.json of the run
     scores: Mapping[str, float] = field(default_factory=dict)  # by metric, from the run's statistics
     results: tuple[Mapping[str, Any], ...] = ()  # of calculate_metrics.py --json
 
     def __post_init__(self) -> None:
         if self.licence is not None and not _LICENCE.fullmatch(self.licence):
-            raise ConfigError(f"--license={self.licence} is no licence identifier; write e.g. apache-2.0 or cc-by-4.0")
+            raise ConfigError(f"--license={self.licence} is not an identifier; write e.g. apache-2.0 or cc-by-4.0")
 
 
 def is_published(source: str, snapshot: Snapshot) -> bool:
-    """Whether a network comes from the files published with the papers: by its address, its name, or what it says."""
-    noted = str(snapshot.info.get("source", ""))
+    """Return True for networks published with the papers, by URL, file name, or the source that their file records."""
+    recorded = str(snapshot.info.get("source", ""))
     return any(
         name.startswith(PUBLISHED_SITE) or _PUBLISHED_NAME.fullmatch(re.split(r"[/\\]", name)[-1]) is not None
-        for name in (source, noted)
+        for name in (source, recorded)
     )
 
 
 def model_card(snapshot: Snapshot, name: str, facts: CardFacts) -> str:
-    """The text of the model card of `snapshot`, as the network called `name`."""
+    """Return the text of the model card of `snapshot`, as the network called `name`."""
     published = is_published("", snapshot)
-    licence = PUBLISHED_LICENCE if published else facts.licence or _noted_licence(snapshot)
+    licence = PUBLISHED_LICENCE if published else facts.licence or _recorded_licence(snapshot)
     sections = [
         _front_matter(snapshot, licence),
         f"# {name}\n\n{_summary(snapshot)}",
@@ -60,7 +59,7 @@ def model_card(snapshot: Snapshot, name: str, facts: CardFacts) -> str:
         f"## Network\n\n{_table(('', ''), _network_rows(snapshot))}",
         _training(snapshot, facts),
         _scores(snapshot, facts),
-        f"## Licence\n\n{_licence_text(published, licence)}",
+        f"## License\n\n{_licence_text(published, licence)}",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -91,13 +90,13 @@ def _usage(snapshot: Snapshot, name: str) -> str:
     if snapshot.net.label_dim and label_dropout(snapshot.info):
         both = (
             f"\n\nIt learned a share of {label_dropout(snapshot.info):g} of the images without labels. So it also makes"
-            " images of no chosen class (`--class=none`), and guides itself (`--gnet=self --guidance=1.5`; in the"
-            ' pipeline `guide="self"`, `guidance_scale=1.5`).'
+            " images without a class (`--class=none`), and guides itself (`--gnet=self --guidance=1.5`; in the pipeline"
+            ' `guide="self"`, `guidance_scale=1.5`).'
         )
     if snapshot.net.cond_channels:
         masked = str(snapshot.info.get("condition")).startswith("inpaint")
-        labels += 'image="pictures", ' + ('mask_image="masks", ' if masked else "")
-        chosen += " --source=pictures" + (" --masks=masks" if masked else "")
+        labels += 'image="images", ' + ('mask_image="masks", ' if masked else "")
+        chosen += " --source=images" + (" --masks=masks" if masked else "")
     return (
         "## Use\n\n"
         "```python\n"
@@ -112,11 +111,11 @@ def _usage(snapshot: Snapshot, name: str) -> str:
 
 
 def _network_rows(snapshot: Snapshot) -> list[tuple[str, str]]:
-    net: Any = snapshot.net  # Any: the decorator adds the attributes with the constructor arguments
+    net = snapshot.net
     rows = [("parameters", f"{sum(value.numel() for value in net.parameters()):,}")]
     rows += [("images seen in training", f"{snapshot.nimg:,}")] if snapshot.nimg is not None else []
     rows += [("EMA length", f"{snapshot.ema_std:.3f}")] if snapshot.ema_std is not None else []
-    arguments = network_arguments(net._init_args, net._init_kwargs)
+    arguments = described_network(net)["arguments"]
     return rows + [(f"`{key}`", f"`{json.dumps(value)}`") for key, value in sorted(arguments.items())]
 
 
@@ -135,11 +134,11 @@ def _training(snapshot: Snapshot, facts: CardFacts) -> str:
     ]
     rows += [("source", f"{snapshot.info['source']}")] if "source" in snapshot.info else []
     parts = [_table(("", ""), rows)] if rows else []
-    command = facts.training_command or snapshot.info.get("training_command")
+    command = snapshot.info.get("training_command")
     parts += [f"Command:\n\n```\n{str(command).replace('```', '')}\n```"] if command else []
     if facts.training_options is not None:
         parts.append(f"Options:\n\n```json\n{json.dumps(facts.training_options, indent=2)}\n```")
-    return "\n\n".join(["## Training", *(parts or ["The network file says nothing of its training."])])
+    return "\n\n".join(["## Training", *(parts or ["The network file does not describe its training."])])
 
 
 def _scores(snapshot: Snapshot, facts: CardFacts) -> str:
@@ -150,9 +149,9 @@ def _scores(snapshot: Snapshot, facts: CardFacts) -> str:
             spread = f" (mean {_number(entry['mean'])} ± {_number(entry['std'])})" if entry.get("std") else ""
             rows.append((name, _number(entry["minimum"]) + spread, images, f"`{record.get('command', '')}`"))
     rows += [(name, _number(value), "", "while training") for name, value in sorted(facts.scores.items())]
-    noted = snapshot.info.get("metrics")
-    if isinstance(noted, Mapping):
-        rows += [(str(name), _cell(value), "", "") for name, value in sorted(noted.items())]
+    recorded = snapshot.info.get("metrics")
+    if isinstance(recorded, Mapping):
+        rows += [(str(name), _cell(value), "", "") for name, value in sorted(recorded.items())]
     if not rows:
         return ""
     return f"## Results\n\n{_table(('metric', 'value', 'images', 'how'), rows)}"
@@ -162,13 +161,13 @@ def _licence_text(published: bool, licence: str | None) -> str:
     if published:
         return PUBLISHED_NOTICE
     if licence:
-        return f"{licence}, as whoever shared this network states it."
-    return "None is stated yet: whoever shares this network should choose one (`convert_snapshot.py --license`)."
+        return f"{licence}, as stated by the person who shared this network."
+    return "No license is stated yet. Choose one before sharing this network (`convert_snapshot.py --license`)."
 
 
-def _noted_licence(snapshot: Snapshot) -> str | None:
-    noted = snapshot.info.get("license")
-    return noted if isinstance(noted, str) and _LICENCE.fullmatch(noted) else None
+def _recorded_licence(snapshot: Snapshot) -> str | None:
+    recorded = snapshot.info.get("license")
+    return recorded if isinstance(recorded, str) and _LICENCE.fullmatch(recorded) else None
 
 
 def _size(snapshot: Snapshot) -> str:
@@ -182,7 +181,7 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 
 
 def _cell(value: Any) -> str:
-    """A value of a stranger's file in one cell of a table."""
+    """Return a value from a stranger's file as the text of one table cell."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return " ".join(text.split())[:1000]
 

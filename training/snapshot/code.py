@@ -1,7 +1,7 @@
-"""Objects whose classes are not ours, made by running the source text in their file: only where the caller trusts it.
+"""Objects of foreign classes, made by running the source text in their file, if the caller trusts it.
 
-Everything else of the file is read as ever, by a closed list of names. Classes of ours keep to our code, unless their
-source is that of a class which is not ours, as when someone changed a module of the published code.
+Everything else in the file is read as usual, by a closed list of names. Our classes keep to our code, unless their
+source also defines a foreign class that the file needs, as in a changed module of the published code.
 """
 
 import hashlib
@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from dnnlib.errors import ConfigError
-from torch_utils.pickles.safe_pickle import StoredObject, Word, printable
+from dnnlib.errors import ConfigError, one_line
+from torch_utils.pickles.safe_pickle import StoredObject, Word
 from training import encoders, loss, networks_edm2
 
 
@@ -22,22 +22,22 @@ from training import encoders, loss, networks_edm2
 class EmbeddedCode:
     """Source text that is about to run."""
 
-    class_names: tuple[str, ...]  # what the file's objects need from it
+    class_names: tuple[str, ...]  # classes that the file's objects need from it
     source: str
 
     @property
     def sha256(self) -> str:
-        """Of the text as UTF-8, in hexadecimal digits."""
+        """SHA-256 of the source (UTF-8), as hex."""
         return hashlib.sha256(self.source.encode("utf-8", "surrogatepass")).hexdigest()
 
     @property
     def num_lines(self) -> int:
-        """How many lines it has."""
+        """Number of lines."""
         return len(self.source.splitlines())
 
 
 TrustCode = Callable[[EmbeddedCode], None]
-"""Is told of each source text before the first of them runs; raises an exception to prevent it."""
+"""Called with each source text before the first of them runs; raises an exception to prevent that."""
 
 _OWN = {
     cls.__name__: cls
@@ -51,9 +51,9 @@ _OWN = {
 
 
 def make_trusted(roots: Iterable[StoredObject], trust_code: TrustCode) -> list[Any]:
-    """The objects that `roots` describe, by running their source texts after `trust_code` was told of each.
+    """Make the objects that `roots` describe by running their source texts, after `trust_code` accepted each.
 
-    Networks are in evaluation mode, without gradients. Raises ConfigError where that fails.
+    Networks are in evaluation mode, without gradients. Raises ConfigError if that fails.
     """
     roots = list(roots)
     needed: dict[str, set[str]] = {}
@@ -71,8 +71,8 @@ def make_trusted(roots: Iterable[StoredObject], trust_code: TrustCode) -> list[A
     made: dict[int, Any] = {}
     try:
         objects = [_make(root, modules, made) for root in roots]
-    except Exception as error:  # classes of the file do what they want
-        raise ConfigError(f"its objects cannot be made: {type(error).__name__}: {printable(error)}") from error
+    except Exception as error:  # foreign code can fail in any way
+        raise ConfigError(f"its objects cannot be made: {type(error).__name__}: {one_line(error)}") from error
     return [obj.eval().requires_grad_(False) if isinstance(obj, torch.nn.Module) else obj for obj in objects]
 
 
@@ -86,21 +86,21 @@ def _objects(value: Any) -> Iterator[StoredObject]:
 
 
 def _run(code: EmbeddedCode) -> types.ModuleType:
-    """A fresh module in which the source text was run."""
+    """Run the source text in a fresh module and return that."""
     module = types.ModuleType(f"_embedded_{code.sha256[:16]}")
     sys.modules[module.__name__] = module  # decorators look it up by the name of a class's module
     try:
         exec(compile(code.source, f"<{module.__name__}>", "exec"), module.__dict__)
     except Exception as error:
         del sys.modules[module.__name__]
-        raise ConfigError(f"its embedded source fails: {type(error).__name__}: {printable(error)}") from error
+        raise ConfigError(f"its embedded source fails: {type(error).__name__}: {one_line(error)}") from error
     return module
 
 
 def _make(value: Any, modules: dict[str, types.ModuleType], made: dict[int, Any]) -> Any:
-    """`value` with live objects in the places of stored ones; those that are shared stay so."""
+    """Return `value` with live objects in place of stored ones. Shared objects stay shared."""
     if isinstance(value, Word):
-        return getattr(torch, value.name.removeprefix("torch."))  # a dtype: no other word is a value
+        return getattr(torch, value.name.removeprefix("torch."))  # a dtype: the only word that can be a value
     if not isinstance(value, StoredObject | dict | list | tuple):
         return value
     if id(value) not in made:

@@ -1,19 +1,22 @@
-"""From what a network file says to our own objects: arguments checked, classes from closed lists, tensors by name.
+"""The parts of a network file, built from what the file says: checked arguments, known classes, tensors by name.
 
 Every value here may come from a stranger's file. Nothing is allocated and no loop runs on its word alone: the network
-is laid out on the meta device, from arguments that were checked, and takes over the file's tensors.
+is laid out on the meta device, from checked arguments, and takes over the file's tensors.
 """
 
 import inspect
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import numpy as np
 import torch
+from torch.overrides import TorchFunctionMode
 
-from dnnlib.errors import ConfigError
-from torch_utils.layout import WithoutValues
+from dnnlib.errors import ConfigError, one_line
+from torch_utils.persistence import Persistent
 from training.encoders import Encoder, StabilityVAEEncoder, StandardRGBEncoder
 from training.loss import EDM2Loss
 from training.networks_edm2 import Block, Precond, UNet
@@ -26,14 +29,27 @@ _MAX_NUMBER = 2**20  # in a network's arguments
 _MAX_LEVELS = 16
 _MIN_TENSOR_BYTES = 64  # what a tensor takes in a file at the least, its description included
 
-# What a Block gets from the UNet, not from the network's arguments.
+# Arguments that a Block gets from the UNet, not from the network's arguments.
 _BLOCK_OWN = {"in_channels", "out_channels", "emb_channels", "flavor", "resample_mode", "attention"}
 
 
-def plain(value: Any, what: str) -> Any:
-    """`value` as JSON has it: None, bool, int, finite float, str, list, dict by str. Raises ConfigError for others.
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """The contents of a network file: what its three readers return and `save_snapshot` writes."""
 
-    `what` names the value in errors. NumPy numbers and small arrays become numbers and lists.
+    net: Precond  # evaluation mode; parameters in the dtype of the file, float16 in published files
+    encoder: Encoder | None = None
+    dataset_kwargs: dict[str, Any] | None = None
+    loss_fn: EDM2Loss | None = None
+    nimg: int | None = None  # images seen in training
+    ema_std: float | None = None  # relative EMA length, Eq. 123 of arXiv 2312.02696
+    info: dict[str, Any] = field(default_factory=dict)  # provenance, as JSON values
+
+
+def plain(value: Any, what: str) -> Any:
+    """Return `value` as JSON values: None, bool, int, finite float, str, list, dict by str.
+
+    NumPy numbers and small arrays become numbers and lists. Raises ConfigError for others; `what` names the value.
     """
     return _plain(value, what, _MAX_DEPTH, [_MAX_ITEMS])
 
@@ -44,7 +60,7 @@ def _plain(value: Any, what: str, depth: int, budget: list[int]) -> Any:
         raise ConfigError(f"{what} is nested too deep or too large")
     if isinstance(value, np.generic | np.ndarray) and value.size <= _MAX_ITEMS:
         value = value.tolist()
-    if isinstance(value, str):  # long ones count more: many places may share one
+    if isinstance(value, str):  # long texts count more: a pickle may refer to one many times
         budget[0] -= len(value) // 100
     if value is None or isinstance(value, bool | int | str):
         return value
@@ -59,14 +75,14 @@ def _plain(value: Any, what: str, depth: int, budget: list[int]) -> Any:
 
 
 def arguments_of(cls: type, args: Iterable[Any], kwargs: Mapping[str, Any], names: set[str] | None = None) -> dict:
-    """Constructor arguments of `cls`, all by name and plain. `names` are those allowed (default: its parameters)."""
+    """Return constructor arguments of `cls` by name, plain. `names` are allowed (default: its parameters)."""
     parameters = list(inspect.signature(cls).parameters)
     args = list(args)
     if len(args) > len(parameters):
         raise ConfigError(f"{cls.__name__} has {len(args)} positional arguments; at most {len(parameters)} are known")
     given = dict(zip(parameters, args, strict=False))
     if unknown := sorted(set(kwargs) - (names if names is not None else set(parameters))):
-        raise ConfigError(f"{cls.__name__} has an argument {unknown[0]!r}, which is not known")
+        raise ConfigError(f"{cls.__name__} has an unknown argument {unknown[0]!r}")
     if twice := sorted(set(given) & set(kwargs)):
         raise ConfigError(f"{cls.__name__} has two values for its argument {twice[0]!r}")
     given |= kwargs
@@ -74,7 +90,7 @@ def arguments_of(cls: type, args: Iterable[Any], kwargs: Mapping[str, Any], name
 
 
 def network_arguments(args: Iterable[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """A network's constructor arguments, all by name. Raises ConfigError where one is unknown or no plain number."""
+    """Return a network's constructor arguments by name. Raises ConfigError for unknown ones and values out of range."""
     names = set(inspect.signature(Precond).parameters) | set(inspect.signature(UNet).parameters)
     names |= set(inspect.signature(Block).parameters) - _BLOCK_OWN
     arguments = arguments_of(Precond, args, kwargs, names - {"unet_kwargs", "block_kwargs"})
@@ -86,16 +102,16 @@ def network_arguments(args: Iterable[Any], kwargs: Mapping[str, Any]) -> dict[st
 
 
 def build_network(arguments: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], file_bytes: float) -> Precond:
-    """The network with these arguments that takes over these tensors; in evaluation mode, without gradients.
+    """Build the network of these arguments and let it take over these tensors; evaluation mode, without gradients.
 
-    The names must be exactly those of the network, and the shapes too, or ConfigError. `file_bytes`, the size of the
-    file, bounds how many layers the arguments may ask for.
+    Raises ConfigError unless names and shapes are exactly the network's. `file_bytes`, the size of the file, bounds how
+    many layers the arguments may ask for.
     """
     return fill_network(lay_out_network(arguments, file_bytes), tensors)
 
 
 def lay_out_network(arguments: Mapping[str, Any], file_bytes: float) -> Precond:
-    """The network with these arguments, without content."""
+    """Build the network of these arguments on the meta device."""
     defaults = inspect.signature(UNet).parameters
     mult, num_blocks = (arguments.get(name, defaults[name].default) for name in ("channel_mult", "num_blocks"))
     if isinstance(mult, list | tuple) and isinstance(num_blocks, int):
@@ -105,13 +121,12 @@ def lay_out_network(arguments: Mapping[str, Any], file_bytes: float) -> Precond:
     try:
         with WithoutValues():
             return Precond(**arguments)
-    except Exception as error:  # whatever numbers can do to a constructor: division by zero, negative or huge sizes
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"its arguments do not describe a network: {reason}") from error
+    except Exception as error:  # numbers may divide by zero, or be negative or huge as sizes
+        raise ConfigError(f"its arguments do not describe a network: {one_line(error)}") from error
 
 
 def fill_network(net: Precond, tensors: Mapping[str, torch.Tensor]) -> Precond:
-    """Give a network that was laid out its tensors, strictly by name and shape."""
+    """Give a network from `lay_out_network` its tensors, strictly by name and shape."""
     _check_tensors(net.state_dict(), tensors)
     net.load_state_dict({name: value.contiguous() for name, value in tensors.items()}, assign=True)
     return net.eval().requires_grad_(False)
@@ -132,14 +147,14 @@ def _check_tensors(expected: Mapping[str, torch.Tensor], tensors: Mapping[str, t
 
 
 def build_encoder(class_name: str, args: Iterable[Any], kwargs: Mapping[str, Any]) -> Encoder:
-    """The encoder called `class_name` with these constructor arguments."""
+    """Build the encoder of class `class_name` from its constructor arguments."""
     if class_name not in ENCODERS:
         raise ConfigError(f"its encoder has the class {class_name!r}; known are {', '.join(ENCODERS)}")
     return _construct(ENCODERS[class_name], args, kwargs)
 
 
 def build_loss(class_name: str, args: Iterable[Any], kwargs: Mapping[str, Any]) -> EDM2Loss:
-    """The training loss with these constructor arguments."""
+    """Build the training loss from its constructor arguments."""
     if class_name != EDM2Loss.__name__:
         raise ConfigError(f"its loss has the class {class_name!r}; known is {EDM2Loss.__name__}")
     return _construct(EDM2Loss, args, kwargs)
@@ -150,11 +165,73 @@ def _construct(cls: type, args: Iterable[Any], kwargs: Mapping[str, Any]) -> Any
     try:
         return cls(**arguments)
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"{cls.__name__} cannot be made from its arguments: {reason}") from error
+        raise ConfigError(f"{cls.__name__} cannot be built from its arguments: {one_line(error)}") from error
 
 
-def described(obj: Any) -> dict[str, Any]:
-    """Class name and constructor arguments of an encoder or loss, for a header."""
-    cls = type(obj)
-    return {"class": cls.__name__, "arguments": arguments_of(cls, obj._init_args, obj._init_kwargs)}
+def rebuilt_parts(encoder: Mapping[str, Any] | None, loss: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Build encoder and loss from their entries in a header, as arguments of Snapshot."""
+    return {
+        "encoder": None if encoder is None else build_encoder(encoder["class"], (), encoder["arguments"]),
+        "loss_fn": None if loss is None else build_loss(loss["class"], (), loss["arguments"]),
+    }
+
+
+def described(obj: object) -> dict[str, Any]:
+    """Return class name and constructor arguments of an encoder or loss, as a header has them."""
+    recorded = cast(Persistent, obj)
+    arguments = arguments_of(type(obj), recorded._init_args, recorded._init_kwargs)
+    return {"class": type(obj).__name__, "arguments": arguments}
+
+
+def described_network(net: torch.nn.Module) -> dict[str, Any]:
+    """Return class name and constructor arguments of a network, as a header has them."""
+    recorded = cast(Persistent, net)
+    arguments = network_arguments(recorded._init_args, recorded._init_kwargs)
+    return {"class": type(net).__name__, "arguments": arguments}
+
+
+def described_snapshot(snapshot: Snapshot) -> dict[str, Any]:
+    """Return everything in a snapshot but its tensors as JSON values, under the keys of a file's header."""
+    encoder, loss, options = snapshot.encoder, snapshot.loss_fn, snapshot.dataset_kwargs
+    return {
+        "network": described_network(snapshot.net),
+        "encoder": None if encoder is None else described(encoder),
+        "loss": None if loss is None else described(loss),
+        "dataset_kwargs": None if options is None else plain(with_text_paths(options), "dataset_kwargs"),
+        "nimg": snapshot.nimg,
+        "ema_std": None if snapshot.ema_std is None else float(snapshot.ema_std),
+        "info": plain(dict(snapshot.info), "info"),
+    }
+
+
+def with_text_paths(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `options` with paths as text."""
+    return {key: str(value) if isinstance(value, os.PathLike) else value for key, value in options.items()}
+
+
+_FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn)
+_SCALINGS = ("mul", "__mul__", "__rmul__")
+
+
+class WithoutValues(TorchFunctionMode):
+    """A context in which new tensors are on the meta device: a shape and a type, no memory.
+
+    `torch.device("meta")` means the same. But there the first random tensor, or product with a number, makes PyTorch
+    load its compiler, which takes more than a second; here the few operations of constructors are done by allocating.
+    Whatever else a constructor does goes the ordinary way.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Called by PyTorch in place of its functions."""
+        kwargs = dict(kwargs or {})
+        if func in _FACTORIES:
+            kwargs.pop("generator", None)
+            return torch.empty(*args, **{**kwargs, "device": "meta"})
+        if getattr(func, "__name__", "") in _SCALINGS and len(args) == 2 and not kwargs:
+            tensor, factor = args
+            if tensor.is_meta and tensor.is_floating_point() and isinstance(factor, int | float):
+                return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        with torch.device("meta"):
+            return func(*args, **kwargs)

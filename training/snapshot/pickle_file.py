@@ -1,26 +1,34 @@
 """Network files in the published pickle layout (docs/file-formats.md)."""
 
 import pickle
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dnnlib.easydict import EasyDict
 from dnnlib.errors import ConfigError
+from dnnlib.util import EasyDict
 from torch_utils.pickles.safe_pickle import StoredObject
 from training.snapshot.code import TrustCode, make_trusted
-from training.snapshot.parts import ENCODERS, build_encoder, build_loss, build_network, network_arguments, plain
+from training.snapshot.parts import (
+    ENCODERS,
+    Snapshot,
+    build_encoder,
+    build_loss,
+    build_network,
+    network_arguments,
+    plain,
+)
 
-_PROTOCOL = 4  # what the published files have; readable from Python 3.4 on
+_PROTOCOL = 4  # that of the published files; readable from Python 3.4 on
 _KNOWN: dict[str, Collection[str]] = {"ema": ("Precond",), "encoder": tuple(ENCODERS), "loss_fn": ("EDM2Loss",)}
 _CALLED = {"ema": "network", "encoder": "encoder", "loss_fn": "loss"}
 _MAX_NAME = 200  # characters
 
 
-def parts_of(tree: Any, file_bytes: int, trust_code: TrustCode | None = None) -> dict[str, Any]:
-    """Net, encoder, dataset_kwargs and loss_fn from the inert tree of a network pickle or of a bare network.
+def snapshot_of(tree: Any, file_bytes: int, trust_code: TrustCode | None = None) -> Snapshot:
+    """Build a snapshot from the inert tree of a network pickle or of a bare network.
 
     With `trust_code`, classes that are not ours are made by running their source (`training.snapshot.code`). Raises
     ConfigError, without the file's name.
@@ -28,7 +36,7 @@ def parts_of(tree: Any, file_bytes: int, trust_code: TrustCode | None = None) ->
     if isinstance(tree, StoredObject):
         tree = {"ema": tree}
     if not isinstance(tree, dict) or not isinstance(tree.get("ema"), StoredObject):
-        raise ConfigError("this is no network file: it has no network under the key 'ema'")
+        raise ConfigError("this is not a network file: there is no network under the key 'ema'")
     stored = tree["ema"]
     dataset_kwargs = tree.get("dataset_kwargs")
     foreign = {key: tree[key] for key, known in _KNOWN.items() if _is_foreign(tree.get(key), known)}
@@ -41,20 +49,20 @@ def parts_of(tree: Any, file_bytes: int, trust_code: TrustCode | None = None) ->
     made = dict(zip(foreign, make_trusted(foreign.values(), trust_code), strict=True)) if trust_code else {}
     if "ema" not in made:
         made["ema"] = build_network(network_arguments(*_init_arguments(stored)), flatten(stored), file_bytes)
-    return {
-        "net": made["ema"],
-        "encoder": made["encoder"] if "encoder" in made else _rebuild(tree, "encoder", build_encoder),
-        "loss_fn": made["loss_fn"] if "loss_fn" in made else _rebuild(tree, "loss_fn", build_loss),
-        "dataset_kwargs": None if dataset_kwargs is None else _dictionary(dataset_kwargs, "dataset_kwargs"),
+    return Snapshot(
+        net=made["ema"],
+        encoder=made["encoder"] if "encoder" in made else _rebuild(tree, "encoder", build_encoder),
+        loss_fn=made["loss_fn"] if "loss_fn" in made else _rebuild(tree, "loss_fn", build_loss),
+        dataset_kwargs=None if dataset_kwargs is None else _dictionary(dataset_kwargs, "dataset_kwargs"),
         **_provenance(tree.get("provenance")),
-    }
+    )
 
 
 def flatten(module: StoredObject) -> dict[str, torch.Tensor]:
-    """Parameters and buffers of a stored module and of all modules in it, by their names in a state dictionary.
+    """Return parameters and buffers of a stored module and of all modules in it, by their names in a state dictionary.
 
-    A module that occurs twice is refused, and so are tensors that share their memory: no network has them, and a few
-    bytes could make an endless or huge network.
+    Refuses a module that occurs twice, and tensors that share their memory: no network of ours has them, and with them
+    a few bytes could make an endless or huge network.
     """
     tensors: dict[str, torch.Tensor] = {}
     storages: dict[int, int] = {}  # sizes in bytes
@@ -68,12 +76,12 @@ def flatten(module: StoredObject) -> dict[str, torch.Tensor]:
                     tensors[prefix + name] = value
                     storages[value.untyped_storage()._cdata] = value.untyped_storage().nbytes()
                 elif value is not None:
-                    raise ConfigError(f"{prefix}{name} is no tensor")
+                    raise ConfigError(f"{prefix}{name} is not a tensor")
         for name, child in _attributes(current, "_modules").items():
             if child is None:
                 continue
             if not isinstance(child, StoredObject) or id(child) in seen or len(prefix) > _MAX_NAME:
-                raise ConfigError(f"{prefix}{name} is no module, or one that occurs twice")
+                raise ConfigError(f"{prefix}{name} is not a module, or occurs twice")
             seen.add(id(child))
             waiting.append((f"{prefix}{name}.", child))
     if sum(value.nbytes for value in tensors.values()) > sum(storages.values()):
@@ -81,20 +89,12 @@ def flatten(module: StoredObject) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def write(
-    path: Path,
-    *,
-    net: Any,
-    encoder: Any,
-    dataset_kwargs: Mapping[str, Any] | None,
-    loss_fn: Any,
-    provenance: Mapping[str, Any] | None = None,
-) -> None:
-    """Write the parts to `path`. `provenance`, which the published reader passes over, has nimg, ema_std and info."""
-    options = None if dataset_kwargs is None else EasyDict(dataset_kwargs)
-    content = EasyDict(encoder=encoder, dataset_kwargs=options, loss_fn=loss_fn, ema=net)
-    if provenance is not None:
-        content.provenance = dict(provenance)
+def write_pickle(path: Path, snapshot: Snapshot, *, with_provenance: bool) -> None:
+    """Write `path`. Provenance (nimg, ema_std, info) is a further entry, which the published reader skips."""
+    options = None if snapshot.dataset_kwargs is None else EasyDict(snapshot.dataset_kwargs)
+    content = EasyDict(encoder=snapshot.encoder, dataset_kwargs=options, loss_fn=snapshot.loss_fn, ema=snapshot.net)
+    if with_provenance:
+        content.provenance = {"nimg": snapshot.nimg, "ema_std": snapshot.ema_std, "info": snapshot.info}
     with open(path, "wb") as file:
         pickle.dump(content, file, protocol=_PROTOCOL)
 
@@ -108,7 +108,7 @@ def _attributes(module: StoredObject, kind: str) -> dict[str, Any]:
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise ConfigError(f"{module.class_name} is stored without its {kind}")
     if not all(len(name) <= _MAX_NAME and name.isprintable() for name in values):
-        raise ConfigError(f"{module.class_name} has {kind} with names that are no names")
+        raise ConfigError(f"{module.class_name} has {kind} with invalid names")
     return values
 
 
@@ -135,7 +135,7 @@ def _dictionary(value: Any, key: str) -> dict[str, Any]:
 
 
 def _provenance(value: Any) -> dict[str, Any]:
-    """The fields of a Snapshot that published files don't have."""
+    """Return the fields of a Snapshot that published files lack."""
     if value is None:
         return {}
     given = _dictionary(value, "provenance")

@@ -8,7 +8,7 @@ import scipy.linalg
 import torch
 
 from tests.helpers.paths import GOLDEN_DIR
-from training.metrics.frechet import frechet_distance
+from training.metrics.distances import frechet_distance
 
 
 def moments(features):

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from training.metrics.inception_score import inception_score
+from training.metrics.distances import inception_score
 
 
 def brute_force(logits, num_splits):

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from training.metrics import kernel
-from training.metrics.kernel import kid
+from training.metrics import distances
+from training.metrics.distances import kid
 
 
 def draw(num, dims=6, seed=0, shift=0.0):
@@ -26,7 +26,7 @@ def brute_force(x, y):
 
 @pytest.mark.parametrize("tile", [4096, 5])
 def test_the_value_is_that_of_the_definition(tile, monkeypatch):
-    monkeypatch.setattr(kernel, "_TILE", tile)
+    monkeypatch.setattr(distances, "_TILE", tile)
     x, y = draw(13, seed=1), draw(17, seed=2, shift=0.5)
     assert kid(x, y).value == pytest.approx(brute_force(x, y), rel=1e-9)
 

@@ -93,7 +93,7 @@ print(small, peak() - before)
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no getrusage")
 def test_memory_does_not_grow_with_the_number_of_pairs():
     result = subprocess.run(
-        [sys.executable, "-c", PEAK], capture_output=True, text=True, cwd=REPOSITORY_DIR, check=True
+        [sys.executable, "-c", PEAK], capture_output=True, text=True, cwd=REPOSITORY_DIR, check=True, timeout=120
     )
     small, large = map(int, result.stdout.split())
     tile_bytes = 1024**2 * 8

@@ -13,8 +13,8 @@ from training.metrics import available as plan_module
 from training.metrics import results as report
 from training.metrics.available import Plan, plan_metrics, plan_reference
 from training.metrics.detectors import DETECTORS as MADE
-from training.metrics.metric_table import DEFAULT, DETECTORS, METRICS, parse_metrics
-from training.metrics.scores import Score
+from training.metrics.distances import Score
+from training.metrics.metric_table import DEFAULT, DETECTORS, METRICS, best_of, compact_names, parse_metrics
 
 MOMENTS = {"mu": None, "sigma": None}
 
@@ -47,7 +47,7 @@ def made(monkeypatch):
 def test_the_names():
     assert {"fid", "fd_dinov2", "fd_efflite0", "sfid", "is", "kid_inception", "coverage5_dinov2"} <= set(METRICS)
     assert set(DETECTORS) == set(MADE)
-    assert ",".join(DEFAULT) == cli_metrics.DEFAULT_METRICS
+    assert cli_metrics.metrics_option(lambda: None).__click_params__[0].default == ",".join(DEFAULT)
     assert parse_metrics("fid, is,fid") == parse_metrics(["fid", "is"]) == ["fid", "is"]
     assert parse_metrics("all") == list(METRICS)
     # What is no FID is not called so.
@@ -57,9 +57,9 @@ def test_the_names():
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("fidd", "'fidd' is no metric; .* such as .*fid"),
+        ("fidd", "unknown metric 'fidd'; .* such as .*fid"),
         (" ,", "no metric is named"),
-        ("fid,all", "'all' is no metric"),
+        ("fid,all", "unknown metric 'all'"),
     ],
 )
 def test_other_names_are_refused(text, message):
@@ -141,7 +141,8 @@ def test_fewer_images_than_wanted_are_marked_in_table_and_record():
     assert " 100* " in lines[1] and lines[-1].startswith("* fewer than the 50000 that were asked for: not comparable")
     plan = Plan(metrics=["fid"], detectors={"inception": StandInDetector()}, skipped={"is": "x"})
     for num_images, fewer in ((100, True), (50000, False)):
-        record = report.result_record(summaries, plan, world=World(), num_images=num_images, wanted=50000)
+        request = report.Request(command="calc", num_images=num_images, wanted=50000, ref=None, facts=dict)
+        record = report.result_record(summaries, plan, world=World(), request=request)
         assert record["fewer_images_than_wanted"] is fewer
 
 
@@ -174,3 +175,23 @@ def test_weights_that_are_not_the_published_ones_are_told():
     detector.published = False
     (line,) = report.notes({}, {"inception": detector})
     assert "is not the published weights file of inception" in line
+
+
+@pytest.mark.parametrize(
+    "name, best", [("fid", 2.0), ("kid_dinov2", 2.0), ("is", 9.0), ("recall3_dinov2", 9.0), ("of_another_version", 2.0)]
+)
+def test_the_best_value_is_the_finite_one_that_the_metric_prefers(name, best):
+    assert best_of(name, [float("nan"), 3.0, 2.0, float("inf"), 9.0, float("-inf")], float) == best
+    assert best_of(name, [float("nan")], float) is None
+    assert best_of(name, [(1, 5.0), (2, 5.0)], lambda item: item[1]) == (1, 5.0)
+
+
+def test_names_that_differ_in_kind_and_neighbors_only_are_shown_as_a_pattern():
+    manifold = "{precision,recall,density,coverage}{3,5}_dinov2"
+    names = [name for name, metric in METRICS.items() if metric.detector == "dinov2"]
+    assert compact_names(names) == ["fd_dinov2", "kid_dinov2", manifold]
+    assert compact_names(["recall3_dinov2", "density3_dinov2", "recall5_inception"]) == [
+        "{recall,density}3_dinov2",
+        "recall5_inception",
+    ]
+    assert compact_names(["recall3_dinov2", "density5_dinov2"]) == ["recall3_dinov2", "density5_dinov2"]

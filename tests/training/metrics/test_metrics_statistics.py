@@ -12,11 +12,10 @@ from dnnlib.errors import ConfigError
 from tests.helpers.stand_in_detector import NUM_FEATURES, StandInDetector, images
 from torch_utils.distributed import World
 from torch_utils.processes.dealing import split_batches
-from training.dataset.image_set import PictureBatch
-from training.metrics.evaluate import StatsPass, evaluate_images
+from training.dataset.image_set import ImageSetBatch
+from training.metrics.evaluate import StatsPass, compute_scores, evaluate_images
 from training.metrics.metric_table import METRICS
 from training.metrics.reference import load_stats
-from training.metrics.scores import compute_scores
 from training.metrics.statistics import Moments, Rows
 
 ALL_INCEPTION = [name for name, metric in METRICS.items() if metric.detector == "inception"]
@@ -156,7 +155,7 @@ def test_chosen_features_are_kept_and_written(tmp_path):
     everything = images(20)
     dest = tmp_path / "stats.safetensors"
     parts = [np.arange(6, 20), np.arange(6)]
-    batches = [PictureBatch(images=everything[torch.from_numpy(part)], indices=part) for part in parts]
+    batches = [ImageSetBatch(images=everything[torch.from_numpy(part)], indices=part) for part in parts]
     detectors = {"inception": StandInDetector()}
     work = StatsPass(
         batches, metrics=["fid"], detectors=detectors, world=World(), keep_features=np.array([2, 4, 11]), dest=dest

@@ -27,9 +27,11 @@ from training.networks_edm2 import Precond
 from training.posthoc import reconstruction, sums
 from training.posthoc import response_plot as plot
 from training.posthoc import stored_averages as posthoc_files
+from training.posthoc.inputs import parse_std_list
 from training.snapshot import Snapshot, load_snapshot, save_snapshot
 
 RUN_DIR = GOLDEN_DIR / "snapshots" / "run"
+NUMBERS = json.loads((GOLDEN_DIR / "numbers.json").read_text(encoding="utf-8"))
 OUT_DIR = "reconstructed"
 
 
@@ -57,8 +59,25 @@ def run_dir(tmp_path):
     return folder
 
 
+@pytest.mark.parametrize("case", NUMBERS["parse_std_list"], ids=lambda case: case["text"])
+def test_lists_of_lengths_parse_as_published(case):
+    assert parse_std_list(case["text"]) == pytest.approx(case["value"], rel=1e-9)
+
+
+@pytest.mark.parametrize("text", ["", "a", "0", "-0.1", "0.289", "nan", "inf", "0.1,,0.2"])
+def test_lengths_out_of_range_are_refused(text):
+    with pytest.raises(ConfigError, match=r"above 0 and below 0\.289"):
+        parse_std_list(text)
+
+
+@pytest.mark.parametrize("text", ["...,0.2", "0.1,...,0.2", "0.1,0.15,...", "0.2,0.1,...,0.25", "0.1,0.2,...,0.15"])
+def test_a_spacing_that_says_nothing_is_refused(text):
+    with pytest.raises(ConfigError, match=r"0\.010,0\.015,\.\.\.,0\.250"):
+        parse_std_list(text)
+
+
 def test_inputs_are_listed_as_the_golden_numbers_have_them():
-    golden = json.loads((GOLDEN_DIR / "numbers.json").read_text())["phema_inputs"]
+    golden = NUMBERS["phema_inputs"]
     files = reconstruction.list_input_pickles(RUN_DIR)
     assert [(Path(f.path).name, f.nimg, f.std) for f in files] == [(g["name"], g["nimg"], g["std"]) for g in golden]
 
@@ -466,7 +485,11 @@ def test_bad_input_is_one_line_and_code_2_and_writes_nothing(run_dir, monkeypatc
 
 def test_published_names_import_from_the_script():
     assert script.parse_std_list("0.01,0.02,...,0.05") == pytest.approx([0.01, 0.02, 0.03, 0.04, 0.05])
+    assert script.parse_std_list([0.2]) == [0.2]
     assert script.list_input_pickles is reconstruction.list_input_pickles
+    for case in NUMBERS["kimg_to_nimg"]:
+        assert script.kimg_to_nimg(case["kimg"]) == case["nimg"]
+    assert script.pkl_path("a", "phema", 8388608, 0.05) == os.path.join("a", "phema-0008388-0.050.pkl")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

@@ -12,6 +12,7 @@ from safetensors import safe_open
 import convert_snapshot
 import dnnlib.cli
 from tests.helpers.paths import GOLDEN_DIR, ROOT
+from training.sharing import write_folder
 from training.sharing.model_card import PUBLISHED_NOTICE
 from training.snapshot import Snapshot, load_snapshot, save_snapshot
 
@@ -83,9 +84,9 @@ def test_inputs_are_never_overwritten(tmp_path: Path, capsys: pytest.CaptureFixt
         ([RUN, "--out=model.pkl", "--to=folder"], "name a folder for --to=folder"),
         ([RUN, "--out=net.pkl", "--to=safetensors"], "contradict each other"),
         ([RUN, "--out=net.safetensors", "--license=mit"], "add --to=folder"),
-        ([RUN, "--out=model", "--to=folder", "--license=my own"], "no licence identifier"),
+        ([RUN, "--out=model", "--to=folder", "--license=my own"], "is not an identifier"),
         ([RUN, "--out=model", "--to=folder", "--metrics=none.json"], "cannot read --metrics=none.json"),
-        ([RUN, "--out=model", "--to=folder", f"--metrics={GOLDEN.parent / 'inception-tensors.json'}"], "no result of"),
+        ([RUN, "--out=model", "--to=folder", f"--metrics={GOLDEN.parent / 'inception-tensors.json'}"], "not a result"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_written(
@@ -165,7 +166,7 @@ def test_a_folder_with_anything_in_it_is_left_alone(tmp_path: Path, capsys: pyte
     file.write_text("mine")
     (full / "notes.txt").write_text("mine")
     assert run(RUN, f"--out={full}", "--to=folder") == 2 and "is not empty" in capsys.readouterr().err
-    assert run(RUN, f"--out={file}", "--to=folder") == 2 and "is no folder" in capsys.readouterr().err
+    assert run(RUN, f"--out={file}", "--to=folder") == 2 and "is not a folder" in capsys.readouterr().err
     assert run(RUN, f"--out={empty}", "--to=folder") == 0 and files_in(empty) == FOLDER_FILES
     assert run(RUN, f"--out={empty}", "--to=folder") == 2
     assert run(empty, f"--out={empty}", "--to=folder") == 2 and "is an input" in capsys.readouterr().err
@@ -173,18 +174,16 @@ def test_a_folder_with_anything_in_it_is_left_alone(tmp_path: Path, capsys: pyte
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from training.sharing import write_folder as model_folder_write
-
     def full_disk(*args: Any) -> str:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(model_folder_write, "model_card", full_disk)
+    monkeypatch.setattr(write_folder, "model_card", full_disk)
     assert run(RUN, f"--out={tmp_path / 'model'}", "--to=folder") == 2
     assert not list(tmp_path.iterdir())
 
 
-def test_folders_that_are_none_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def told() -> str:
+def test_folders_without_a_network_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def refusal() -> str:
         assert run(tmp_path / "model", f"--out={tmp_path / 'net.pkl'}") == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1
@@ -196,20 +195,20 @@ def test_folders_that_are_none_are_refused(tmp_path: Path, capsys: pytest.Captur
     for change, message in (
         ({"_class_name": "UNet2DModel"}, "'UNet2DModel'; known is EDM2UNet"),
         ({"network": {**good["network"], "img_channels": 4}}, "has shape"),
-        ({"network": {**good["network"], "source": "import os"}}, "not known"),
+        ({"network": {**good["network"], "source": "import os"}}, "unknown argument"),
         ({"network": None}, "lacks 'class' or 'arguments'"),
-        ({"snapshot": []}, "is no object"),
+        ({"snapshot": []}, "is not an object"),
         ({"snapshot": {"encoder": {"class": "os.system", "arguments": {}}}}, "known are"),
         ({"snapshot": {"nimg": "many"}}, "int is needed"),
     ):
         config.write_text(json.dumps(good | change))
-        assert message in told()
+        assert message in refusal()
     config.write_text("[1]")
-    assert "no JSON object" in told()
+    assert "a JSON object" in refusal()
     config.write_text("{")
-    assert "no JSON" in told()
+    assert "is not JSON" in refusal()
     config.unlink()
-    assert "without a network in it" in told()
+    assert "without a network in it" in refusal()
     assert not (tmp_path / "net.pkl").exists()
 
 
@@ -237,7 +236,7 @@ def test_the_card_tells_what_is_known(tmp_path: Path) -> None:
         '"batch": 2048',
         "| fid | 12.25 |  | while training |",
         "| kid | 0.5 (mean 0.625 ± 0.125) | 50000 | `gen` |",
-        "None is stated yet",
+        "No license is stated yet",
     ):
         assert line in card
     assert "99" not in card and "98" not in card
@@ -245,7 +244,7 @@ def test_the_card_tells_what_is_known(tmp_path: Path) -> None:
     assert own == 0 and "\nlicense: apache-2.0\n" in (tmp_path / "own" / "README.md").read_text("utf-8")
 
 
-def test_published_weights_keep_their_licence_on_every_way(tmp_path: Path) -> None:
+def test_published_weights_keep_their_license_in_every_form(tmp_path: Path) -> None:
     source = tmp_path / "edm2-img512-s-2147483-0.130.pkl"
     shutil.copy(RUN, source)
     assert run(source, f"--outdir={tmp_path / 'a'}", "--to=folder", "--license=apache-2.0") == 0

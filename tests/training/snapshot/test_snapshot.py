@@ -160,9 +160,9 @@ def test_the_published_reader_opens_ours(encoder: Any, converted: bool, tmp_path
         inputs["eps"] = []
     torch.save(inputs, tmp_path / "inputs.pt")
     # -I: neither this folder nor the environment's paths; the reader brings the two modules that the file may use.
-    shutil.copy(Path(__file__).with_name("published_reader.py"), tmp_path)
+    shutil.copy(ROOT / "tests" / "helpers" / "published_reader.py", tmp_path)
     command = [sys.executable, "-I", "published_reader.py", "net.pkl", "inputs.pt", "outputs.pt"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     outputs = torch.load(tmp_path / "outputs.pt")
     assert torch.equal(outputs["denoised"], run(load_snapshot(tmp_path / "net.pkl").net, **inputs))

@@ -1,14 +1,16 @@
-"""Networks that turn images into features, in which sets of images are compared."""
+"""Networks that turn images into the features by which sets of images are compared."""
 
 from pathlib import Path
 
 import torch
 
 from dnnlib.errors import ConfigError
+from torch_utils.distributed import World
 from training.metrics.detectors.common import Detector, DetectorOutput
 from training.metrics.detectors.dinov2 import DINOv2Detector
 from training.metrics.detectors.efflite0 import EfficientNetLite0Detector
 from training.metrics.detectors.inception import InceptionV3Detector
+from training.metrics.metric_table import METRICS, parse_metrics
 
 __all__ = [
     "DETECTORS",
@@ -17,6 +19,7 @@ __all__ = [
     "DetectorOutput",
     "EfficientNetLite0Detector",
     "InceptionV3Detector",
+    "get_detector",
     "make_detector",
 ]
 
@@ -26,10 +29,16 @@ DETECTORS: dict[str, type[InceptionV3Detector | DINOv2Detector | EfficientNetLit
 
 
 def make_detector(name: str, device: torch.device | str, weights: str | Path | None = None) -> Detector:
-    """The detector called `name` on `device`, with the published weights or those at the path `weights`.
+    """Make the detector `name` on `device`, with the published weights or those at the path `weights`.
 
-    Raises ConfigError for an unknown name and for weights that are missing or are no such network's.
+    Raises ConfigError for an unknown name and for weights that are missing or do not fit the network.
     """
     if name not in DETECTORS:
-        raise ConfigError(f"no detector is called {name!r}; there are {', '.join(DETECTORS)}")
+        raise ConfigError(f"unknown detector {name!r}; choose from {', '.join(DETECTORS)}")
     return DETECTORS[name](weights=weights).to(device)
+
+
+def get_detector(metric: str, verbose: bool = True) -> Detector:
+    """Make the detector of a metric with its published weights. `verbose` is accepted and prints nothing."""
+    (name,) = parse_metrics(metric)
+    return make_detector(METRICS[name].detector, World().device)

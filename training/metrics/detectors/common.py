@@ -1,40 +1,45 @@
-"""What all detectors share: images in, features out, the same ones however the images are batched."""
+"""The base of all detectors (images in, features out, independent of the batch), their layers and weights files."""
 
+import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
+import safetensors.torch
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import nn
 
-from dnnlib.errors import ConfigError
+from dnnlib.errors import ConfigError, reason_of
 from torch_utils.precision import numerics
+
+Net = TypeVar("Net", bound=nn.Module)
 
 # N images, C channels, H x W pixels, F features, K classes, S values of a spatial map.
 
 
 @dataclass(frozen=True)
 class DetectorOutput:
-    """What a detector says about N images, float32 on the detector's device."""
+    """Outputs of a detector for N images, float32 on the detector's device."""
 
     features: torch.Tensor  # [N, F]
-    logits: torch.Tensor | None = None  # [N, K], of Inception those without the bias, as Inception Score uses them
-    spatial: torch.Tensor | None = None  # [N, S], of Inception what sFID compares
+    logits: torch.Tensor | None = None  # [N, K]; Inception's are without the bias, as Inception Score uses them
+    spatial: torch.Tensor | None = None  # [N, S]; Inception's are those that sFID compares
 
 
 class Detector(ABC):
-    """Turns uint8 images [N, 3, H, W] or grey [N, 1, H, W] of any size into float32 features [N, num_features].
+    """Turns uint8 images [N, 3, H, W] or gray [N, 1, H, W] of any size into float32 features [N, num_features].
 
-    name:         how `make_detector` calls it.
+    name:         its name in `make_detector`.
     num_features: F.
-    weights_path: the file that the weights come from.
-    published:    whether that is the very file that published numbers were computed with.
+    weights_path: the file of the weights.
+    published:    True if published numbers were computed with that very file.
 
-    Images pass through the network in groups of one size, the last one filled up with black ones, so that an image's
-    features do not depend on the batch that it comes in.
+    Images pass through the network in groups of fixed size, the last one filled up with black images, so that an
+    image's features do not depend on its batch.
     """
 
     name: ClassVar[str]
@@ -51,10 +56,10 @@ class Detector(ABC):
     @classmethod
     @abstractmethod
     def has_weights(cls) -> bool:
-        """Whether the weights are on this machine, so that neither an argument nor a connection is needed."""
+        """Return True if the weights are on this machine, so that no argument and no connection is needed."""
 
     def to(self, device: torch.device | str) -> Self:
-        """Compute on `device` from now on. Before the first call, images are processed where they are."""
+        """Compute on `device` from now on. Without this call, images are processed on their own device."""
         self._device = torch.device(device)
         return self
 
@@ -63,7 +68,7 @@ class Detector(ABC):
         return self.outputs(images).features
 
     def outputs(self, images: torch.Tensor) -> DetectorOutput:
-        """All that the detector says about uint8 images, on its device. Raises ConfigError for what is no image."""
+        """Return all outputs for uint8 images, on the detector's device. Raises ConfigError for other tensors."""
         images = to_rgb(images, self.name).to(self._device or images.device)
         self._net.to(images.device)
         group = self.group_cpu if images.device.type == "cpu" else self.group_gpu
@@ -81,26 +86,26 @@ class Detector(ABC):
 
     @abstractmethod
     def _compute(self, images: torch.Tensor) -> DetectorOutput:
-        """The output for a full group of uint8 images [N, 3, H, W] on the network's device."""
+        """Return the outputs for a full group of uint8 images [N, 3, H, W] on the network's device."""
 
 
 def to_rgb(images: torch.Tensor, name: str) -> torch.Tensor:
-    """uint8 images [N, 3, H, W] as they are, grey ones [N, 1, H, W] repeated. Raises ConfigError for anything else."""
+    """Return uint8 images [N, 3, H, W] unchanged, gray ones [N, 1, H, W] repeated. Raises ConfigError for others."""
     if images.dtype != torch.uint8 or images.ndim != 4 or 0 in images.shape[2:]:
         shape = list(images.shape)
         raise ConfigError(f"the {name} detector takes uint8 images [N, 3, H, W]; given are {images.dtype} {shape}")
     if images.shape[1] not in (1, 3):
         raise ConfigError(
-            f"the {name} detector takes images of 3 channels (colour) or 1 (grey); these have {images.shape[1]}:"
+            f"the {name} detector takes images of 3 channels (color) or 1 (gray); these have {images.shape[1]}:"
             " latents must be decoded to pixels first"
         )
     return images.expand(-1, 3, -1, -1)
 
 
 class ConvNorm(nn.Module):
-    """Convolution, batch norm and an activation, with the batch norm becoming part of the convolution by `fold`.
+    """Convolution, batch norm and activation; `fold` merges the batch norm into the convolution.
 
-    padding: (top and bottom, left and right), zeros. activation: F.relu or the like, working in place; None for none.
+    padding: zeros at (top and bottom, left and right). activation: an in-place function like F.relu, or None.
     """
 
     def __init__(
@@ -120,13 +125,13 @@ class ConvNorm(nn.Module):
         self.activation = activation
 
     def fold(self) -> None:
-        """Make the batch norm, as it is in evaluation, part of the convolution: less work, the same result."""
+        """Merge the batch norm, as in evaluation mode, into the convolution: less work, the same result."""
         norm = self.bn
         if isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None and norm.running_var is not None:
             scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
             weight = self.conv.weight.double() * scale.reshape(-1, 1, 1, 1)
             bias = norm.bias.double() - norm.running_mean.double() * scale
-            # Channels last is the faster layout; images must have it, too.
+            # Channels last is the faster layout, if images have it as well.
             weight = weight.float().contiguous(memory_format=torch.channels_last)
             self.conv.weight = nn.Parameter(weight, requires_grad=False)
             self.conv.bias = nn.Parameter(bias.float(), requires_grad=False)
@@ -139,15 +144,79 @@ class ConvNorm(nn.Module):
 
 
 def fold_batch_norms(net: nn.Module) -> None:
-    """`ConvNorm.fold` everywhere in `net`, after its weights are loaded."""
+    """Call `ConvNorm.fold` everywhere in `net`, after its weights are loaded."""
     for module in net.modules():
         if isinstance(module, ConvNorm):
             module.fold()
 
 
 def resize_antialiased(images: torch.Tensor, size: int, mode: str) -> torch.Tensor:
-    """uint8 images to float32 [N, C, size, size], range 0..255 but for bicubic overshoot; mode bilinear or bicubic."""
+    """Resize uint8 images to float32 [N, C, size, size] in 0..255, plus bicubic overshoot; mode bilinear or bicubic."""
     images = images.to(torch.float32)
     # Apple's GPUs have no antialiased resize.
     source = images.cpu() if images.device.type == "mps" else images
     return F.interpolate(source, size=(size, size), mode=mode, antialias=True).to(images.device)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, as hex. Raises ConfigError if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {reason_of(error)}") from None
+
+
+def is_published(path: Path, digest: str) -> bool:
+    """Return True if the file's SHA-256 digest begins with `digest`.
+
+    Raises ConfigError if it does not although the name says so, as in `net-0123abcd.pth`: that file is damaged.
+    """
+    actual = file_sha256(path)
+    if digest[:8] in path.name and not actual.startswith(digest):
+        raise ConfigError(
+            f"{path} is damaged or not what its name says: its SHA-256 digest begins with {actual[:8]} in place of"
+            f" {digest[:8]}; delete it and fetch it again"
+        )
+    return actual.startswith(digest)
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Read a .safetensors file or a state dict from torch.save, without executing anything in it."""
+    try:
+        if path.suffix == ".safetensors":
+            tensors = safetensors.torch.load_file(path)
+        else:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {reason_of(error)}") from None
+    except SafetensorError as error:
+        raise ConfigError(f"{path} is damaged or not a .safetensors file: {error}") from None
+    except Exception:
+        # Many kinds of exceptions, some of which advise to execute the file.
+        raise ConfigError(
+            f"{path} is damaged, or holds more than tensors; a state dict from torch.save is needed"
+        ) from None
+    if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
+        raise ConfigError(f"{path} does not hold tensors by name; a state dict from torch.save is needed")
+    return dict(tensors)
+
+
+def filled(network: Callable[[], Net], tensors: Mapping[str, torch.Tensor], source: Path, what: str) -> Net:
+    """Build a network by `network()` that takes over `tensors`, without drawing random numbers.
+
+    Raises ConfigError unless names and shapes are exactly the network's; `source` and `what` are for its text.
+    """
+    with torch.device("meta"):
+        net = network()
+    own = net.state_dict()
+    problems = [f"{name} is missing" for name in own if name not in tensors]
+    problems += [f"{name} is unknown" for name in tensors if name not in own]
+    for name, value in own.items():
+        if name in tensors and tensors[name].shape != value.shape:
+            problems.append(f"{name} has shape {list(tensors[name].shape)}, not {list(value.shape)}")
+    if problems:
+        more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
+        raise ConfigError(f"{source} does not hold weights of {what}: {problems[0]}{more}")
+    net.load_state_dict({name: tensors[name].to(value.dtype) for name, value in own.items()}, assign=True)
+    return net

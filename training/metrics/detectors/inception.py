@@ -1,12 +1,12 @@
 """Inception-v3 of 2015-12-05, the network behind FID, sFID and Inception Score.
 
-The layers follow Szegedy et al., "Rethinking the Inception Architecture for Computer Vision" (arXiv 1512.00567). Where
-this network differs from later ones of the name: batch norm with eps 1e-3, average pools that leave the padding out,
-a maximum in place of the last block's average, 1008 classes, and TensorFlow 1's way to resize.
+The layers follow Szegedy et al., "Rethinking the Inception Architecture for Computer Vision" (arXiv 1512.00567). This
+network differs from later ones of that name: batch norm with eps 1e-3, average pools that exclude the padding, a
+maximum in place of the last block's average, 1008 classes, and the resize of TensorFlow 1.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -17,15 +17,22 @@ from torch import nn
 from dnnlib.download import cached_path, is_url
 from dnnlib.errors import ConfigError
 from dnnlib.util import open_url
-from training.metrics.detectors.common import ConvNorm, Detector, DetectorOutput, fold_batch_norms
-from training.metrics.detectors.weights import filled, is_published, read_tensors
+from training.metrics.detectors.common import (
+    ConvNorm,
+    Detector,
+    DetectorOutput,
+    filled,
+    fold_batch_norms,
+    is_published,
+    read_tensors,
+)
 
 URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
-DIGEST = "6726825d"  # the first digits of the file's SHA-256, which its name carries
+DIGEST = "6726825d"  # the first digits of the file's SHA-256, which are part of its name
 SIZE = 299
 NUM_CLASSES = 1008
-# sFID (Nash et al., arXiv 2103.03841) takes TensorFlow's tensor mixed_6/conv, which here is the first branch of
-# Mixed_6d, and of that 7 channels of 17x17 values.
+# sFID (Nash et al., arXiv 2103.03841) takes 7 channels of 17x17 values of TensorFlow's tensor mixed_6/conv, here the
+# first branch of Mixed_6d.
 SPATIAL_BLOCK = "Mixed_6d"
 SPATIAL_CHANNELS = 7
 
@@ -39,20 +46,25 @@ class Conv:
     rows: int = 1
     columns: int = 1
     stride: int = 1
-    padded: bool = True  # so that the size stays
+    padded: bool = True  # keeps the size
 
 
-# A branch is a chain of convolutions, of forks (convolutions of the same input, one behind the other) and of pools.
+# A branch is a chain of convolutions, of forks (convolutions of the same input, concatenated) and of pools.
 Step = Conv | tuple[Conv, ...] | str
 Branch = Sequence[Step]
 
 
+def _chain(prefix: str, *shapes: tuple[int, int, int], halve: bool = False) -> Branch:
+    """Convolutions {prefix}_1, {prefix}_2, ... of (channels, rows, columns); `halve` gives the last one stride 2."""
+    convolutions = [Conv(f"{prefix}_{index}", *shape) for index, shape in enumerate(shapes, start=1)]
+    return [*convolutions[:-1], replace(convolutions[-1], stride=2, padded=False)] if halve else convolutions
+
+
 def _block_a(pool: int) -> list[Branch]:
-    double = [Conv("branch3x3dbl_1", 64), Conv("branch3x3dbl_2", 96, 3, 3), Conv("branch3x3dbl_3", 96, 3, 3)]
     return [
         [Conv("branch1x1", 64)],
-        [Conv("branch5x5_1", 48), Conv("branch5x5_2", 64, 5, 5)],
-        double,
+        _chain("branch5x5", (48, 1, 1), (64, 5, 5)),
+        _chain("branch3x3dbl", (64, 1, 1), (96, 3, 3), (96, 3, 3)),
         ["average", Conv("branch_pool", pool)],
     ]
 
@@ -60,11 +72,7 @@ def _block_a(pool: int) -> list[Branch]:
 def _block_b() -> list[Branch]:
     return [
         [Conv("branch3x3", 384, 3, 3, stride=2, padded=False)],
-        [
-            Conv("branch3x3dbl_1", 64),
-            Conv("branch3x3dbl_2", 96, 3, 3),
-            Conv("branch3x3dbl_3", 96, 3, 3, stride=2, padded=False),
-        ],
+        _chain("branch3x3dbl", (64, 1, 1), (96, 3, 3), (96, 3, 3), halve=True),
         ["halve"],
     ]
 
@@ -72,27 +80,16 @@ def _block_b() -> list[Branch]:
 def _block_c(inner: int) -> list[Branch]:
     return [
         [Conv("branch1x1", 192)],
-        [Conv("branch7x7_1", inner), Conv("branch7x7_2", inner, 1, 7), Conv("branch7x7_3", 192, 7, 1)],
-        [
-            Conv("branch7x7dbl_1", inner),
-            Conv("branch7x7dbl_2", inner, 7, 1),
-            Conv("branch7x7dbl_3", inner, 1, 7),
-            Conv("branch7x7dbl_4", inner, 7, 1),
-            Conv("branch7x7dbl_5", 192, 1, 7),
-        ],
+        _chain("branch7x7", (inner, 1, 1), (inner, 1, 7), (192, 7, 1)),
+        _chain("branch7x7dbl", (inner, 1, 1), (inner, 7, 1), (inner, 1, 7), (inner, 7, 1), (192, 1, 7)),
         ["average", Conv("branch_pool", 192)],
     ]
 
 
 def _block_d() -> list[Branch]:
     return [
-        [Conv("branch3x3_1", 192), Conv("branch3x3_2", 320, 3, 3, stride=2, padded=False)],
-        [
-            Conv("branch7x7x3_1", 192),
-            Conv("branch7x7x3_2", 192, 1, 7),
-            Conv("branch7x7x3_3", 192, 7, 1),
-            Conv("branch7x7x3_4", 192, 3, 3, stride=2, padded=False),
-        ],
+        _chain("branch3x3", (192, 1, 1), (320, 3, 3), halve=True),
+        _chain("branch7x7x3", (192, 1, 1), (192, 1, 7), (192, 7, 1), (192, 3, 3), halve=True),
         ["halve"],
     ]
 
@@ -143,7 +140,7 @@ def _pool(kind: str, x: torch.Tensor) -> torch.Tensor:
 
 
 class Branches(nn.Module):
-    """Branches side by side, each a chain, their outputs one behind the other. The convolutions are by their names."""
+    """Parallel branches with concatenated outputs. Their convolutions are submodules by their names."""
 
     def __init__(self, in_channels: int, branches: Sequence[Branch]) -> None:
         super().__init__()
@@ -179,7 +176,7 @@ class Branches(nn.Module):
 
 
 class InceptionV3(Branches):
-    """The network from scaled images [N, 3, 299, 299] on; the names of its tensors are those of the weights file."""
+    """The network, for scaled images [N, 3, 299, 299]; its tensors have the names of the weights file."""
 
     def __init__(self) -> None:
         super().__init__(3, [STEM])
@@ -191,7 +188,7 @@ class InceptionV3(Branches):
         self.fc = nn.Linear(channels, NUM_CLASSES)
 
     def outputs(self, x: torch.Tensor) -> DetectorOutput:
-        """Features [N, 2048], logits without the bias [N, 1008], spatial features [N, 7 * 17 * 17]."""
+        """Return features [N, 2048], logits without the bias [N, 1008], spatial features [N, 7 * 17 * 17]."""
         x = self(x)
         for name in BLOCKS:
             x = self.get_submodule(name)(x)
@@ -202,7 +199,7 @@ class InceptionV3(Branches):
 
 
 def resize_tf1(images: torch.Tensor, size: int) -> torch.Tensor:
-    """Bilinear resize [N, C, H, W] to float32 [N, C, size, size] as TensorFlow 1 did it without aligned corners.
+    """Resize [N, C, H, W] to float32 [N, C, size, size], bilinear as in TensorFlow 1 without aligned corners.
 
     Output pixel i is read at i * (input size / output size): no shift by half a pixel, no antialiasing.
     """
@@ -237,7 +234,7 @@ class InceptionV3Detector(Detector):
 
     @classmethod
     def has_weights(cls) -> bool:
-        """Whether the published file is in the download cache."""
+        """Return True if the published file is in the download cache."""
         return cached_path(URL).is_file()
 
     def _compute(self, images: torch.Tensor) -> DetectorOutput:
@@ -246,7 +243,7 @@ class InceptionV3Detector(Detector):
 
 
 def _locate(weights: str | Path | None) -> Path:
-    """The local file, after a download where one is needed."""
+    """Return the local file, after a download if needed."""
     source = URL if weights is None else str(weights)
     try:
         return Path(open_url(source, num_attempts=3, return_filename=True))

@@ -24,7 +24,7 @@ def test_the_detectors_are_known_by_their_names(detector):
     assert list(DETECTORS) == ["inception", "dinov2", "efflite0"]
     assert all(cls.name == name and issubclass(cls, Detector) for name, cls in DETECTORS.items())
     assert isinstance(detector, DETECTORS["efflite0"])
-    with pytest.raises(ConfigError, match="no detector is called 'clip'; there are inception, dinov2, efflite0"):
+    with pytest.raises(ConfigError, match="unknown detector 'clip'; choose from inception, dinov2, efflite0"):
         make_detector("clip", "cpu")
 
 
@@ -42,7 +42,7 @@ def test_grey_images_are_repeated_to_three_channels(detector, images):
 
 @pytest.mark.parametrize("channels", [2, 4, 8])
 def test_images_of_another_number_of_channels_are_refused(detector, channels):
-    with pytest.raises(ConfigError, match=rf"3 channels \(colour\) or 1 \(grey\); these have {channels}: latents must"):
+    with pytest.raises(ConfigError, match=rf"3 channels \(color\) or 1 \(gray\); these have {channels}: latents must"):
         detector(torch.zeros([2, channels, 8, 8], dtype=torch.uint8))
 
 

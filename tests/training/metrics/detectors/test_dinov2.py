@@ -13,7 +13,7 @@ from dnnlib.errors import ConfigError
 from tests.helpers.tiny import assert_close
 from training.metrics.detectors import DINOv2Detector, dinov2
 from training.metrics.detectors.common import resize_antialiased
-from training.metrics.detectors.dinov2_names import to_transformers
+from training.metrics.detectors.dinov2 import to_transformers
 
 transformers = pytest.importorskip("transformers")
 
@@ -184,7 +184,7 @@ def test_an_image_of_the_networks_size_is_left_as_it_is():
 
 
 def test_an_unknown_way_to_resize_is_refused(folder):
-    with pytest.raises(ConfigError, match="resize_mode='cubic'; known are torch, pil"):
+    with pytest.raises(ConfigError, match="unknown resize_mode='cubic'; choose from torch, pil"):
         DINOv2Detector("cubic", folder)
 
 
@@ -261,7 +261,7 @@ def test_weights_of_something_else_are_refused(tmp_path, folder):
         return str(error.value)
 
     lacking = {name: value for name, value in tensors.items() if name != "layernorm.bias"}
-    assert "holds no weights of DINOv2: missing layernorm.bias" in refusal(lacking)
+    assert "does not hold weights of DINOv2: missing layernorm.bias" in refusal(lacking)
     assert "unexpected" in refusal(tensors | {"classifier.weight": torch.zeros(3)})
     assert "mismatched" in refusal(tensors | {"layernorm.bias": torch.zeros(3)})
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
@@ -269,5 +269,5 @@ def test_weights_of_something_else_are_refused(tmp_path, folder):
     (tmp_path / "config.json").write_text("no JSON")
     assert "config.json cannot be read" in refusal(tensors)
     torch.save({"fc.weight": torch.zeros(3)}, tmp_path / "other.pth")
-    with pytest.raises(ConfigError, match=r"holds no weights of torch\.hub's DINOv2: cls_token is missing"):
+    with pytest.raises(ConfigError, match=r"does not hold weights of torch\.hub's DINOv2: cls_token is missing"):
         DINOv2Detector(weights=tmp_path / "other.pth")

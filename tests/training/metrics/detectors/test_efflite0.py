@@ -133,7 +133,7 @@ def test_without_the_package_the_error_says_which_file_from_where_and_where_to_p
 def test_a_path_without_a_file_is_named_with_the_option(tmp_path):
     with pytest.raises(ConfigError, match=r"--efflite0-weights=.*nothing\.pth does not exist"):
         EfficientNetLite0Detector(tmp_path / "nothing.pth")
-    with pytest.raises(ConfigError, match=r"--efflite0-weights=.* is no file"):
+    with pytest.raises(ConfigError, match=r"--efflite0-weights=.* is not a file"):
         EfficientNetLite0Detector(tmp_path)
 
 

@@ -15,7 +15,7 @@ from dnnlib.errors import ConfigError
 from tests.helpers.paths import GOLDEN_DIR
 from tests.helpers.tiny import assert_close
 from training.metrics.detectors import InceptionV3Detector, inception
-from training.metrics.detectors.weights import file_sha256
+from training.metrics.detectors.common import file_sha256
 
 SHAPES = json.loads((GOLDEN_DIR / "inception-tensors.json").read_text())
 
@@ -233,8 +233,8 @@ def test_weights_of_something_else_are_refused(tmp_path):
     assert "Mixed_6c.branch1x1.conv.weight is missing" in refusal(shorter)
     assert "AuxLogits.fc.bias is unknown" in refusal(weights | {"AuxLogits.fc.bias": torch.zeros(3)})
     assert "fc.bias has shape [1000], not [1008]" in refusal(weights | {"fc.bias": torch.zeros(1000)})
-    assert "holds no tensors by name" in refusal([torch.zeros(3)])
-    assert "holds no tensors by name" in refusal({"epoch": 3})
+    assert "does not hold tensors by name" in refusal([torch.zeros(3)])
+    assert "does not hold tensors by name" in refusal({"epoch": 3})
 
 
 class Bomb:
@@ -252,5 +252,5 @@ def test_nothing_in_a_weights_file_is_executed(tmp_path):
         InceptionV3Detector(path)
     path = tmp_path / "weights.safetensors"
     path.write_bytes(b"not a file of weights")
-    with pytest.raises(ConfigError, match=r"damaged or no \.safetensors file"):
+    with pytest.raises(ConfigError, match=r"damaged or not a \.safetensors file"):
         InceptionV3Detector(path)
