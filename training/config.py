@@ -1,45 +1,56 @@
-"""What a training run is: its options as one value that can be checked, stored and compared."""
+"""The options of a training run: one value that is checked when it is made, stored in the run folder and compared.
+
+Each field carries its limits and the help text of its command line option, made by edm2/options/training.py.
+A new option is one line.
+"""
 
 import dataclasses
 import json
 import math
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, field
+from typing import Any, ClassVar, Literal
 
 import torch
 
+from dnnlib.download import is_remote
 from dnnlib.errors import ConfigError
+from dnnlib.fields import check_limits, option
 from torch_utils.precision import PRECISIONS, Precision
-from training.condition.spec import parse_condition
 from training.metrics.metric_table import parse_metrics
-from training.run.label_dropout import check_options
-from training.run.samples_config import SamplesConfig
-from training.streaming.remote import is_remote
 
 SHUFFLE_BUFFER = 10_000  # images of a data set behind a URL
+MAX_SAMPLES = 64  # columns of a sample grid
 
 
-def _neutral(**kwargs: Any) -> Any:
-    """A field that cannot change what is learned, so that a run may continue with another value."""
-    return field(metadata={"neutral": True}, **kwargs)
+def neutral(default: Any = MISSING, help: str | None = None, **details: Any) -> Any:
+    """An `option` that cannot change what is learned, so that a run may continue with another value."""
+    return option(default, help, extra={"neutral": True}, **details)
 
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkConfig:
-    """The shape of the network; what the data decides (resolution, channels, classes) is not in here."""
+    """The shape of the network, without what the data decides: resolution, channels, classes."""
 
-    channels: int = 192  # width of the first level
-    channel_mult: tuple[int, ...] = (1, 2, 3, 4)  # width of each level, in units of `channels`
-    num_blocks: int = 3  # residual blocks a level in the encoder; the decoder has one more
-    attn_resolutions: tuple[int, ...] = (16, 8)  # sides, in pixels, of the levels with self-attention
+    channels: int = option(192, "Width of the network's first level", shown="", above=0)
+    channel_mult: tuple[int, ...] = option((1, 2, 3, 4), "Width of each level, in units of --channels", shown="")
+    num_blocks: int = option(3, "Residual blocks in each level", shown="", above=0)  # the decoder has one more
+    attn_resolutions: tuple[int, ...] = option((16, 8), "Resolutions of the levels with self-attention", shown="")
     channels_per_head: int = 64
-    dropout: float = 0.0  # probability
-    precision: Precision = "fp16"  # of the U-Net while training; fp16 is float32 without a CUDA device
+    dropout: float = option(0.0, "Dropout probability", shown="", least=0, below=1)
+    precision: Precision = option(
+        "fp16", "Number format of the U-Net; fp16 is float32 without a CUDA device", choices=PRECISIONS
+    )
+
+    def __post_init__(self) -> None:
+        check_limits(self)
+        if not self.channel_mult or min(self.channel_mult) < 1:
+            raise ConfigError("--channel-mult needs one whole number above 0 for each level, e.g. 1,2,3,4")
 
     def fitted_to(self, resolution: int) -> "NetworkConfig":
-        """The same, with narrower attention heads where a level with attention is too narrow for the usual ones.
+        """Return the same with narrower attention heads, if a level with attention is narrower than a usual head.
 
-        A level of fewer channels than one head would have no attention at all (training/networks_edm2.py, Block).
+        A level with fewer channels than one head would have no attention at all (training/networks_edm2.py, Block).
         """
         levels = list(enumerate(self.channel_mult))
         attending = [mult for i, mult in levels if resolution >> i in self.attn_resolutions or i == len(levels) - 1]
@@ -61,134 +72,169 @@ class NetworkConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MetricsConfig:
-    """What is measured while a run trains; see training/run/run_metrics.py."""
+    """Measurements while a run trains; see training/run/run_metrics.py."""
 
-    names: tuple[str, ...]  # of training.metrics.metric_table, or ("all",)
-    ref: str | None = None  # reference statistics, path or URL
-    every: int | None = None  # images between measurements, each with a snapshot; None = whenever one is taken
-    num: int = 5000  # images that each average generates, from the seeds 0, 1, ...
-    batch: int = 32  # images at once and process
-    steps: int = 32  # of Heun's method
+    PREFIX: ClassVar = "metrics-"  # of the options
+
+    # Names in training.metrics.metric_table, or ("all",).
+    names: tuple[str, ...] = option(help="Measure the averaged networks: fd_efflite0, fid, ...", flag="metrics")
+    ref: str | None = option(None, "Reference statistics to compare with", value="PATH|URL")
+    every: int | None = option(  # None = whenever a snapshot is taken
+        None, "Interval of measurements, each with a snapshot", value="NIMG", shown="--snapshot", above=0
+    )
+    num: int = option(5000, "Images that each network generates", value="NIMG", least=2)  # from the seeds 0, 1, ...
+    batch: int = option(32, "Images at once per process", least=1)
+    steps: int = option(32, "Sampling steps", least=2)  # of Heun's method
     weights: dict[str, str] = field(default_factory=dict)  # files by detector, in place of the published ones
 
     def __post_init__(self) -> None:
         parse_metrics(self.names)
-        positive = {"every": 1 if self.every is None else self.every, "batch": self.batch}
-        for name, value in positive.items():
-            if value < 1:
-                raise ConfigError(f"--metrics-{name}={value} must be a number above 0")
-        for name, value in {"num": self.num, "steps": self.steps}.items():
-            if value < 2:
-                raise ConfigError(f"--metrics-{name}={value} is too small; 2 is the least")
+        check_limits(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplesConfig:
+    """A grid at each snapshot: a row for each class, with images from seeds that stay the same.
+
+    See training/run/run_samples.py.
+    """
+
+    PREFIX: ClassVar = "samples-"
+
+    num: int = option(
+        help="Draw a sample grid at each snapshot: images per class",
+        flag="samples",
+        shown="0",
+        least=1,
+        most=MAX_SAMPLES,
+    )
+    classes: tuple[int, ...] | None = option(None, "Classes of its rows", shown="all, or 10 spread over them")
+    std: float | None = option(None, "EMA length to draw from", shown="best for the preset")  # None = the first one
+    steps: int = option(32, "Sampling steps", least=2)  # of Heun's method
+    batch: int = option(32, "Images at once per process", least=1)
+
+    def __post_init__(self) -> None:
+        check_limits(self)
+        if self.classes is not None and (not self.classes or min(self.classes) < 0):
+            raise ConfigError("--samples-classes needs class numbers from 0 on, e.g. 0,1,7")
+
+    def check_tracked(self, ema_stds: Sequence[float]) -> None:
+        """Raise ConfigError if the run does not track the EMA length."""
+        if self.std is not None and f"{self.std:.3f}" not in [f"{std:.3f}" for std in ema_stds]:
+            tracked = ", ".join(f"{std:.3f}" for std in ema_stds)
+            raise ConfigError(f"--samples-std={self.std:g} is not a tracked length; choose from {tracked}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """All options of a training run. Image counts are numbers of images, over all processes."""
 
-    data: str  # path or URL of the data set
-    shuffle_buffer: int | None = None  # images to shuffle over, for a URL; None = SHUFFLE_BUFFER
-    cond: bool = True
-    xflip: bool = False
-    balance: bool = False  # every class equally often, see training/dataset/balanced_order.py
-    label_dropout: float = 0.0  # probability that an image is learned without its label
-    condition: str | None = None  # image that the network sees beside the noisy one, see training/condition/spec.py
+    data: str = option(help="The data set  [required, unless the preset brings one]", value="ZIP|DIR|URL")
+    shuffle_buffer: int | None = option(  # None = SHUFFLE_BUFFER
+        None, "Images to shuffle over, for data at a URL", value="IMAGES", shown="10000", above=0
+    )
+    cond: bool = option(True, "Train a class-conditional model")
+    xflip: bool = option(False, "Also train on mirrored images")
+    balance: bool = option(  # see training/dataset/order.py
+        False, "See every class equally often, whatever its size", value="/", shown=""
+    )
+    label_dropout: float = option(
+        0.0, "Probability of learning an image without its label, for --gnet=self", shown="0", least=0, below=1
+    )
+    condition: str | None = option(  # see training/condition/spec.py
+        None, "Let the network see lowres:FACTOR (super-resolution) or inpaint[:MIN-MAX]", value="KIND", shown="none"
+    )
     vae: str | None = None  # encode pixels with this VAE while training: hub name or local folder
     network: NetworkConfig = NetworkConfig()
-    P_mean: float = -0.4  # mean and standard deviation of ln(sigma)
-    P_std: float = 1.0
-    lr: float = 0.01  # reference learning rate
-    decay: float = 70e3  # batches before the learning rate decays
-    rampup: float = 10.0  # ramp-up of the learning rate, millions of images
-    ema_stds: tuple[float, ...] = (0.050, 0.100)  # tracked EMA lengths relative to training time
-    batch: int = 2048
-    seed: int = 0
-    ls: float | Literal["auto"] = 1.0  # loss scale; auto = adaptive
-    init: str | None = None  # snapshot whose weights the run starts from
-    init_partial: bool = False  # leave tensors of `init` that do not fit as they were initialized
-    duration: int = _neutral(default=1 << 31)
-    batch_gpu: int | None = _neutral(default=None)  # images a process and round; None = no accumulation
-    status: int = _neutral(default=128 << 10)  # 0 = never, also below
-    snapshot: int = _neutral(default=8 << 20)
-    checkpoint: int = _neutral(default=128 << 20)
-    snapshot_format: str = _neutral(default="pkl")  # pkl, safetensors or both
-    keep_checkpoints: int = _neutral(default=2)  # the newest ones; 0 = all
-    background_saves: bool = _neutral(default=True)  # write files while training goes on
-    on_disk_full: str = _neutral(default="stop")  # stop or wait
-    bench: bool = _neutral(default=True)  # let cuDNN time its algorithms
-    compile: bool | None = _neutral(default=None)  # compile the network; None = on CUDA devices
-    recompute: bool = _neutral(default=False)  # compute a block's activations again for the backward pass
-    shard: bool = _neutral(default=False)  # spread weights, moments and averages over the processes
-    shard_group: int | None = _neutral(default=None)  # processes that share one copy; None = all
-    workers: int = _neutral(default=0)  # processes that read data, a rank
-    data_cache: str | None = _neutral(default=None)  # folder for what is read from a URL; None = the usual one
-    data_cache_size: int = _neutral(default=50 * 10**9)  # bytes of shards in it, at most
-    metrics: MetricsConfig | None = field(default=None, metadata={"neutral": True})  # None = nothing is measured
-    slice: int | None = _neutral(default=None)  # images until a session ends; None = the whole duration
-    on_nonfinite: str = _neutral(default="stop")  # stop or continue
-    nonfinite_limit: int = _neutral(default=3)  # status intervals in a row before that
-    monitor: bool = _neutral(default=False)  # magnitudes of gradients, activations and weights in stats.jsonl
-    samples: SamplesConfig | None = field(default=None, metadata={"neutral": True})  # None = no sample grids
+    P_mean: float = option(-0.4, "Mean of ln(sigma)", shown="")
+    P_std: float = option(1.0, "Standard deviation of ln(sigma)", shown="", above=0)
+    lr: float = option(0.01, "Reference learning rate", shown="", above=0)
+    decay: float = option(
+        70e3, "Batches before the learning rate decays; 0 = never", value="BATCHES", shown="", least=0
+    )
+    rampup: float = option(10.0, "Learning rate ramp-up, millions of images; 0 = none", value="MIMG", shown="", least=0)
+    ema_stds: tuple[float, ...] = option((0.050, 0.100), "EMA lengths to track, relative to training time", shown="")
+    batch: int = option(2048, "Total batch size, over all processes", value="NIMG", shown="", above=0)
+    seed: int = option(0, "Random seed", least=0, most=(1 << 63) - 1)
+    ls: float | Literal["auto"] = option(1.0, "Loss scaling; auto adapts it", value="FLOAT|auto", shown="1", above=0)
+    init: str | None = option(None, "Start from this snapshot's weights", value="PKL|URL")
+    init_partial: bool = option(False, "Initialize tensors that do not fit --init, instead of failing", value="")
+    duration: int = neutral(1 << 31, "Training duration", value="NIMG", shown="", above=0)
+    batch_gpu: int | None = neutral(  # None = no accumulation
+        None, "Limit of the batch size on one GPU (gradient accumulation)", value="NIMG", above=0
+    )
+    status: int = neutral(128 << 10, "Interval of status lines; 0 = none", value="NIMG", least=0)
+    snapshot: int = neutral(8 << 20, "Interval of network snapshots; 0 = none", value="NIMG", least=0)
+    checkpoint: int = neutral(128 << 20, "Interval of checkpoints; 0 = none", value="NIMG", least=0)
+    snapshot_format: str = neutral(
+        "pkl", "File format of snapshots", flag="format", choices=("pkl", "safetensors", "both")
+    )
+    keep_checkpoints: int = neutral(2, "Checkpoints to keep; 0 = all", least=0)
+    background_saves: bool = neutral(True, "Write files while training continues, from a copy in host memory")
+    on_disk_full: str = neutral("stop", "If the disk is full", choices=("stop", "wait"))
+    bench: bool = neutral(True, "Let cuDNN time its algorithms")
+    compile: bool | None = neutral(None, "Compile the network", shown="on CUDA devices")
+    recompute: bool = neutral(False, "Save memory: compute activations again in the backward pass")
+    shard: bool = neutral(False, "Save memory: spread weights over the processes (FSDP2)")
+    shard_group: int | None = neutral(None, "Processes that share one copy", shown="all", above=0)
+    workers: int = neutral(0, "Data-loading processes", shown="2 with a GPU, else 0", least=0)
+    data_cache: str | None = neutral(
+        None, "Folder for the shards of data at a URL", value="DIR", shown="in the cache folder"
+    )
+    data_cache_size: int = neutral(50 * 10**9, "Size limit for these shards", value="SIZE", shown="50GB", above=0)
+    metrics: MetricsConfig | None = neutral(None)  # None = nothing is measured
+    slice: int | None = neutral(
+        None, "End the session after NIMG images; the next one continues", value="NIMG", above=0
+    )
+    on_nonfinite: str = neutral("stop", "If loss or gradients stay infinite or NaN", choices=("stop", "continue"))
+    nonfinite_limit: int = neutral(3, "Consecutive status intervals before that", above=0)
+    monitor: bool = neutral(
+        False, "Record magnitudes of gradients, and of each block's activations and weights, in stats.jsonl", value=""
+    )
+    samples: SamplesConfig | None = neutral(None)  # None = no sample grids
 
     def __post_init__(self) -> None:
-        positive: dict[str, float] = {"batch": self.batch, "duration": self.duration, "channels": self.network.channels}
-        positive |= {"batch-gpu": self.batch_gpu if self.batch_gpu is not None else 1, "lr": self.lr}
-        positive |= {"shard-group": 1 if self.shard_group is None else self.shard_group}
-        positive |= {"ls": 1.0 if self.ls == "auto" else self.ls}
-        positive |= {"P_std": self.P_std, "num-blocks": self.network.num_blocks}
-        positive |= {"slice": 1 if self.slice is None else self.slice, "nonfinite-limit": self.nonfinite_limit}
-        positive |= {"shuffle-buffer": self.shuffle_images, "data-cache-size": self.data_cache_size}
-        for name, value in positive.items():
-            if not 0 < value < math.inf:
-                raise ConfigError(f"--{name}={value} must be a number above 0")
+        check_limits(self)
+        self._check_data()
         if self.shard_group is not None and not self.shard:
-            raise ConfigError(f"--shard-group={self.shard_group} is for a sharded run; add --shard=True")
-        not_negative: dict[str, float] = {
-            "status": self.status,
-            "snapshot": self.snapshot,
-            "checkpoint": self.checkpoint,
-        }
-        not_negative |= {"keep-checkpoints": self.keep_checkpoints}
-        not_negative |= {"workers": self.workers, "decay": self.decay, "rampup": self.rampup, "seed": self.seed}
-        for name, value in not_negative.items():
-            if not 0 <= value < math.inf:
-                raise ConfigError(f"--{name}={value} must be a number, and not negative")
+            raise ConfigError(f"--shard-group={self.shard_group} needs --shard=True")
+        if len({f"{std:.3f}" for std in self.ema_stds}) != len(self.ema_stds) or not self.ema_stds:
+            raise ConfigError("--ema-stds needs at least one length, and no two that are equal to three decimals")
+        if self.metrics is not None and self.metrics.every is None and self.snapshot == 0:
+            raise ConfigError("--metrics measures each snapshot; with --snapshot=0, give --metrics-every")
+        if self.samples is not None:
+            self.samples.check_tracked(self.ema_stds)
+            if self.snapshot == 0 and self.metrics is None:
+                raise ConfigError("--samples draws a grid at each snapshot; --snapshot=0 takes none")
+
+    def _check_data(self) -> None:
+        """Raise ConfigError for options that do not go together, whatever is in the data set."""
         if self.shuffle_buffer is not None and not is_remote(self.data):
             raise ConfigError(
                 f"--shuffle-buffer={self.shuffle_buffer} is for data behind a URL; --data={self.data} is shuffled whole"
             )
-        check_options(self, is_remote=is_remote(self.data))
-        if self.condition is not None:
-            parse_condition(self.condition)
-        if not math.isfinite(self.P_mean):
-            raise ConfigError(f"--P_mean={self.P_mean} must be a number")
-        if self.seed >= 1 << 63:
-            raise ConfigError(f"--seed={self.seed} must be below 2^63")
-        if self.network.precision not in PRECISIONS:
-            raise ConfigError(f"--precision={self.network.precision} is unknown; use {', '.join(PRECISIONS)}")
-        if not 0 <= self.network.dropout < 1:
-            raise ConfigError(f"--dropout={self.network.dropout} is no probability below 1")
-        if not self.network.channel_mult or min(self.network.channel_mult) < 1:
-            raise ConfigError("--channel-mult needs one whole number above 0 for each level, e.g. 1,2,3,4")
-        if len({f"{std:.3f}" for std in self.ema_stds}) != len(self.ema_stds) or not self.ema_stds:
-            raise ConfigError("--ema-stds needs at least one length, and no two that are equal to three decimals")
-        if self.metrics is not None and self.metrics.every is None and self.snapshot == 0:
+        if self.label_dropout and not self.cond:
             raise ConfigError(
-                "--metrics measures whenever a snapshot is taken; with --snapshot=0, give --metrics-every"
+                f"--label-dropout={self.label_dropout} needs a conditional network; leave it or --cond=False out"
+            )
+        if self.balance and is_remote(self.data):
+            raise ConfigError(
+                f"--balance needs all images on a local disk, but --data={self.data} is streamed; copy the data set,"
+                " or leave --balance out"
             )
 
-        if self.samples is not None:
-            self.samples.check_tracked(self.ema_stds)
-            if self.snapshot == 0 and self.metrics is None:
-                raise ConfigError("--samples draws whenever a snapshot is taken; with --snapshot=0 there is none")
+    @property
+    def uses_labels(self) -> bool:
+        """True if the run reads the labels of the data set."""
+        return self.cond or self.balance
 
     @property
     def shuffle_images(self) -> int:
-        """Images of a data set behind a URL that are shuffled among each other, at least."""
+        """Number of images over which a data set behind a URL is shuffled, at least."""
         return SHUFFLE_BUFFER if self.shuffle_buffer is None else self.shuffle_buffer
 
     def share_of(self, num_ranks: int) -> tuple[int, int]:
-        """Images a process and iteration, and rounds of accumulation that they are split into."""
+        """Return images per process and iteration, and the rounds of accumulation that they are split into."""
         if self.batch % num_ranks:
             fit = max(self.batch // num_ranks, 1) * num_ranks
             raise ConfigError(f"--batch={self.batch} does not divide over {num_ranks} processes; try --batch={fit}")
@@ -203,15 +249,15 @@ class TrainingConfig:
         return share, share // per_round
 
     def compiles_on(self, device: torch.device) -> bool:
-        """Whether the network is compiled there."""
+        """Return whether the network is compiled on `device`."""
         return device.type == "cuda" if self.compile is None else self.compile
 
     def shards_over(self, num_ranks: int) -> bool:
-        """Whether each process keeps only a part of the weights."""
+        """Return whether each process keeps only a part of the weights."""
         return self.shard and num_ranks > 1
 
     def group_of(self, num_ranks: int) -> int:
-        """How many processes share one copy of the weights where they are sharded. Raises ConfigError."""
+        """Return how many processes share one copy of sharded weights. Raises ConfigError."""
         group = num_ranks if self.shard_group is None else self.shard_group
         if self.shards_over(num_ranks) and num_ranks % group:
             raise ConfigError(
@@ -220,16 +266,14 @@ class TrainingConfig:
         return group
 
     def to_json(self) -> str:
-        """The text of training_options.json."""
+        """Return the text of training_options.json."""
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
     def differences(self, stored: str) -> list[str]:
-        """What in this configuration would change the result of the run whose training_options.json says `stored`."""
+        """Return the options that would change the result of the run whose training_options.json is `stored`."""
         try:
-            old = {"balance": False, "label_dropout": 0.0} | json.loads(stored)  # runs from before have neither
+            old = dict(json.loads(stored))
             old_network = dict(old["network"])
-            if "fp16" in old_network:  # runs from before there were more precisions than these two
-                old_network["precision"] = "fp16" if old_network["fp16"] else "fp32"
         except (ValueError, KeyError, TypeError, RecursionError):
             raise ConfigError("training_options.json cannot be read; give another --outdir") from None
         new = json.loads(self.to_json())
@@ -240,6 +284,6 @@ class TrainingConfig:
 
 
 def _shown(value: Any) -> str:
-    """A value out of a file, on one line of bounded length."""
+    """Return a value from a file as one line of bounded length."""
     text = str(value)
     return text if text.isprintable() and len(text) <= 100 else json.dumps(value)[:100]

@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,6 +20,7 @@ import train_edm2 as script
 from tests.helpers.paths import GOLDEN_DIR
 from tests.helpers.tiny import assert_close, assert_same_state, write_dataset
 from torch_utils.checkpoints.checkpoint import load_checkpoint
+from training.dataset import ImageFolderDataset
 from training.presets import REPOSITORY_DIR
 
 TINY = ["--preset=edm2-img64-s", "--device=cpu", "--channels=4", "--channel-mult=1,2", "--num-blocks=1", "--rampup=0"]
@@ -230,7 +232,7 @@ def _bad_inputs(tmp: Path) -> dict[str, tuple[list[str], str]]:
         "unlabelled": ([f"--data={tmp / 'unlabelled.zip'}"], "--cond=False"),
         "size that does not halve": ([f"--data={tmp / 'odd.zip'}", "--channel-mult=1,1,1"], "6x6"),
         "batch over rounds": (["--batch=8", "--batch-gpu=3"], "--batch-gpu=2"),
-        "duration": (["--duration=abc"], "'abc' is no image count"),
+        "duration": (["--duration=abc"], "'abc' is not an image count"),
         "negative duration": (["--duration=-5"], "'-5'"),
         "no duration": (["--duration=0"], "--duration=0"),
         "negative batch": (["--batch=-8"], "'-8'"),
@@ -273,6 +275,28 @@ def test_bad_input_is_refused_in_one_line_with_nothing_written(tmp_path, capsys)
         assert captured.out == "", name
         assert list(tmp_path.iterdir()) == [inputs], name
     assert run(*SHORT, f"--outdir={out}", f"--data={inputs / 'good.zip'}") == 0  # so that only those were at fault
+
+
+@pytest.mark.parametrize("changes", [["--xflip=True"], ["--preset=small"], ["--preset=small", "--cond=False"]])
+def test_a_run_opens_its_data_set_once(changes, tmp_path, monkeypatch):
+    opened: list[ImageFolderDataset] = []
+    init = ImageFolderDataset.__init__
+
+    def recorded(dataset: ImageFolderDataset, *args: Any, **kwargs: Any) -> None:
+        opened.append(dataset)
+        init(dataset, *args, **kwargs)
+
+    monkeypatch.setattr(ImageFolderDataset, "__init__", recorded)
+    monkeypatch.setattr("training.small_data.estimate._MEASURE_SEC", 0)
+    data = write_dataset(tmp_path / "data.zip", size=32)
+    out = tmp_path / "run"
+    assert run(*SHORT, f"--outdir={out}", f"--data={data}", *changes) == 0
+    (dataset,) = opened
+    options = json.loads((out / "training_options.json").read_text())
+    again = ImageFolderDataset(data, use_labels=options["cond"], xflip=options["xflip"])
+    assert (len(dataset), dataset.label_dim) == (len(again), again.label_dim)
+    for one, other in zip(dataset.read_batch(range(len(dataset))), again.read_batch(range(len(again))), strict=True):
+        assert np.array_equal(one, other)
 
 
 def test_a_batch_that_does_not_divide_over_processes_is_refused(data, tmp_path, capsys, monkeypatch):
@@ -354,7 +378,7 @@ def test_a_killed_run_continues_to_the_same_end(data, tmp_path):
         process.send_signal(signal.SIGKILL)
     finally:
         process.kill()
-        process.wait()
+        process.wait(timeout=120)
     reached = final_state(killed)["state"]["cur_nimg"]
     assert reached > 0
     duration = f"--duration={reached + 40}"

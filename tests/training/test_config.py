@@ -7,7 +7,9 @@ import math
 import pytest
 
 from dnnlib.errors import ConfigError
-from training.config import NetworkConfig, TrainingConfig
+from dnnlib.fields import option_name
+from train_edm2 import train_edm2
+from training.config import MetricsConfig, NetworkConfig, SamplesConfig, TrainingConfig
 
 CONFIG = TrainingConfig(data="data.zip", batch=48)
 
@@ -147,3 +149,13 @@ def test_sharding_is_neutral_and_its_groups_must_divide_the_processes():
         TrainingConfig(data="x", shard_group=4)
     with pytest.raises(ConfigError, match="--shard-group=0"):
         TrainingConfig(data="x", shard=True, shard_group=0)
+
+
+def test_every_field_is_an_option_or_one_of_these():
+    parts = (TrainingConfig, NetworkConfig, MetricsConfig, SamplesConfig)
+    fields = [(part, item) for part in parts for item in dataclasses.fields(part)]
+    without = {item.name for _, item in fields if item.metadata.get("help") is None}
+    assert without == {"vae", "network", "metrics", "samples", "channels_per_head", "weights"}
+    names = [option_name(part, item) for part, item in fields if item.name not in without]
+    known = {name.removeprefix("--") for option in train_edm2.params for name in option.opts}
+    assert len(set(names)) == len(names) and set(names) <= known

@@ -15,6 +15,7 @@ from torch_utils.checkpoints.checkpoint import load_checkpoint
 from torch_utils.distributed import World
 from training.config import TrainingConfig
 from training.encoders import StabilityVAEEncoder
+from training.run.run_data import batches
 from training.run.run_folder import RunFolder
 from training.snapshot import load_snapshot
 from training.training_loop import Iteration, Saved, Status, TrainingRun, open_dataset
@@ -177,7 +178,7 @@ def test_an_unconditional_network_trains_with_and_without_labels(tmp_path: Path,
 def test_a_conditional_network_needs_labels(tmp_path: Path):
     data = write_dataset(tmp_path / "data.zip", labels=False)
     with pytest.raises(ConfigError, match="--cond=False"):
-        open_dataset(tiny_config(data))
+        make_run(tiny_config(data), tmp_path / "run")
 
 
 def test_training_brings_the_loss_down(tmp_path: Path):
@@ -210,12 +211,12 @@ def test_an_image_of_another_size_ends_the_run_in_one_line(tmp_path: Path, worke
 
 @pytest.mark.slow
 def test_worker_processes_bring_the_same_batches(data: Path, tmp_path: Path):
-    config = tiny_config(data)
-    batches = [
-        list(itertools.islice(make_run(dataclasses.replace(config, workers=n), tmp_path)._batches(), 6)) for n in (0, 2)
-    ]
-    assert_same_state(*batches)
-    assert all(images.dtype == torch.uint8 and labels.dtype == torch.float32 for images, labels in batches[0])
+    first, second = (
+        list(itertools.islice(batches(config, open_dataset(config), World(), start=0), 6))
+        for config in (tiny_config(data, workers=workers) for workers in (0, 2))
+    )
+    assert_same_state(first, second)
+    assert all(images.dtype == torch.uint8 and labels.dtype == torch.float32 for images, labels in first)
 
 
 def test_numeric_switches_are_set_while_a_run_lasts_and_restored_after(data: Path, tmp_path: Path):
@@ -258,4 +259,4 @@ def test_latents_of_another_channel_count_are_refused_and_not_taken_for_pixels(t
     folder.mkdir()
     np.save(folder / "0.npy", np.zeros([6, 8, 8], dtype=np.float32))
     with pytest.raises(ConfigError, match="latents of 6 channels, not 8"):
-        open_dataset(tiny_config(folder, cond=False))
+        make_run(tiny_config(folder, cond=False), tmp_path / "run")

@@ -1,6 +1,6 @@
-"""A run's scalars, sample grids and options in TensorBoard's and Weights & Biases' forms; steps are images.
+"""Scalars, sample grids and options of a run for TensorBoard and Weights & Biases; steps are images.
 
-Both packages are optional, and imported only where they are asked for.
+Both packages are optional and imported only on request.
 """
 
 import importlib.util
@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -18,7 +18,7 @@ import torch
 
 from dnnlib.atomic import write_text
 from dnnlib.errors import ConfigError, reason_of
-from torch_utils.random_state import unchanged_random_state
+from torch_utils.precision import unchanged_random_state
 from training.config import TrainingConfig
 
 WANDB_PROJECT = "edm2"  # unless WANDB_PROJECT names another
@@ -26,30 +26,17 @@ WANDB_PROJECT = "edm2"  # unless WANDB_PROJECT names another
 _PACKAGES = ("tensorboard", "wandb")  # the extras have the same names
 
 
-class Logger(Protocol):
-    """Where a run is told to."""
-
-    def scalars(self, stats: Mapping[str, float], texts: Mapping[str, str], nimg: int) -> None:
-        """A line of stats.jsonl, in parts: numbers and texts, after `nimg` images."""
-
-    def image(self, path: Path, nimg: int) -> None:
-        """The sample grid in the PNG file `path`."""
-
-    def close(self, *, failed: bool) -> None:
-        """There is no more to tell."""
-
-
 def check_loggers(names: Sequence[str]) -> None:
-    """Raise ConfigError where the package behind one of `names` is not installed. Imports none of them."""
+    """Raise ConfigError if the package behind one of `names` is not installed. Imports none of them."""
     for name in names:
         assert name in _PACKAGES
         spec = importlib.util.find_spec(name)
-        if spec is None or spec.origin is None:  # none, or a mere folder of that name, such as W&B's own
+        if spec is None or spec.origin is None:  # missing, or just a folder of that name, such as W&B's own
             raise ConfigError(f'--log={name} needs the {name} package, which is missing; pip install "edm2[{name}]"')
 
 
 class TensorBoardLogger:
-    """Event files in the run folder's `tensorboard`. Of a session before, what lies beyond `nimg` is withdrawn."""
+    """Event files in the run folder's `tensorboard`. Events of an earlier session beyond `nimg` are withdrawn."""
 
     def __init__(self, folder: Path, config: TrainingConfig, *, nimg: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -61,7 +48,7 @@ class TensorBoardLogger:
         self._writer.add_text("options", "    " + config.to_json().replace("\n", "\n    "), nimg)
 
     def scalars(self, stats: Mapping[str, float], texts: Mapping[str, str], nimg: int) -> None:
-        """Numbers under the names that stats.jsonl has, and texts."""
+        """Log numbers under their names in stats.jsonl, and texts."""
         for key, value in stats.items():
             self._writer.add_scalar(key, value, nimg)
         for key, text in texts.items():
@@ -69,22 +56,22 @@ class TensorBoardLogger:
         self._writer.flush()
 
     def image(self, path: Path, nimg: int) -> None:
-        """A sample grid."""
+        """Log a sample grid."""
         with PIL.Image.open(path) as image:
             pixels = np.asarray(image.convert("RGB"))
         self._writer.add_image("samples", pixels, nimg, dataformats="HWC")
         self._writer.flush()
 
     def close(self, *, failed: bool) -> None:
-        """Write what is left."""
+        """Write what is left; nothing follows."""
         self._writer.close()
 
 
 class WandbLogger:
     """A run of Weights & Biases, with the environment's settings (WANDB_MODE=offline, WANDB_PROJECT, ...).
 
-    Files go to the run folder's `wandb`. All sessions of a run share one id, which wandb.json keeps; of what a session
-    repeats after an interruption, the first report stays.
+    Files go to the run folder's `wandb`. All sessions of a run share one id, kept in wandb.json. Steps that a session
+    repeats after an interruption keep their first report.
     """
 
     def __init__(self, folder: Path, config: TrainingConfig, *, nimg: int) -> None:
@@ -106,20 +93,20 @@ class WandbLogger:
             raise ConfigError(f"--log=wandb: {reason}; log in with `wandb login`, or set WANDB_MODE=offline") from None
 
     def scalars(self, stats: Mapping[str, float], texts: Mapping[str, str], nimg: int) -> None:
-        """Numbers under the names that stats.jsonl has; texts go to the summary."""
+        """Log numbers under their names in stats.jsonl; texts go to the summary."""
         self._log(dict(stats), nimg)
         self._run.summary.update(dict(texts))
 
     def image(self, path: Path, nimg: int) -> None:
-        """A sample grid."""
+        """Log a sample grid."""
         self._log({"samples": self._wandb.Image(str(path), caption=f"{nimg / 1e3:.1f} kimg")}, nimg)
 
     def close(self, *, failed: bool) -> None:
-        """Wait until all is written, or sent."""
+        """Wait until all is written or sent."""
         self._run.finish(exit_code=1 if failed else 0)
 
     def _log(self, data: dict[str, Any], nimg: int) -> None:
-        if nimg >= self._run.step:  # a service that is past that step already takes no more for it
+        if nimg >= self._run.step:  # the service accepts nothing for steps before its last
             self._run.log(data, step=nimg)
 
 
@@ -130,30 +117,30 @@ _LOGGERS: dict[str, type[TensorBoardLogger] | type[WandbLogger]] = {
 
 
 class RunLoggers:
-    """The loggers of a run's main process, of which none can stop the training; a context manager.
+    """The loggers of a run's main process, as a context manager. A failing logger does not stop the training.
 
-    `names`: some of 'tensorboard' and 'wandb'. A logger that fails later is left out from then on, and `notes` has a
-    line about it for the user.
+    `names`: some of 'tensorboard' and 'wandb'. A logger that fails after `begin` is dropped, and `notes` gets a line
+    about it for the user.
     """
 
     def __init__(self, names: Sequence[str], folder: Path, config: TrainingConfig) -> None:
         self.notes: list[str] = []
         self._names, self._folder, self._config = names, folder, config
-        self._loggers: dict[str, Logger] = {}
+        self._loggers: dict[str, TensorBoardLogger | WandbLogger] = {}
 
     def begin(self, *, nimg: int) -> None:
-        """Open the logs of a session that goes on from `nimg` images. Raises ConfigError where one cannot be."""
+        """Open the logs of a session that continues from `nimg` images. Raises ConfigError if one cannot be opened."""
         for name in dict.fromkeys(self._names):
-            with _unnoticed():
+            with _without_random_effects():
                 self._loggers[name] = _LOGGERS[name](self._folder, self._config, nimg=nimg)
 
     def scalars(self, stats: Mapping[str, float], texts: Mapping[str, str], nimg: int) -> None:
-        """Log what a line of stats.jsonl has."""
-        self._tell("scalars", stats, texts, nimg)
+        """Log a line of stats.jsonl."""
+        self._call("scalars", stats, texts, nimg)
 
     def image(self, path: Path, nimg: int) -> None:
         """Log a sample grid."""
-        self._tell("image", path, nimg)
+        self._call("image", path, nimg)
 
     def __enter__(self) -> "RunLoggers":
         return self
@@ -161,25 +148,25 @@ class RunLoggers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._tell("close", failed=kind is not None)
+        self._call("close", failed=kind is not None)
 
-    def _tell(self, method: str, *args: Any, **kwargs: Any) -> None:
+    def _call(self, method: str, *args: Any, **kwargs: Any) -> None:
         for name in list(self._loggers):
             try:
-                with _unnoticed():
+                with _without_random_effects():
                     getattr(self._loggers[name], method)(*args, **kwargs)
-            except Exception as error:  # a full disk, a lost service: hours of training are worth more
+            except Exception as error:  # a full disk, a lost service: not worth hours of training
                 del self._loggers[name]
                 reason = " ".join(str(error).split())[:300] or type(error).__name__
-                self.notes.append(f"--log={name} has failed, and is left out from here on: {reason}")
+                self.notes.append(f"--log={name} failed and is dropped: {reason}")
 
 
-def _unnoticed() -> Any:
+def _without_random_effects() -> Any:
     return unchanged_random_state(torch.device("cpu"))
 
 
 def _wandb_id(path: Path) -> str:
-    """The run's id at Weights & Biases: as the file says, else a new one, which the file then says."""
+    """Return the run's id at Weights & Biases: from the file, or a new one, written to the file."""
     try:
         return str(json.loads(path.read_text(encoding="utf-8"))["id"])
     except (OSError, ValueError, KeyError, TypeError):

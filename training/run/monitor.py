@@ -1,13 +1,12 @@
-"""What goes on inside of the network while it trains: gradients, activations and weights, at status intervals.
+"""Magnitudes inside the network while it trains: gradients, activations and weights, at status intervals.
 
 Figure 3 of Karras et al., arXiv 2312.02696, plots the magnitudes of activations and weights over the training time, for
 each level of encoder and decoder. Here a magnitude is the root of the mean square of the elements. The names are those
 of the blocks in the network, e.g. enc.16x16_block0.
 
-Nothing of it changes the training, not even in the last bit: gradients are looked at and left alone, and activations
-come from an extra forward pass after the step, without gradients, in evaluation mode (which neither normalizes weights
-nor draws dropout masks), outside of torch.compile and DistributedDataParallel. The device is waited for when `collect`
-is called, and not before.
+The training does not change, not even in the last bit. Gradients are only read. Activations come from an extra forward
+pass after the step, without gradients, in evaluation mode (which neither normalizes weights nor draws dropout masks),
+outside torch.compile and DistributedDataParallel. Only `collect` waits for the device.
 """
 
 import contextlib
@@ -26,10 +25,10 @@ Loss = Callable[..., torch.Tensor]  # as EDM2Loss
 class Monitor:
     """Watches one network of a run; every process calls the same methods in the same iterations.
 
-    `arm` says that the iteration to come is to be watched; in it, the training step shows what it works with by
-    `see_inputs` and `see_gradients`, which cost nothing in other iterations. `collect` then gives the figures. With
-    `everything` these are all of --monitor; without, only whether gradients are finite is found out. Where the weights
-    are spread over the processes, `net` cannot be called: `replica` (FastPrecond) is, in its place.
+    `arm` selects the next iteration. In it, the training step passes its inputs and gradients by `see_inputs` and
+    `see_gradients`, which cost nothing in other iterations. `collect` then returns the figures. With `everything` these
+    are all of --monitor; otherwise it only checks that gradients are finite. If the weights are sharded, `replica`
+    (FastPrecond) is called in place of `net`.
     """
 
     def __init__(
@@ -50,23 +49,25 @@ class Monitor:
         self._armed = True
 
     def see_inputs(self, *args: Any, **kwargs: Any) -> None:
-        """What the loss is computed from, apart from the network; the first round of an iteration is kept."""
+        """Take the arguments of the loss besides the network; the first round of an iteration is kept."""
         if self._armed and self.everything and self._inputs is None:
             self._inputs = args, kwargs
 
     @torch.no_grad()
     def see_gradients(self, loss_scale: float | torch.Tensor = 1.0) -> None:
-        """Look at the gradients as the backward pass left them, before anything is done about elements that are not
-        finite. `loss_scale` is what the loss was multiplied with, and is divided out of their norm."""
+        """Read the gradients as the backward pass left them, before non-finite elements are cleared.
+
+        Their norm is divided by `loss_scale`, the factor of the loss.
+        """
         if self._armed:
             self._loss_scale = loss_scale.clone() if isinstance(loss_scale, torch.Tensor) else loss_scale
             rows = [_describe(_local(param.grad), param) for param in self._net.parameters()]
             self._gradients = torch.stack(rows)
 
     def collect(self, loss_fn: Loss) -> dict[str, float]:
-        """The figures of the iteration that was watched, with keys of stats.jsonl, and its parameters in `lost`.
+        """Return the figures of the watched iteration under keys of stats.jsonl, and fill `lost`.
 
-        `loss_fn(net, *inputs)` computes the loss from what `see_inputs` was shown.
+        `loss_fn(net, *inputs)` computes the loss from the inputs that `see_inputs` took.
         """
         assert self._gradients is not None
         gradients = self._world.all_reduce_sum(self._gradients)
@@ -86,18 +87,20 @@ class Monitor:
         return stats if self.everything else {}
 
     def _computing_blocks(self) -> list[tuple[str, torch.nn.Module]]:
-        """What is called for each part of the U-Net, under that part's name; the fast form has no call for the first
-        convolution."""
+        """Return the module called for each part of the U-Net, with the part's name.
+
+        The fast form has no call for the first convolution.
+        """
         blocks = list(_blocks(self._net))
         if self._replica is None:
             return blocks
-        called = [*self._replica.get_submodule("enc").children(), *self._replica.get_submodule("dec").children()]
-        return [(name, module) for (name, _), module in zip(blocks[1:], called, strict=True)]
+        modules = [*self._replica.get_submodule("enc").children(), *self._replica.get_submodule("dec").children()]
+        return [(name, module) for (name, _), module in zip(blocks[1:], modules, strict=True)]
 
     def _summary(self, gradients: torch.Tensor, names: list[str]) -> dict[str, float]:
-        """Norm and share of elements that are not finite; fills `lost`. `gradients` is summed over the processes.
+        """Return norm and share of non-finite elements, and fill `lost`. `gradients` is summed over the processes.
 
-        Each process may hold all of a parameter or a part of it: the sums are scaled to one copy.
+        A process may hold all of a parameter or a part of it, so the sums are scaled to one copy.
         """
         full = torch.tensor([param.numel() for param in self._net.parameters()], device=gradients.device)
         copies = gradients[:, 0] / full
@@ -108,7 +111,7 @@ class Monitor:
 
 
 def _describe(grad: torch.Tensor | None, param: torch.Tensor) -> torch.Tensor:
-    """Elements, those that are not finite, and the sum of squares of the finite ones, of this process's part: [3]."""
+    """Return numbers of all and of non-finite elements, and the sum of squares of finite ones, of this process: [3]."""
     if grad is None:
         return torch.tensor([_local(param).numel(), 0, 0], dtype=_wide(param), device=param.device)
     finite = grad.isfinite()
@@ -120,7 +123,7 @@ def _describe(grad: torch.Tensor | None, param: torch.Tensor) -> torch.Tensor:
 def _activations(
     net: torch.nn.Module, blocks: list[tuple[str, torch.nn.Module]], forward: Callable[[], Any]
 ) -> dict[str, torch.Tensor]:
-    """(elements, sum of squares) of what each block puts out, and of each level, while `forward` runs `net`."""
+    """Return (elements, sum of squares) of the output of each block and level while `forward` runs `net`."""
     sums: dict[str, torch.Tensor] = {}
 
     def hook(name: str) -> Callable[..., None]:
@@ -144,7 +147,7 @@ def _activations(
 
 
 def _weights(net: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """(elements, sum of squares) of the weights of each block and level, without gains and other scalars."""
+    """Return (elements, sum of squares) of the weights of each block and level, without gains and other scalars."""
     sums: dict[str, torch.Tensor] = {}
     for name, block in _blocks(net):
         for param in block.parameters():
@@ -161,7 +164,7 @@ def _add(sums: dict[str, torch.Tensor], kind: str, name: str, values: torch.Tens
 
 
 def _blocks(net: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    """The parts of the U-Net in their order, each with its name: {enc|dec}.{resolution}_{part}."""
+    """Yield the parts of the U-Net in order, each with its name: {enc|dec}.{resolution}_{part}."""
     unet = net.get_submodule("unet")
     for half in ("enc", "dec"):
         for name, block in unet.get_submodule(half).named_children():
@@ -169,17 +172,17 @@ def _blocks(net: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
 
 
 def _uncompiled() -> contextlib.AbstractContextManager[Any]:
-    """Run what torch.compile has compiled as it was written, so that hooks are called and nothing is compiled anew."""
-    if "torch._dynamo" not in sys.modules:  # nothing can have been compiled, and its import takes seconds
+    """Run compiled code eagerly, so that hooks are called and nothing is compiled again."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes seconds
         return contextlib.nullcontext()
     return torch.compiler.set_stance("force_eager")
 
 
 def _local(tensor: Any) -> Any:
-    """The part of a tensor that is in this process: all of it, unless it is sharded (DTensor)."""
+    """Return this process's part of a tensor: all of it, unless it is sharded (DTensor)."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _wide(tensor: torch.Tensor) -> torch.dtype:
-    """What sums are kept in; Apple's GPUs have no float64."""
+    """Return the type for sums; Apple's GPUs have no float64."""
     return torch.float32 if tensor.device.type == "mps" else torch.float64

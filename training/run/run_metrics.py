@@ -1,7 +1,6 @@
 """Scores of a run's averaged networks while it trains, and which of its snapshots is the best so far."""
 
 import copy
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -9,21 +8,17 @@ from typing import Any
 import torch
 
 from dnnlib.errors import ConfigError
-from torch_utils.distributed import World
-from torch_utils.precision import numerics
-from torch_utils.random_state import unchanged_random_state
-from training.condition.cond_files import DatasetPictures
-from training.condition.spec import Condition
+from torch_utils.precision import numerics, unchanged_random_state
 from training.config import MetricsConfig, TrainingConfig
-from training.dataset.image_folder import ImageFolderDataset
-from training.encoders import Encoder
-from training.metrics import results as report
+from training.dataset.contract import ImageDataset
 from training.metrics.available import plan_metrics
 from training.metrics.evaluate import evaluate_images
-from training.metrics.metric_table import METRICS
+from training.metrics.metric_table import best_of
 from training.metrics.reference import load_stats
-from training.run.batch_condition import shown_pictures
+from training.metrics.results import notes
+from training.run.batch_inputs import shown_images
 from training.run.run_folder import RunFolder
+from training.run.state import TrainingState
 from training.sampling.generation import generate_images
 
 _PREFIX = "Metrics/"
@@ -32,14 +27,14 @@ _SETTINGS = f"{_PREFIX}settings"
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """The scores at one point of the run, as stats.jsonl has them."""
+    """The scores at one point of the run, as in stats.jsonl."""
 
     stats: dict[str, float]  # Metrics/{metric}{suffix}, e.g. Metrics/fd_efflite0-0.050: every metric, every EMA length
     texts: dict[str, str]  # Metrics/settings, and Metrics/best_{metric}: the best snapshot's file; main process only
 
 
-def check_metrics(config: TrainingConfig, dataset: ImageFolderDataset) -> None:
-    """Raise ConfigError where the run's images cannot be measured. Reads nothing but what is in memory."""
+def check_metrics(config: TrainingConfig, dataset: ImageDataset) -> None:
+    """Raise ConfigError if the run's images cannot be measured. Reads no file."""
     decoded = config.vae is not None or dataset.holds_latents
     if config.metrics is not None and not decoded and dataset.num_channels not in (1, 3):
         raise ConfigError(
@@ -49,51 +44,45 @@ def check_metrics(config: TrainingConfig, dataset: ImageFolderDataset) -> None:
 
 
 class TrainingMetrics:
-    """What measures a run. Making it loads the reference and the detectors: ConfigError where that cannot be.
+    """Measures the run of `state`, and remembers the scores recorded so far.
 
-    Neither that nor `measure` leaves a trace in any global random state, so that the run's result is the same without.
+    Loads the reference, the detectors and what the encoder decodes with; raises ConfigError if that fails. Neither that
+    nor `measure` changes any global random state, so that the result of the run is the same without.
+
+    Networks that take a conditioning image see those of the data set, as many as images are generated.
     """
 
-    def __init__(self, config: MetricsConfig, *, snapshot: int, folder: RunFolder, world: World) -> None:
-        self.every = snapshot if config.every is None else config.every  # images between measurements
+    def __init__(self, config: MetricsConfig, state: TrainingState, dataset: ImageDataset, folder: RunFolder) -> None:
+        # Images between measurements.
+        self.every = state.config.snapshot if config.every is None else config.every
         self._config = config
         self._folder = folder
-        self._world = world
-        with unchanged_random_state(world.device):
-            self._reference = None if config.ref is None else load_stats(config.ref)
-            self._plan = plan_metrics(config.names, self._reference, device=world.device, weights=config.weights)
-        self.notes = report.notes(self._plan.skipped, self._plan.detectors)  # for the user
-        self._scores: dict[str, dict[str, float]] = {name: {} for name in self._plan.metrics}  # by snapshot's file
-        self._condition: str | None = None
-        self._pictures: DatasetPictures | None = None
-
-    def condition_on(self, condition: Condition | None, dataset: ImageFolderDataset) -> None:
-        """Let networks that see an image see those of the data set, as many as are generated, of its classes."""
-        if condition is not None:
-            self._condition = str(condition)
-            self._pictures = shown_pictures(condition, dataset, min(self._config.num, len(dataset)))
-
-    def prepare(self, encoder: Encoder, nimg: int) -> None:
-        """Load what `encoder` decodes with, and take up the scores that were recorded until `nimg` images."""
+        self._world, self._encoder = state.world, state.encoder
         with unchanged_random_state(self._world.device):
-            encoder.init(self._world.device)
-        if not self._world.is_main:
-            return
-        for line in self._folder.recorded_stats(nimg):
+            self._reference = None if config.ref is None else load_stats(config.ref)
+            self._plan = plan_metrics(config.names, self._reference, device=self._world.device, weights=config.weights)
+            self._encoder.init(self._world.device)
+        self.notes = notes(self._plan.skipped, self._plan.detectors)  # for the user
+        self._scores: dict[str, dict[str, float]] = {name: {} for name in self._plan.metrics}  # by snapshot's file
+        self._conditioning: dict[str, Any] = {}
+        if state.condition is not None:
+            source = shown_images(state.condition, dataset, min(config.num, len(dataset)))
+            self._conditioning = {"source": source, "condition": str(state.condition)}
+        for line in folder.recorded_stats(state.nimg) if self._world.is_main else ():
             if line.get(_SETTINGS) == self._settings:
                 self._remember(line, round(line["Progress/kimg"] * 1e3))
 
-    def measure(self, emas: Iterable[tuple[torch.nn.Module, str]], encoder: Encoder, nimg: int) -> Measured:
-        """Score the averages at `nimg` images, given with their suffixes; their snapshots must be there already.
+    def measure(self, emas: Iterable[tuple[torch.nn.Module, str]], nimg: int) -> Measured:
+        """Score the averages at `nimg` images, given with their suffixes; their snapshots must exist already.
 
-        To be called by every process. Each average is taken as its snapshot has it, in float16, so that
+        Every process calls this. Each average is rounded to float16 as in its snapshot, so that
         `calculate_metrics.py gen --net=SNAPSHOT` gives the same number.
         """
         stats: dict[str, float] = {}
         with unchanged_random_state(self._world.device), numerics(cudnn_benchmark=False):
             for ema, suffix in emas:
                 scores = evaluate_images(
-                    self._images(copy.deepcopy(ema).half(), encoder),
+                    self._images(copy.deepcopy(ema).half()),
                     metrics=self._plan.metrics,
                     detectors=self._plan.detectors,
                     reference=self._reference,
@@ -107,36 +96,35 @@ class TrainingMetrics:
         return Measured(stats=stats, texts={**best, _SETTINGS: self._settings})
 
     def best(self) -> dict[str, str]:
-        """The name of the snapshot with the best score so far, by metric; none where there is no finite score."""
+        """Return the file of the snapshot with the best finite score so far, by metric."""
         found = {}
         for name, scores in self._scores.items():
-            finite = {file: value for file, value in scores.items() if math.isfinite(value)}
-            if finite:
-                found[name] = (min if METRICS[name].lower_is_better else max)(finite, key=finite.__getitem__)
+            file = best_of(name, scores, scores.__getitem__)
+            if file is not None:
+                found[name] = file
         return found
 
-    def _images(self, net: torch.nn.Module, encoder: Encoder) -> Any:
+    def _images(self, net: torch.nn.Module) -> Any:
         c = self._config
         return generate_images(
             net=net,
-            encoder=encoder,
+            encoder=self._encoder,
             seeds=range(c.num),
             max_batch_size=c.batch,
             world=self._world,
-            source=self._pictures,
-            condition=self._condition,
             num_steps=c.steps,
+            **self._conditioning,
         )
 
     @property
     def _settings(self) -> str:
-        """What the scores depend on beside the network: only those with the same may be compared."""
+        """Everything besides the network that scores depend on; scores with different settings are not compared."""
         c = self._config
         weights = "".join(f", {name} by {path}" for name, path in sorted(c.weights.items()))
         return f"{c.num} images, {c.steps} steps, reference {c.ref}{weights}"
 
     def _remember(self, stats: dict[str, Any], nimg: int) -> None:
-        """Note the scores in `stats` of snapshots that are there."""
+        """Remember the scores in `stats` of snapshots that exist."""
         for key, value in stats.items():
             name, _, std = key.removeprefix(_PREFIX).rpartition("-")
             if key.startswith(_PREFIX) and name in self._scores and isinstance(value, float):

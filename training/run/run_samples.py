@@ -13,20 +13,16 @@ import numpy as np
 import torch
 
 from dnnlib.errors import ConfigError
-from torch_utils.distributed import World
-from torch_utils.precision import numerics
-from torch_utils.random_state import unchanged_random_state
-from training.condition.cond_source import RepeatedPictures
+from torch_utils.precision import numerics, unchanged_random_state
 from training.condition.conditioning import Conditioning, conditioning_of
-from training.condition.spec import Condition
-from training.config import TrainingConfig
-from training.dataset.image_folder import ImageFolderDataset
-from training.encoders import Encoder
+from training.condition.source_images import RepeatedImages
+from training.config import SamplesConfig, TrainingConfig
+from training.dataset.contract import ImageDataset
 from training.images.sheet import SHEET_GAP, write_sheet
 from training.presets import GENERATION
-from training.run.batch_condition import shown_pictures
+from training.run.batch_inputs import shown_images
 from training.run.run_folder import RunFolder
-from training.run.samples_config import SamplesConfig
+from training.run.state import TrainingState
 from training.sampling.generation import generate_images
 
 FORMAT = "edm2-samples"
@@ -35,24 +31,24 @@ TEXT_KEY = "edm2"  # of the PNG text chunk that holds the record
 
 MAX_ROWS = 10  # of a grid whose classes were not chosen
 
-# Where a training preset has no generation preset that names a length.
+# For training presets without a generation preset.
 _SHIPPED_STDS = {"fashion": 0.100}  # models/README.md
 
 
 def preferred_std(preset: str, tracked: Sequence[float]) -> float:
-    """The tracked EMA length that is nearest to the best known one of a training preset; the first where none is known.
+    """Return the tracked EMA length nearest to the best one of a training preset; the first if that is unknown.
 
-    Known are the lengths of the networks with the best published FID, by the name of the generation preset's file.
+    The best length is that of the network with the best published FID, from its file name in the generation preset.
     """
     row = GENERATION.get(f"{preset}-fid")
-    known = _SHIPPED_STDS.get(preset)
+    best = _SHIPPED_STDS.get(preset)
     if row is not None:
-        known = float(row.net.rpartition("-")[2].removesuffix(".pkl"))
-    return tracked[0] if known is None else min(tracked, key=lambda std: abs(std - known))
+        best = float(row.net.rpartition("-")[2].removesuffix(".pkl"))
+    return tracked[0] if best is None else min(tracked, key=lambda std: abs(std - best))
 
 
-def check_samples(config: TrainingConfig, dataset: ImageFolderDataset) -> None:
-    """Raise ConfigError where no grid can be drawn of this data. Reads nothing but what is in memory."""
+def check_samples(config: TrainingConfig, dataset: ImageDataset) -> None:
+    """Raise ConfigError if no grid can be drawn for this data. Reads no file."""
     if config.samples is None:
         return
     decoded = config.vae is not None or dataset.holds_latents
@@ -64,13 +60,13 @@ def check_samples(config: TrainingConfig, dataset: ImageFolderDataset) -> None:
 
 
 def grid_rows(config: SamplesConfig, label_dim: int) -> list[int | None]:
-    """The class of each row; None for rows of an unconditional network, of which there are as many as columns.
+    """Return the class of each row. An unconditional network has as many rows as columns, each None.
 
     Raises ConfigError for classes that the network does not know.
     """
     if label_dim == 0:
         if config.classes is not None:
-            raise ConfigError("--samples-classes has no meaning for an unconditional network; leave it out")
+            raise ConfigError("--samples-classes is unused by an unconditional network; leave it out")
         return [None] * min(config.num, MAX_ROWS)
     if config.classes is None:
         return [int(index) for index in np.linspace(0, label_dim - 1, min(label_dim, MAX_ROWS)).round()]
@@ -80,92 +76,84 @@ def grid_rows(config: SamplesConfig, label_dim: int) -> list[int | None]:
 
 
 class RunSamples:
-    """What draws a run's grids. It leaves no trace in the run: neither in weights nor in any global random state."""
+    """Draws the grids of the run of `state`, without any effect on its weights or on a global random state.
 
-    def __init__(self, config: SamplesConfig, *, ema_stds: Sequence[float], folder: RunFolder, world: World) -> None:
-        config.check_tracked(ema_stds)
+    Loads what the encoder decodes with; raises ConfigError if that fails. Networks that take a conditioning image see
+    one of the data set per row, shown on the left, with the original on the right.
+    """
+
+    def __init__(self, config: SamplesConfig, state: TrainingState, dataset: ImageDataset, folder: RunFolder) -> None:
         self._config = config
-        self._std = ema_stds[0] if config.std is None else config.std
+        self._std = state.config.ema_stds[0] if config.std is None else config.std
         self._folder = folder
-        self._world = world
-        self._condition: Condition | None = None
-        self._dataset: ImageFolderDataset | None = None
-
-    def condition_on(self, condition: Condition | None, dataset: ImageFolderDataset) -> None:
-        """Let networks that see an image see those of the data set: one a row, shown on the left, and the original on
-        the right."""
-        self._condition, self._dataset = condition, dataset
-
-    def prepare(self, encoder: Encoder) -> None:
-        """Load what `encoder` decodes with. Raises ConfigError where that cannot be had."""
+        self._world, self._encoder = state.world, state.encoder
+        self._condition = state.condition
+        self._dataset = dataset
         try:
             with unchanged_random_state(self._world.device):
-                encoder.init(self._world.device)
+                self._encoder.init(self._world.device)
         except ConfigError as error:
-            raise ConfigError(f"{error}; --samples needs it to decode latents, training goes without") from None
+            raise ConfigError(f"{error}; --samples decodes latents with it, training does not need it") from None
 
-    def draw(self, emas: Iterable[tuple[Any, str]], encoder: Encoder, nimg: int) -> Path:
-        """Write the grid of the averages at `nimg` images, given with their suffixes ('-0.050'); the file's path.
+    def draw(self, emas: Iterable[tuple[Any, str]], nimg: int) -> Path:
+        """Write the grid of the averages at `nimg` images, given with their suffixes ('-0.050'); return the file.
 
-        To be called by every process, which takes all of `emas`: the images are dealt to all. The average is taken as
-        its snapshot has it, in float16, so that `generate_images.py --net=SNAPSHOT` gives the same images. Raises
-        ConfigError where the file cannot be written.
+        Every process calls this and takes all of `emas`: the images are dealt to all. The average is rounded to float16
+        as in its snapshot, so that `generate_images.py --net=SNAPSHOT` gives the same images. Raises ConfigError if the
+        file cannot be written.
         """
         net = None
-        for ema, suffix in emas:  # to its end: the processes may be gathering them
+        for ema, suffix in emas:  # all of them: the processes may be gathering them
             if suffix == f"-{self._std:.3f}":
                 net = copy.deepcopy(ema).half()
         assert net is not None
         rows = grid_rows(self._config, net.label_dim)
         conditioning = self._conditioning(net, rows)
-        images = self._images(net, encoder, rows, conditioning)
+        images = self._images(net, rows, conditioning)
         path = self._folder.path / f"samples-{nimg // 1000:07d}.png"
         if self._world.is_main:
-            about = {**self._record(rows, images.shape, nimg), "label_dim": net.label_dim}
+            record = {**self._record(rows, images.shape, nimg), "label_dim": net.label_dim}
             columns = self._config.num
             if conditioning is not None:
-                images, columns = _with_pictures(images, conditioning, len(rows)), columns + 2
-                about |= {"condition": str(self._condition), "pictures": ["input", "original"]}
-            write_sheet(path, images, num_columns=columns, texts={TEXT_KEY: json.dumps(about)})
+                images, columns = _with_conditioning(images, conditioning, len(rows)), columns + 2
+                record |= {"condition": str(self._condition), "pictures": ["input", "original"]}
+            write_sheet(path, images, num_columns=columns, texts={TEXT_KEY: json.dumps(record)})
         return path
 
     def _conditioning(self, net: torch.nn.Module, rows: list[int | None]) -> Conditioning | None:
-        """What the network sees, a picture for each row; None for one that sees none."""
+        """Return what the network sees, one image per row; None if it takes no conditioning image."""
         if self._condition is None:
             return None
-        assert self._dataset is not None
-        pictures = shown_pictures(self._condition, self._dataset, len(rows), classes=rows)
-        return conditioning_of(net, str(self._condition), pictures, None, num_images=len(rows))
+        sources = shown_images(self._condition, self._dataset, len(rows), classes=rows)
+        return conditioning_of(net, str(self._condition), sources, None, num_images=len(rows))
 
-    def _images(
-        self, net: torch.nn.Module, encoder: Encoder, rows: list[int | None], conditioning: Conditioning | None
-    ) -> np.ndarray:
-        """All images, row by row, in every process: uint8 [N, C, H, W]."""
-        seen: dict[str, Any] = {}
+    def _images(self, net: torch.nn.Module, rows: list[int | None], conditioning: Conditioning | None) -> np.ndarray:
+        """Return all images, row by row, in every process: uint8 [N, C, H, W]."""
+        condition_kwargs: dict[str, Any] = {}
         if conditioning is not None:
-            repeated = RepeatedPictures(conditioning.pictures, self._config.num)
-            seen = {"source": repeated, "condition": str(self._condition)}
+            repeated = RepeatedImages(conditioning.sources, self._config.num)
+            condition_kwargs = {"source": repeated, "condition": str(self._condition)}
         classes = [row for row in rows if row is not None for _ in range(self._config.num)]
         own: list[tuple[np.ndarray, np.ndarray]] = []
         with unchanged_random_state(self._world.device), numerics(cudnn_benchmark=False):
             for batch in generate_images(
                 net=net,
-                encoder=encoder,
+                encoder=self._encoder,
                 seeds=range(len(rows) * self._config.num),
                 class_idx=classes or None,
                 max_batch_size=self._config.batch,
                 world=self._world,
                 num_steps=self._config.steps,
-                **seen,
+                **condition_kwargs,
             ):
                 if batch.images is not None:
                     own.append((batch.indices, batch.images.cpu().numpy()))
-        found = [part for parts in self._world.all_gather_objects(own) for part in parts]
-        order = np.argsort(np.concatenate([indices for indices, _ in found]))
-        return np.asarray(np.concatenate([images for _, images in found])[order])
+        every = [batch for batches in self._world.all_gather_objects(own) for batch in batches]
+        order = np.argsort(np.concatenate([indices for indices, _ in every]))
+        return np.asarray(np.concatenate([images for _, images in every])[order])
 
     def _record(self, rows: list[int | None], shape: tuple[int, ...], nimg: int) -> dict[str, object]:
-        """What the PNG's text chunk says."""
+        """Return the content of the PNG's text chunk."""
         columns = self._config.num
         return {
             "format": FORMAT,
@@ -181,9 +169,9 @@ class RunSamples:
         }
 
 
-def _with_pictures(images: np.ndarray, conditioning: Conditioning, num_rows: int) -> np.ndarray:
-    """The images [N, C, H, W] of a grid with what the network saw in front of each row, and the original behind."""
+def _with_conditioning(images: np.ndarray, conditioning: Conditioning, num_rows: int) -> np.ndarray:
+    """Return the images [N, C, H, W] of a grid with what the network saw before each row, and the original after it."""
     rows = images.reshape(num_rows, -1, *images.shape[1:])
     inputs = np.stack([conditioning.shown(row) for row in range(num_rows)])[:, None]
-    originals = np.stack([conditioning.pictures.read(row).pixels for row in range(num_rows)])[:, None]
+    originals = np.stack([conditioning.sources.read(row).pixels for row in range(num_rows)])[:, None]
     return np.concatenate([inputs, rows, originals], axis=1).reshape(-1, *images.shape[1:])

@@ -1,7 +1,7 @@
-"""The checkpoints and network files of a run: taken between two iterations, written while the next ones compute.
+"""The checkpoints and network files of a run: copied between two iterations, written while the next ones compute.
 
-One generation of files is on its way at a time: what was taken after one iteration. The next one waits for it. So there
-is one copy of the training state in the host's memory, and a disk that is too slow shows as maintenance time.
+One generation of files is under way at a time: those copied after the same iteration. The next generation waits for it.
+So the host's memory holds one copy of the training state, and a slow disk shows as maintenance time.
 """
 
 import sys
@@ -16,28 +16,25 @@ import torch
 
 from dnnlib.background import BackgroundWriter, Write
 from dnnlib.disk import DiskFull, write_error
-from dnnlib.errors import ConfigError
 from torch_utils.checkpoints.checkpoint import checkpoint_bytes, remove_older, save_checkpoint
 from torch_utils.checkpoints.host_copy import HostCopy, on_host
 from torch_utils.distributed import World
 from torch_utils.processes.together import on_main
 from training.config import TrainingConfig
-from training.run.batch_condition import recorded_condition
-from training.run.label_dropout import recorded_labels
 from training.run.run_folder import RunFolder
 from training.run.state import TrainingState
 from training.snapshot import Snapshot, save_snapshot
 
 _HEARTBEAT_SEC = 2.0  # between signs of life while something is waited for
-_ADVICE = "; earlier files are as they were: make room and repeat the command, or give --on-disk-full=wait"
-_SNAPSHOT_BYTES = 1 << 20  # what a network file has beside its tensors, at most
+_ADVICE = "; earlier files are unchanged: make room and repeat the command, or give --on-disk-full=wait"
+_SNAPSHOT_BYTES = 1 << 20  # upper bound for a network file without its tensors
 
 
 @dataclass(frozen=True, kw_only=True)
 class Saved:
-    """Files were written; every process sees the event, the main one wrote them.
+    """Files with the state at `nimg` images were written, perhaps some iterations later.
 
-    Training may have gone on since, from `nimg`, where they were taken.
+    Every process sees the event; the main one wrote them.
     """
 
     nimg: int
@@ -46,7 +43,7 @@ class Saved:
 
 @dataclass(frozen=True, kw_only=True)
 class Notice:
-    """A line that the user should see; in the main process."""
+    """A line for the user, in the main process."""
 
     text: str
 
@@ -54,9 +51,9 @@ class Notice:
 class RunSaver:
     """Writes the files of a run.
 
-    Every process calls the methods, in the same order. The generators wait, where they do, and yield what was saved
-    since the last call. A file that cannot be written raises ConfigError: in a single process at the next call, in
-    several at the next one that all of them make together, which are all but `poll`.
+    Every process calls the methods, in the same order. The generators yield what was saved since the last call. A file
+    that cannot be written raises ConfigError: in a single process at the next call; with several, in all of them at the
+    next call other than `poll`, which does not exchange anything.
     """
 
     def __init__(self, config: TrainingConfig, folder: RunFolder, world: World) -> None:
@@ -66,13 +63,13 @@ class RunSaver:
         self._writer = BackgroundWriter(
             wait_for_space=config.on_disk_full == "wait", advice=_ADVICE, before=folder.require_held
         )
-        self._generation = -1  # images at which the files on their way were taken
-        self._expected: list[Saved] = []  # what the main process is about to save, in the others
+        self._generation = -1  # images at which the files under way were copied
+        self._expected: list[Saved] = []  # in other processes: what the main process is saving
         self._state_copy = HostCopy()
         self._net_copies = [HostCopy() for _ in config.ema_stds]
 
     def prepare(self, state: TrainingState, data: dict[str, Any]) -> None:
-        """Get the memory for copies of the networks and of the checkpoint's `data`, as far as files are to come."""
+        """Allocate memory for copies of the networks and of the checkpoint's `data`, for the files that will come."""
         config = self._config
         if not (config.background_saves and self._world.is_main):
             return
@@ -102,9 +99,9 @@ class RunSaver:
         yield from self._submit(writes)
 
     def save_checkpoint(self, nimg: int, data: dict[str, Any]) -> Iterator[Saved | Notice]:
-        """Write `data` as the checkpoint at `nimg` images, and remove those that are too old then."""
+        """Write `data` as the checkpoint at `nimg` images, then delete those beyond --keep-checkpoints."""
         if self._config.shards_over(self._world.size):
-            yield from self._save_in_parts(nimg, data)
+            yield from self._save_sharded(nimg, data)
             return
         yield from self._begin(nimg)
         if self._world.is_main:
@@ -113,12 +110,12 @@ class RunSaver:
         work = partial(self._write_checkpoint, data)
         yield from self._submit([Write(path=path, num_bytes=checkpoint_bytes(data), work=work)])
 
-    def _save_in_parts(self, nimg: int, data: dict[str, Any]) -> Iterator[Saved | Notice]:
-        """Have each process write its part of `data`, while nothing else goes on."""
+    def _save_sharded(self, nimg: int, data: dict[str, Any]) -> Iterator[Saved | Notice]:
+        """Let each process write its part of `data`, in the foreground."""
         from torch_utils.checkpoints.sharded import save_sharded  # slow to import
 
         yield from self.settle()
-        path, told = self._folder.checkpoint_path(nimg, sharded=True), False
+        path, is_announced = self._folder.checkpoint_path(nimg, sharded=True), False
         while True:
             on_main(self._world, self._folder.require_held)
             try:
@@ -129,16 +126,16 @@ class RunSaver:
                 full = isinstance(failure, DiskFull)
                 if not full or self._config.on_disk_full != "wait":
                     raise type(failure)(f"{failure}{_ADVICE if full else ''}") from error
-                if self._world.is_main and not told:
+                if self._world.is_main and not is_announced:
                     yield Notice(text=f"{failure}; waiting for room.")
-                told = True
+                is_announced = True
                 time.sleep(_HEARTBEAT_SEC)
         if self._world.is_main:
             self._remove_older(path)
         yield Saved(nimg=nimg, paths=[path])
 
     def poll(self) -> Iterator[Saved | Notice]:
-        """What has happened meanwhile, without waiting for anything or anyone."""
+        """Yield news of files under way, without waiting for them or for other processes."""
         notes, finished = self._writer.news()
         yield from (Notice(text=text) for text in notes)
         yield from (write.tag for write in finished if write.tag is not None)
@@ -146,45 +143,45 @@ class RunSaver:
             raise self._writer.failure
 
     def check(self) -> None:
-        """Raise in every process if something could not be written."""
+        """Raise ConfigError in every process if something could not be written."""
         self._share(True)
 
     def settle(self) -> Iterator[Saved | Notice]:
         """Wait until everything is written."""
         settled = False
         while not settled:
-            # Not for longer at a time: the other processes' patience is bounded, a full disk's emptying is not.
+            # Wait briefly and exchange: other processes time out, while a full disk may stay full for long.
             done = self._writer.wait(_HEARTBEAT_SEC)
             news = list(self.poll())
             settled = self._share(done)
-            yield from news  # after the exchange, so that a caller who leaves at an event is not ahead of the others
+            yield from news  # after the exchange, so that a caller who stops at an event is not ahead of the others
         expected, self._expected = self._expected, []
         yield from expected
 
     def close(self) -> None:
-        """Wait until everything is written, whatever the other processes do."""
+        """Wait until everything is written, without the other processes."""
         self._writer.wait()
         if self._writer.failure is not None and sys.exc_info()[0] is None:
             raise self._writer.failure
 
     def _share(self, done: bool) -> bool:
-        """The main process's `done`, in every process, or its failure."""
-        failure = self._writer.failure
-        done, text = self._world.all_gather_objects((done, None if failure is None else str(failure)))[0]
-        if failure is not None:
-            raise failure
-        if text is not None:
-            raise ConfigError(text)
-        return done
+        """Return the main process's `done` in every process, or raise its failure."""
+
+        def state() -> bool:
+            if self._writer.failure is not None:
+                raise self._writer.failure
+            return done
+
+        return on_main(self._world, state, errors=BaseException)
 
     def _begin(self, nimg: int) -> Iterator[Saved | Notice]:
-        """Wait for files that were taken at another time than after `nimg` images."""
+        """Wait for files that were copied at another time than after `nimg` images."""
         if nimg != self._generation:
             yield from self.settle()
         self._generation = nimg
 
     def _submit(self, writes: list[Write]) -> Iterator[Saved | Notice]:
-        """Have the files written that are one event."""
+        """Start writing the files of one event."""
         saved = Saved(nimg=self._generation, paths=[write.path for write in writes])
         if self._world.is_main:
             for write in writes[:-1]:
@@ -197,7 +194,7 @@ class RunSaver:
             yield from self.settle()
 
     def _on_host(self, data: Any, copy: HostCopy, dtype: torch.dtype | None) -> Any:
-        """What is to be written. In the foreground nothing changes it meanwhile, so that the CPU's needs no copy."""
+        """Return `data` to be written. In the foreground nothing changes it meanwhile: CPU tensors are not copied."""
         return copy.take(data, dtype=dtype) if self._config.background_saves else on_host(data, dtype=dtype)
 
     def _write_checkpoint(self, data: dict[str, Any], path: Path) -> None:
@@ -226,8 +223,9 @@ class RunSaver:
             info={
                 "batch": self._config.batch,
                 "seed": self._config.seed,
-                **recorded_condition(self._config),
-                **recorded_labels(self._config),
+                # Tools learn from these that a network takes a conditioning image, or also works without labels.
+                **({} if state.condition is None else {"condition": str(state.condition)}),
+                **{name: value for name in ("balance", "label_dropout") if (value := getattr(self._config, name))},
             },
         )
 

@@ -3,11 +3,10 @@
 Before a block computes, its rows are gathered from all processes, in float32, since rows are normalized in float32
 before they are rounded to the number format of the activations; its gradients are averaged and scattered in float32
 too. So a sharded run computes what one without sharding does (tests/training/run/test_sharding.py). docs/scaling.md
-has what is
-sent, and what it takes of memory.
+has the traffic and the memory.
 
-Everything between the passes over the network (forced normalization, Adam, averages) acts on rows alone or element by
-element. It is done on the `part`: a network of the same names that has this process's rows as its parameters.
+Everything between the passes over the network (forced normalization, Adam, averages) acts on single rows or elements.
+It acts on the local module: a network of the same names that has this process's rows as its parameters.
 """
 
 import contextlib
@@ -17,21 +16,22 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from torch_utils.checkpoints.stored_tensor import check_same, flatten
+from torch_utils.checkpoints.stored import check_same, flatten
 from torch_utils.distributed import World
 from training.fast.training_network import FastPrecond
 from training.networks_edm2 import Precond
 
 
 def shard_network(replica: FastPrecond, world: World, *, group: int) -> None:
-    """Spread the weights of `replica`, and so of its `net`, over `group` processes in a row, which must have the same.
+    """Spread the weights of `replica`, and so of its `net`, over groups of `group` consecutive processes.
 
-    Where there are more processes, every such group has a copy, and gradients are averaged over all (HSDP).
+    All processes must have the same weights. With more than one group, every group has a copy, and gradients are
+    averaged over all (HSDP).
 
-    The parameters of `net` become DTensors; they are on the run's device then, whatever they were on before. Scalars
-    (gains) stay whole in every process, since `fully_shard` takes none: see `hand_over_gradients`.
+    The parameters of `net` become DTensors on the run's device. Scalars (gains) stay whole in every process, since
+    `fully_shard` accepts none: see `scatter_gradients`.
     """
-    # Imported here: most runs do without, and it takes a third of the time that torch itself takes.
+    # Imported here: most runs do not need it, and it takes a third as long as importing torch.
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -50,16 +50,16 @@ def shard_network(replica: FastPrecond, world: World, *, group: int) -> None:
 
 
 def _with_own_memory(module: nn.Module, args: Any, output: Any) -> Any:
-    """The results without views, on which FSDP2 warns that its hooks could get lost."""
+    """Return the results without views, for which FSDP2 warns that its hooks may be lost."""
     return tuple(x.clone() if x._is_view() else x for x in output) if isinstance(output, tuple) else output
 
 
 @contextlib.contextmanager
 def _sharded_or_scalar_hidden(module: nn.Module) -> Iterator[None]:
-    """Keep parameters that `fully_shard` must not see out of its sight.
+    """Temporarily detach parameters that `fully_shard` must skip.
 
-    Scalars, for which its argument `ignored_params` is newer than PyTorch 2.6, and those that belong to a part which
-    was sharded before, which it would find again by way of the network that the fast one stands for.
+    These are scalars (`ignored_params` needs PyTorch > 2.6) and parameters already sharded, which are reachable a
+    second time through the fast network's reference to the original.
     """
     hidden = []
     for owner in module.modules():
@@ -75,31 +75,34 @@ def _sharded_or_scalar_hidden(module: nn.Module) -> Iterator[None]:
             owner._parameters[name] = param
 
 
-def own_part(net: Precond) -> Precond:
-    """A network with this process's rows of a sharded `net` as its parameters, in the same memory; not to be called."""
-    part = _without_content(net)
+def local_module(net: Precond) -> Precond:
+    """Return a network whose parameters are this process's rows of a sharded `net`, in the same memory.
+
+    It is never called: it holds what Adam, normalization and averages act on.
+    """
+    local = _without_content(net)
     for name, param in net.named_parameters():
         owner, _, attribute = name.rpartition(".")
-        part.get_submodule(owner)._parameters[attribute] = nn.Parameter(_rows(param.detach()))
+        local.get_submodule(owner)._parameters[attribute] = nn.Parameter(_rows(param.detach()))
     for name, buffer in net.named_buffers():
         owner, _, attribute = name.rpartition(".")
-        part.get_submodule(owner)._buffers[attribute] = buffer
-    return part.train()
+        local.get_submodule(owner)._buffers[attribute] = buffer
+    return local.train()
 
 
 @torch.no_grad()
-def hand_over_gradients(net: nn.Module, part: nn.Module, world: World) -> None:
-    """After a backward pass, move the gradients of a sharded `net` to its `part`.
+def scatter_gradients(net: nn.Module, local: nn.Module, world: World) -> None:
+    """After a backward pass, move the gradients of a sharded `net` to its local module.
 
-    Those of rows are averaged over the processes already; those of scalars are here, in one sum for all of them.
+    Gradients of rows are already averaged over the processes. Those of scalars are averaged here, in one sum for all.
     """
-    pairs = list(zip(net.parameters(), part.parameters(), strict=True))
+    pairs = list(zip(net.parameters(), local.parameters(), strict=True))
     scalars = [param.grad for param, _ in pairs if param.ndim == 0 and param.grad is not None]
     if scalars:
         means = world.all_reduce_sum(torch.stack(scalars)) / world.size
         torch._foreach_copy_(scalars, list(means.unbind()))
     for param, rows in pairs:
-        # The first forward pass may have moved what takes padding to be even over the processes.
+        # The first forward pass may have moved rows that need padding to be even over the processes.
         if _rows(param.detach()).data_ptr() != rows.data_ptr():
             rows.data = _rows(param.detach())
         rows.grad = None if param.grad is None else _rows(param.grad)
@@ -107,7 +110,7 @@ def hand_over_gradients(net: nn.Module, part: nn.Module, world: World) -> None:
 
 
 def whole_like(rows: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
-    """Rows that belong to `param`'s as a tensor over all processes of its shape; `rows` itself where that has none."""
+    """Return rows of the sharded `param` as a DTensor of its shape; `rows` itself if `param` is not sharded."""
     if not _is_spread(param):
         return rows
     from torch.distributed.tensor import DTensor
@@ -116,15 +119,15 @@ def whole_like(rows: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def gathered(part: nn.Module, net: Precond, world: World, *, main_only: bool = False) -> Precond:
-    """A whole network from the rows in `part`, of all processes, in float16 as files have it; each must call this.
+def gathered(local: nn.Module, net: Precond, world: World, *, main_only: bool = False) -> Precond:
+    """Return a whole network from the rows in the local modules, in float16 as in files. Every process calls this.
 
-    With `main_only` it is in the memory of the main process's host, and has no content in the others. It is gathered
-    tensor by tensor, so that no GPU has more than one of them whole on the way there.
+    With `main_only` it is in the memory of the main process's host and has no content elsewhere. It is gathered tensor
+    by tensor, so that a GPU holds at most one whole tensor at a time.
     """
     like = dict(net.named_parameters())
     tensors = {}
-    for name, value in part.state_dict().items():
+    for name, value in local.state_dict().items():
         value = value.to(torch.float16)
         if name in like:
             value = _full(whole_like(value, like[name]))
@@ -154,9 +157,9 @@ def _full(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def sharded_state(data: dict[str, Any], net: nn.Module) -> dict[str, Any]:
-    """What a checkpoint holds, from the parts' `data`: the same nested containers, rows as DTensors like `net`'s.
+    """Return the contents of a checkpoint: `data` of the local module, with its rows as DTensors like those of `net`.
 
-    `data` is TrainingState.state_dict()'s of the part. Nothing is copied.
+    `data` is as in TrainingState.state_dict(). Nothing is copied.
     """
     params = dict(net.named_parameters())
     moments = data["optimizer"]["state"]
@@ -178,15 +181,15 @@ def sharded_state(data: dict[str, Any], net: nn.Module) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def take_rows(data: Any, target: Any) -> None:
-    """Copy whole tensors in `data` into those in the same places of `target`, of which each process takes its rows.
+def copy_rows(data: Any, target: Any) -> None:
+    """Copy this process's rows of the whole tensors in `data` into the tensors of the same names in `target`.
 
-    Raises ValueError where names or shapes differ.
+    Raises ValueError if names or shapes differ.
     """
-    ours, theirs = ({k: v for k, v in flatten(d).items() if isinstance(v, torch.Tensor)} for d in (target, data))
-    check_same(theirs, ours)
-    for name, tensor in ours.items():
-        whole = theirs[name]
+    to, source = ({k: v for k, v in flatten(d).items() if isinstance(v, torch.Tensor)} for d in (target, data))
+    check_same(source, to)
+    for name, tensor in to.items():
+        whole = source[name]
         if _is_spread(tensor):
             _rows(tensor).copy_(_rows_of(whole, tensor))
         else:
@@ -194,7 +197,7 @@ def take_rows(data: Any, target: Any) -> None:
 
 
 def _rows_of(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """This process's rows of a whole tensor that is to be spread as `like` is."""
+    """Return this process's rows of a whole tensor, if it were spread as `like` is."""
     mesh, placements = _layout(like)
     (axis,) = (index for index, placement in enumerate(placements) if placement.is_shard())
     per_rank, rank = -(-len(whole) // mesh.size(axis)), mesh.get_local_rank(axis)
@@ -202,10 +205,10 @@ def _rows_of(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def _layout(tensor: Any) -> tuple[Any, Any]:
-    """Over which processes a tensor is spread, and how."""
+    """Return the processes that a tensor is spread over, and how."""
     return tensor.device_mesh, tensor.placements
 
 
 def _is_spread(tensor: torch.Tensor) -> bool:
-    """Whether it is a DTensor, asked without importing these."""
+    """Return whether a tensor is a DTensor, without importing that class."""
     return hasattr(tensor, "to_local")

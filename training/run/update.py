@@ -1,6 +1,6 @@
-"""What happens to the weights around a step: forced normalization before it, cleared gradients and Adam at its end.
+"""The update of the weights: learning rate, forced normalization before a step, cleared gradients and Adam after it.
 
-Source: Karras et al., arXiv 2312.02696, Eq. 47 and 66, Appendix B.
+Source: Karras et al., arXiv 2312.02696, Eq. 47, 66 and 67, Section 2.3, Table 6 and Appendix B.
 """
 
 import math
@@ -9,19 +9,34 @@ from typing import Any
 
 import torch
 
-from training.fast.ops import EPS
-from training.networks_edm2 import MPConv
+from training.networks_edm2 import EPS, MPConv
 
 BETAS = (0.9, 0.99)  # of Adam
 
 
+def learning_rate_schedule(
+    cur_nimg: float, batch_size: int, ref_lr: float = 0.01, ref_batches: float = 70e3, rampup_Mimg: float = 10
+) -> float:
+    """Adam's learning rate after `cur_nimg` images: linear ramp-up, then decay with the inverse square root (Eq. 67).
+
+    `ref_lr` applies until `ref_batches` batches have passed; 0 turns the decay off. `rampup_Mimg` is the length of the
+    ramp-up in millions of images; 0 turns it off.
+    """
+    lr = ref_lr
+    if ref_batches > 0:
+        lr /= math.sqrt(max(cur_nimg / (ref_batches * batch_size), 1))
+    if rampup_Mimg > 0:
+        lr *= min(cur_nimg / (rampup_Mimg * 1e6), 1)
+    return lr
+
+
 def make_optimizer(params: Iterable[torch.nn.Parameter], lr: float) -> torch.optim.Adam:
-    """Adam in PyTorch's fused form, which takes one pass over weights, gradients and both moments."""
+    """Return Adam in PyTorch's fused form, which takes one pass over weights, gradients and both moments."""
     return torch.optim.Adam(params, lr=lr, betas=BETAS, fused=True)
 
 
 def start_moments(optimizer: torch.optim.Adam) -> None:
-    """Give the optimizer the state that it would make in its first step, for others to fill in."""
+    """Give the optimizer the state that its first step would make, to be filled in by others."""
     params = [param for group in optimizer.param_groups for param in group["params"]]
     moments = [
         {"step": torch.zeros([]), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)} for p in params
@@ -30,16 +45,16 @@ def start_moments(optimizer: torch.optim.Adam) -> None:
 
 
 def with_fused_adam(state: dict[str, Any]) -> dict[str, Any]:
-    """The state of an optimizer that was stored by whatever form of Adam, for the one that is used here."""
+    """Return the stored state of any form of Adam as a state of the fused form."""
     groups = [{**group, "fused": True, "foreach": None} for group in state["param_groups"]]
     return {**state, "param_groups": groups}
 
 
 @torch.no_grad()
 def normalize_weights(net: torch.nn.Module) -> None:
-    """Bring every weight to unit magnitude, row by row, in place (Eq. 66): once before a step's forward passes.
+    """Scale every row of every weight to unit magnitude in place (Eq. 66): once before a step's forward passes.
 
-    Row magnitudes take one call a weight, what follows from them one call for all.
+    Row magnitudes take one call per weight, the rest one call for all weights.
     """
     weights = [module.weight.flatten(1) for module in net.modules() if isinstance(module, MPConv)]
     norms = [torch.linalg.vector_norm(rows, dim=1, keepdim=True) for rows in weights]

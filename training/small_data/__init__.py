@@ -1,1 +1,1 @@
-"""What `--preset=small` chooses for a small data set, and what the run will take."""
+"""The choices of `--preset=small` for a small data set, and an estimate of the run's time and memory."""

@@ -1,4 +1,4 @@
-"""What a run will take on the device at hand: its time by a few real steps, its memory by counting.
+"""An estimate of the time and memory of a run on the device at hand: time by a few real steps, memory by counting.
 
 Shape legend: N images, C channels, H x W pixels, L labels.
 """
@@ -7,38 +7,59 @@ import dataclasses
 import math
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 import torch
 
+from dnnlib.parse import format_nimg
+from dnnlib.text import format_duration
 from torch_utils.distributed import World
-from torch_utils.precision import numerics
-from torch_utils.random_state import unchanged_random_state
+from torch_utils.precision import numerics, unchanged_random_state
 from training.config import TrainingConfig
-from training.dataset.image_folder import ImageFolderDataset
+from training.dataset.contract import ImageDataset
 from training.encoders import StabilityVAEEncoder
 from training.flops import count_flops
-from training.run.state import TrainingState, network_shape
-from training.small_data.memory import Memory, count_memory
+from training.networks_edm2 import image_size
+from training.run.run_data import CACHE_BYTES, network_shape
+from training.run.state import TrainingState
 
 # Forward and backward: three times the forward pass.
 _PASSES = 3
-# Operations that a measured step may have, and the seconds that steps are taken for at least.
+# Operations that a measured step may have, and the least time of all measured steps.
 _CPU_OPS = 60e9
 _GPU_OPS = 10e12
 _MEASURE_SEC = 1.5
-_SPEED_UP = 1024  # an hour's images are rounded down to a multiple of this
+_HOUR_SEC = 3600.0
+_UNIT = 1024  # the images of an hour are rounded down to a multiple of this
 
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """What steps took, with `num_images` images each, on one process."""
+    """Measured times of steps with `num_images` images each, on one process."""
 
-    image_sec: float  # of each image: noise, forward and backward pass
-    batch_sec: float  # of each batch whatever its size: optimizer, averages, forced normalization
+    image_sec: float  # per image: noise, forward and backward pass
+    batch_sec: float  # per batch of any size: optimizer, averages, forced normalization
     num_images: int
     num_steps: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes of one process, by what they are for."""
+
+    weights: int  # with their gradients, Adam's two moments and the tracked averages
+    activations: int  # what a round's images leave for the backward pass, and the weights as they act on them
+    copies: int  # of weights, moments and averages, while a checkpoint is on its way to the disk; on the host
+    images: int  # of the data set, decoded; on the host
+    program: int = 0  # what the process took before the run; on the host
+
+    def total(self, device: torch.device) -> int:
+        """On a CPU all of it; elsewhere what lies in the device's memory."""
+        on_device = self.weights + self.activations
+        return on_device + self.copies + self.images + self.program if device.type == "cpu" else on_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,26 +77,26 @@ class Estimate:
 
     @property
     def images_per_sec(self) -> float:
-        """Over all processes, each as fast as the one that was measured."""
+        """Speed of all processes together, each as fast as the one that was measured."""
         share, _ = self.config.share_of(self.num_ranks)
         return self.config.batch / (share * self.speed.image_sec + self.speed.batch_sec)
 
     def seconds(self, nimg: int) -> float:
-        """The time for `nimg` images, without snapshots, samples and metrics."""
+        """Return the time for `nimg` images, without snapshots, samples and metrics."""
         return nimg / self.images_per_sec
 
     def images_in(self, seconds: float) -> int:
-        """How many images fit, rounded down to whole Ki where there are as many, and to whole batches."""
+        """Return how many images fit, rounded down to whole batches, and to whole Ki from 1 Ki on."""
         nimg = int(seconds * self.images_per_sec)
-        unit = _SPEED_UP if nimg >= _SPEED_UP else self.config.batch
+        unit = _UNIT if nimg >= _UNIT else self.config.batch
         unit = math.lcm(unit, self.config.batch)
         return max(nimg // unit, 1) * unit
 
 
-def estimate(config: TrainingConfig, dataset: ImageFolderDataset, device: torch.device, num_ranks: int) -> Estimate:
-    """Take a few steps of `config` on noise, in a few seconds, and count. The global random states stay.
+def estimate(config: TrainingConfig, dataset: ImageDataset, device: torch.device, num_ranks: int) -> Estimate:
+    """Estimate the run `config` by a few steps on noise, which take seconds. Leaves global random states unchanged.
 
-    A step has fewer images than the run's where a whole batch would take long, and the network is not compiled.
+    A step has fewer images than the run's if a whole batch would take long, and the network is not compiled.
     """
     program_bytes = psutil.Process().memory_info().rss
     with unchanged_random_state(device):
@@ -90,7 +111,7 @@ def estimate(config: TrainingConfig, dataset: ImageFolderDataset, device: torch.
         num_params = sum(parameter.numel() for parameter in state.net.parameters())
         memory = count_memory(state, config, dataset, per_round=share // rounds)
         del state
-    if device.type == "cuda":  # as if nothing had been there
+    if device.type == "cuda":  # leave no trace in the run's own memory statistics
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     return Estimate(
@@ -131,7 +152,7 @@ def _measure(state: TrainingState, side: int) -> Speed:
 
 
 def _seconds(state: TrainingState, images: torch.Tensor, labels: torch.Tensor, *, whole: bool) -> float:
-    """Of a step; without its end, of the gradients alone."""
+    """Return the time of a step if `whole`, else that of its gradients alone."""
     _wait(state.world.device)
     start = time.perf_counter()
     if whole:
@@ -149,3 +170,93 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+def count_memory(state: TrainingState, config: TrainingConfig, dataset: ImageDataset, *, per_round: int) -> Memory:
+    """Count the memory of one process of the run `config`, unsharded and not compiled, with `per_round` images at once.
+
+    `state` has the run's network, on the run's device.
+    """
+    weight_bytes = sum(parameter.nbytes for parameter in state.net.parameters())
+    kept = 1 + 2 + len(config.ema_stds)  # weights, Adam's moments, averages
+    one, two = (loss_bytes(state, num_images) for num_images in (1, 2))
+    return Memory(
+        weights=weight_bytes * (kept + 1),
+        activations=one + (two - one) * (per_round - 1),
+        copies=weight_bytes * kept if config.background_saves else 0,
+        images=dataset.decoded_bytes if config.workers == 0 and dataset.decoded_bytes <= CACHE_BYTES else 0,
+    )
+
+
+def loss_bytes(state: TrainingState, num_images: int) -> int:
+    """Return the bytes of all tensors that the loss of `num_images` keeps for its backward pass, each counted once.
+
+    Parameters are not counted.
+    """
+    net, device = state.net, state.world.device
+    height, width = image_size(net)
+    images = torch.zeros([num_images, net.img_channels, height, width], device=device)
+    labels = torch.zeros([num_images, net.label_dim], device=device)
+    noise = torch.ones_like(images)
+    condition_kwargs = {}
+    if net.cond_channels:
+        condition_kwargs["cond_images"] = torch.zeros([num_images, net.cond_channels, height, width], device=device)
+    return saved_bytes(
+        lambda: state.loss_fn(
+            state.replica, images, labels, rnd_normal=noise[:, :1, :1, :1], unit_noise=noise, **condition_kwargs
+        )
+    )
+
+
+def saved_bytes(work: Callable[[], Any]) -> int:
+    """Return the bytes of all tensors but parameters that `work()` keeps for its backward pass, each counted once."""
+    sizes: dict[int, int] = {}
+    kept = []  # so that no address is used twice
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, torch.nn.Parameter):
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+            kept.append(storage)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        work()
+    return sum(sizes.values())
+
+
+def describe_estimate(estimate: Estimate, *, nimg: int = 0) -> str:
+    """Return the estimate for what is left of the run after `nimg` images, and what fits an hour if it takes longer."""
+    e, config, speed, memory = estimate, estimate.config, estimate.speed, estimate.memory
+    rate = e.images_per_sec
+    lines = [
+        f"Estimate for this machine ({e.device.type}), {e.num_ranks} process(es):",
+        f"  network  {e.num_params / 1e6:.2f} million parameters, {e.image_ops / 1e9:.3g} Gflop of training an image",
+        f"  speed    {rate:.3g} images/s, measured in {speed.num_steps} steps of {speed.num_images};"
+        f" {e.image_ops * rate / e.num_ranks / 1e9:,.3g} Gflop/s a process",
+        f"  time     {format_duration(e.seconds(max(config.duration - nimg, 0)))}"
+        f" for {'the rest of ' if nimg else ''}{format_nimg(config.duration)} images,"
+        f" {_count(config.duration / e.num_images)} passes",
+    ]
+    if e.seconds(config.duration - nimg) > _HOUR_SEC and not nimg:
+        fit = e.images_in(_HOUR_SEC)
+        lines.append(f"           --duration={format_nimg(fit)} takes an hour; it can be raised later to continue")
+    parts = {
+        "weights, moments, averages": memory.weights,
+        "activations": memory.activations,
+        "images": memory.images,
+        "copies for checkpoints": memory.copies,
+        "program": memory.program,
+    }
+    where = "" if e.device.type == "cpu" else " on the device"
+    named = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items() if size)
+    lines.append(f"  memory   {memory.total(e.device) / 2**30:.2f} GiB a process{where}; in all: {named}")
+    left_out = ["snapshots", *(["samples"] if config.samples else []), *(["metrics"] if config.metrics else [])]
+    left_out += ["the VAE"] if config.vae is not None else []
+    compiled = "; compiled code is faster" if config.compiles_on(e.device) else ""
+    lines.append(f"  without  {', '.join(left_out)}{compiled}")
+    return "\n".join([*lines, ""])
+
+
+def _count(number: float) -> str:
+    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"

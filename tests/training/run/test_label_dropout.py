@@ -8,12 +8,11 @@ import pytest
 import torch
 
 from dnnlib.errors import ConfigError
-from tests.helpers.tiny import tiny_config
+from tests.helpers.tiny import tiny_config, write_labels
 from tests.scripts.test_train_edm2 import SHORT, run
-from tests.training.dataset.test_balance import write_labels
 from tests.training.run.test_training_state import RGB, batch_of, make_state, wake
 from torch_utils.distributed import World
-from training.run.label_dropout import dropped
+from training.run.batch_inputs import drop_labels
 from training.run.run_folder import RunFolder
 from training.run.streams import NoiseStream
 from training.sharing.model_card import CardFacts, model_card
@@ -25,7 +24,7 @@ CPU = torch.device("cpu")
 
 def test_labels_are_zeroed_with_the_probability_as_whole_rows():
     labels = torch.eye(5).repeat(4000, 1)
-    shown = dropped(labels, NoiseStream(0, CPU), 0, 0.3)
+    shown = drop_labels(labels, NoiseStream(0, CPU), 0, 0.3)
     zeroed = (shown == 0).all(dim=1)
     assert torch.equal(shown[~zeroed], labels[~zeroed])
     assert zeroed.float().mean().item() == pytest.approx(0.3, abs=0.015)  # more than four deviations
@@ -36,23 +35,23 @@ def test_labels_are_zeroed_with_the_probability_as_whole_rows():
 @pytest.mark.parametrize("sizes", [(2, 1, 2), (4, 2, 8, 1)])
 def test_whether_a_label_is_left_out_depends_on_the_position_and_seed_alone(sizes: tuple[int, ...]):
     labels = torch.ones(len(sizes) * 5 * 8, 3)
-    expected = dropped(labels, NoiseStream(7, CPU), 0, 0.5)
+    expected = drop_labels(labels, NoiseStream(7, CPU), 0, 0.5)
     start, parts = 0, []
     for size in sizes:  # numbers of processes, five batches of 8 each
         for _ in range(5):
             share = 8 // size
             for rank in range(size):
                 begin = start + rank * share
-                parts.append(dropped(labels[begin : begin + share], NoiseStream(7, CPU), begin, 0.5))
+                parts.append(drop_labels(labels[begin : begin + share], NoiseStream(7, CPU), begin, 0.5))
             start += 8
     assert torch.equal(torch.cat(parts), expected)
-    assert not torch.equal(dropped(labels, NoiseStream(8, CPU), 0, 0.5), expected)
+    assert not torch.equal(drop_labels(labels, NoiseStream(8, CPU), 0, 0.5), expected)
 
 
 def test_a_step_learns_from_the_labels_that_are_left():
     config = tiny_config(Path("data"), label_dropout=0.5, batch=8)
     images, labels = batch_of(RGB)
-    wanted = dropped(labels, NoiseStream(config.seed, CPU), 0, 0.5)
+    wanted = drop_labels(labels, NoiseStream(config.seed, CPU), 0, 0.5)
     assert 0 < (wanted.sum(dim=1) == 0).sum() < 8
     found = []
     for given, probability, per_round in (
@@ -92,16 +91,16 @@ def test_a_run_with_both_options_goes_on_bitwise(tmp_path: Path):
 
 
 @pytest.mark.parametrize("probability", [-0.1, 1.0, float("nan")])
-def test_what_is_no_probability_is_refused(probability: float):
-    with pytest.raises(ConfigError, match=r"--label-dropout=.* is no probability below 1"):
+def test_a_value_that_is_not_a_probability_is_refused(probability: float):
+    with pytest.raises(ConfigError, match=r"--label-dropout=.* must be (in \[0, 1\)|a finite number)"):
         tiny_config(Path("data"), label_dropout=probability)
 
 
 @pytest.mark.parametrize(
     ("labels", "options", "message"),
     [
-        ([0, 1], ["--cond=False"], "--label-dropout=0.1 is for conditional networks; leave it or --cond=False out"),
-        (None, [], "has no labels that --label-dropout=0.1 could leave out"),
+        ([0, 1], ["--cond=False"], "--label-dropout=0.1 needs a conditional network; leave it or --cond=False out"),
+        (None, [], "has no labels, which --label-dropout=0.1 needs"),
     ],
 )
 def test_without_labels_it_is_refused_in_one_line_with_nothing_written(labels, options, message, tmp_path, capsys):

@@ -12,7 +12,9 @@ from torch_utils.distributed import World
 from training.config import TrainingConfig
 from training.networks_edm2 import Block
 from training.run.monitor import Monitor
+from training.run.run_data import batches
 from training.run.run_folder import RunFolder
+from training.run.update import normalize_weights
 from training.training_loop import Iteration, Status, TrainingRun
 
 
@@ -51,7 +53,8 @@ def test_gradients_are_those_of_the_iteration_that_ends_the_interval(data: Path,
     config = tiny_config(data, status=8, duration=8, monitor=True, ls=8.0)
     (stats,) = stats_of(make_run(config, tmp_path / "run"))
     twin = make_run(dataclasses.replace(config, monitor=False), tmp_path / "twin")
-    images, labels = next(twin._batches())
+    images, labels = next(batches(config, twin.dataset, World(), start=0))
+    normalize_weights(twin.state.net)
     twin.state.accumulate_gradients(images, labels)
     grads = [p.grad.flatten().double() for p in twin.state.net.parameters() if p.grad is not None]
     found = monitored(stats)

@@ -18,9 +18,9 @@ from torch_utils.distributed import World
 from torch_utils.processes.together import everywhere, on_main
 from torch_utils.training_stats import RunningMeans
 from training.dataset import ImageFolderDataset
+from training.dataset.order import BatchPositions, DataOrder
 from training.run.resuming import find_resumption
 from training.run.run_folder import RunFolder
-from training.run.streams import BatchPositions, DataOrder
 from training.training_loop import Saved, Status, TrainingRun
 
 NUM = 20  # images
@@ -109,7 +109,7 @@ def test_two_processes_then_one_then_two_see_every_image_of_every_epoch_once(tmp
     assert [image for epoch in epochs for image in epoch] == [order[position] for position in range(80)]
 
     assert first[0][0]["notes"] == []
-    assert "is of 2 process(es), this run has 1: it goes on with the next image" in middle["notes"][0]
+    assert "is of 2 process(es), this run has 1: it continues with the next image" in middle["notes"][0]
     assert "is of 1 process(es), this run has 2" in last[0][0]["notes"][0]
 
     # On as many processes as before, sums of an unfinished interval included, everything goes on bitwise.
@@ -174,10 +174,12 @@ def test_a_failure_of_one_process_is_that_of_all():
 
     assert on_main(World(), lambda: 3) == everywhere(World(), lambda: 3) == 3
     with pytest.raises(ConfigError, match="theirs"):
-        on_main(Among(rank=1, values=[([], "theirs"), None]), lambda: pytest.fail("not the main process"))
-    assert on_main(Among(rank=1, values=[([7], None), None]), lambda: 3) == 7
+        on_main(
+            Among(rank=1, values=[(None, ConfigError("theirs")), None]), lambda: pytest.fail("not the main process")
+        )
+    assert on_main(Among(rank=1, values=[(7, None), None]), lambda: 3) == 7
     with pytest.raises(ConfigError, match="theirs"):
-        everywhere(Among(rank=0, values=[None, "theirs"]), lambda: 3)
+        everywhere(Among(rank=0, values=[None, ConfigError("theirs")]), lambda: 3)
     with pytest.raises(ConfigError, match="mine"):
         everywhere(Among(rank=0, values=[None, None]), fail)
 
@@ -187,5 +189,5 @@ def test_a_process_that_sees_another_file_than_the_first_is_refused(tmp_path: Pa
     theirs = tmp_path / "training-state-0000001.pt", 2048, ["a note"]
     monkeypatch.setattr("training.run.resuming.on_main", lambda world, work: theirs)
     world = World(rank=1)
-    with pytest.raises(ConfigError, match="another file for process 1: all need the same --outdir"):
+    with pytest.raises(ConfigError, match="another file in process 1; all need the same --outdir"):
         find_resumption(RunFolder(tmp_path), world)

@@ -230,5 +230,5 @@ def test_a_logger_that_fails_is_left_out_and_training_goes_on(data, tmp_path, mo
     train(data, tmp_path / "run", "--duration=256", "--log=tensorboard")
     assert calls == ["begin", "scalars"]
     text = capsys.readouterr().out
-    assert text.count("--log=tensorboard has failed, and is left out from here on: [Errno 28] No space left") == 1
+    assert text.count("--log=tensorboard failed and is dropped: [Errno 28] No space left") == 1
     assert len(stats_of(tmp_path / "run")) == 4 and "Done: 0.3 kimg" in text

@@ -22,12 +22,11 @@ from dnnlib.errors import ConfigError
 from tests.helpers.tiny import assert_same_state, global_random_states, tiny_config, train, write_dataset
 from torch_utils.distributed import World
 from training import encoders
-from training.config import TrainingConfig
+from training.config import SamplesConfig, TrainingConfig
 from training.presets import REPOSITORY_DIR
 from training.run import run_samples
 from training.run.run_folder import RunFolder
 from training.run.run_samples import check_samples, grid_rows, preferred_std
-from training.run.samples_config import SamplesConfig
 from training.sampling.generation import generate_images
 from training.snapshot import load_snapshot
 from training.training_loop import Notice, Sampled, TrainingRun
@@ -152,7 +151,7 @@ def test_values_that_cannot_work_are_refused_by_name(changes, words):
 
 
 def test_grids_that_cannot_be_are_refused_before_anything_is_written(data, tmp_path, monkeypatch):
-    with pytest.raises(ConfigError, match=r"--samples-std=0.2 is none of the tracked lengths: 0.050, 0.100"):
+    with pytest.raises(ConfigError, match=r"--samples-std=0.2 is not a tracked length; choose from 0.050, 0.100"):
         sampled(data, samples=SamplesConfig(num=2, std=0.2))
     with pytest.raises(ConfigError, match="--snapshot=0"):
         sampled(data, snapshot=0)
@@ -173,7 +172,7 @@ def test_grids_that_cannot_be_are_refused_before_anything_is_written(data, tmp_p
 
     monkeypatch.setattr(encoders, "_load_vae", no_vae)
     latents = write_dataset(tmp_path / "latents.zip", channels=8)
-    with pytest.raises(ConfigError, match=r"cannot be loaded; --samples needs it to decode latents"):
+    with pytest.raises(ConfigError, match=r"cannot be loaded; --samples decodes latents with it"):
         make_run(dataclasses.replace(config, data=str(latents)), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -186,7 +185,7 @@ def test_a_grid_that_cannot_be_written_does_not_end_the_run(data, tmp_path, monk
     run = make_run(sampled(data), tmp_path / "run")
     run.folder.path.mkdir()
     texts = [event.text for event in run if isinstance(event, Notice)]
-    assert len(texts) == 2 and texts[0].endswith("No space left on device; going on without this sample grid.")
+    assert len(texts) == 2 and texts[0].endswith("No space left on device; continuing without this sample grid.")
     assert run.state.nimg == 2048
 
 

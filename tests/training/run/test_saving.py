@@ -21,15 +21,15 @@ import dnnlib.cli
 import train_edm2 as script
 from dnnlib.errors import ConfigError
 from dnnlib.folder_lock import FolderLock
+from edm2.run_log import RunLog
 from tests.helpers.tiny import assert_same_state, tiny_config, train, write_dataset
-from torch_utils.checkpoints.checkpoint import load_checkpoint, save_checkpoint
-from torch_utils.checkpoints.digest import read_digest
+from torch_utils.checkpoints.checkpoint import load_checkpoint, read_digest, save_checkpoint
 from torch_utils.distributed import World
 from training.run import saving
 from training.run.run_folder import RunFolder
 from training.run.saving import RunSaver
 from training.snapshot import load_snapshot
-from training.training_loop import Iteration, Notice, Saved, TrainingRun
+from training.training_loop import Event, Iteration, Notice, Saved, Status, TrainingRun
 
 TINY = ["--preset=edm2-img64-s", "--device=cpu", "--channels=4", "--channel-mult=1,2", "--num-blocks=1", "--rampup=0"]
 OPTIONS = [*TINY, "--batch=512", "--status=0", "--snapshot=0", "--checkpoint=1024"]
@@ -166,7 +166,7 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_taken(data,
     capsys.readouterr()
     assert run(*args) == 0
     told = capsys.readouterr().out
-    line = f"{newest.name} is damaged: it is called {newest.name}.damaged now, and the run goes on from {before.name}."
+    line = f"{newest.name} is damaged and was renamed to {newest.name}.damaged; the run continues from {before.name}."
     assert line in told and line in (out / "log.txt").read_text()
     assert newest.with_name(f"{newest.name}.damaged").read_bytes() == content
     assert_same_state(load_checkpoint(newest), whole)
@@ -182,7 +182,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(data, tmp_pat
     capsys.readouterr()
     assert run(*args, "--duration=3Ki") == 2
     (error,) = capsys.readouterr().err.splitlines()
-    assert "training-state-0000001.pt" in error and "1 older one(s) as well; to train anew" in error
+    assert "training-state-0000001.pt" in error and "1 older one(s) as well; to train from the beginning" in error
     assert before == {path: path.read_bytes() for path in out.iterdir()}
     for path in list(out.glob("*.pt")):
         path.rename(path.with_name(f"{path.name}.damaged"))
@@ -192,7 +192,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(data, tmp_pat
         path.unlink()
     (out / "stats.jsonl").touch()
     assert run(*args, "--duration=1Ki") == 0
-    assert f"There is no checkpoint in {out}: the run begins anew." in capsys.readouterr().out
+    assert f"{out} has no checkpoint: the run starts from the beginning." in capsys.readouterr().out
 
 
 def test_a_checkpoint_of_the_published_layout_is_continued(data: Path, tmp_path: Path):
@@ -277,14 +277,14 @@ def small_disk(folder: Path, size: str, *, fill: int = 0) -> Iterator[None]:
     """A disk of its own, for those who may have one; `fill` bytes are taken."""
     folder.mkdir()
     mounted = shutil.which("mount") and subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, timeout=120
     )
     if not mounted or mounted.returncode:
         pytest.skip("nobody may mount a disk here")
     try:
         yield
     finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
+        subprocess.run(["umount", "-l", str(folder)], check=True, timeout=120)
 
 
 def fill_up(folder: Path, leave: int) -> Path:
@@ -312,7 +312,7 @@ def test_a_full_disk_ends_the_run_in_one_line_or_is_waited_for(data, tmp_path, c
         for snapshots in ("0", "2Ki"):
             assert run(*args, "--duration=2Ki", f"--snapshot={snapshots}") == 2
             (error,) = capsys.readouterr().err.splitlines()
-            assert "No space left on device; earlier files are as they were" in error
+            assert "No space left on device; earlier files are unchanged" in error
         assert first.read_bytes() == before
         assert not any(path.name.startswith((".", "run.lock")) for path in out.iterdir())
 
@@ -320,12 +320,12 @@ def test_a_full_disk_ends_the_run_in_one_line_or_is_waited_for(data, tmp_path, c
         monkeypatch.setattr(saving, "BackgroundWriter", partial(dnnlib.background.BackgroundWriter, poll_sec=0.01))
         said: list[str] = []
 
-        def say(log: script.Log, text: str) -> None:
+        def say(log: RunLog, text: str) -> None:
             said.append(text)
             if "waiting for room" in text:
                 filling.unlink()
 
-        monkeypatch.setattr(script.Log, "say", say)
+        monkeypatch.setattr(RunLog, "say", say)
         assert run(*args, "--duration=2Ki", "--on-disk-full=wait") == 0
         assert sum("waiting for room" in text for text in said) == 1
         assert any("There is room again" in text for text in said)
@@ -339,7 +339,7 @@ def test_a_disk_that_turns_read_only_ends_the_run_in_one_line(data, tmp_path, ca
     real = FolderLock.require_held  # which is called before each file
 
     def turn_read_only(lock: FolderLock) -> None:
-        subprocess.run(["mount", "-o", "remount,ro", str(out)], check=True)
+        subprocess.run(["mount", "-o", "remount,ro", str(out)], check=True, timeout=120)
         real(lock)
 
     with small_disk(out, "8m"):
@@ -373,7 +373,7 @@ def test_a_disk_that_fails_in_the_middle_of_a_file_leaves_the_earlier_ones(
             raise self.failure
         real(self, chunk)
 
-    monkeypatch.setattr("torch_utils.checkpoints.digest.DigestWriter._emit", emit)
+    monkeypatch.setattr("torch_utils.checkpoints.checkpoint.DigestWriter._emit", emit)
     with pytest.raises(ConfigError, match=f"cannot write .*0000002.pt: {os.strerror(code)}"):
         train(make_run(config, tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["training-state-0000001.pt"]
@@ -398,13 +398,14 @@ def test_a_limit_on_file_sizes_is_one_line(data: Path, tmp_path: Path):
 @pytest.mark.skipif(os.name == "nt", reason="the folder of an open file cannot be removed there")
 def test_a_folder_that_vanishes_ends_the_run_in_one_line(data, tmp_path, capsys, monkeypatch):
     out = tmp_path / "run"
-    record = script.Log.record
+    report = RunLog.report
 
-    def vanish(log: script.Log, stats: dict, texts: dict, nimg: int) -> None:
-        shutil.rmtree(out, ignore_errors=True)
-        record(log, stats, texts, nimg)
+    def vanish(log: RunLog, event: Event) -> None:
+        if isinstance(event, Status):
+            shutil.rmtree(out, ignore_errors=True)
+        report(log, event)
 
-    monkeypatch.setattr(script.Log, "record", vanish)
+    monkeypatch.setattr(RunLog, "report", vanish)
     args = [*OPTIONS[:-3], f"--data={data}", f"--outdir={out}", "--duration=1Ki"]
     assert run(*args, "--status=512") == 2
     (error,) = capsys.readouterr().err.splitlines()

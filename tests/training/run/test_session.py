@@ -13,10 +13,10 @@ from tests.helpers.tiny import assert_same_state, tiny_config, train, write_data
 from torch_utils import distributed
 from torch_utils.distributed import World
 from torch_utils.processes import stopping
-from torch_utils.processes.agreement import DelayedMaximum
+from torch_utils.processes.together import DelayedMaximum
 from training.config import TrainingConfig
 from training.dataset import ImageFolderDataset
-from training.run.consistency import require_same
+from training.run.resuming import require_same
 from training.run.run_folder import RunFolder
 from training.training_loop import Cause, Ended, Iteration, Saved, Status, TrainingRun
 
@@ -203,5 +203,5 @@ def _member(rank: int, folder: str, data: str) -> None:
 
 
 def test_two_processes_end_together_and_refuse_to_differ(data: Path, tmp_path: Path):
-    torch.multiprocessing.spawn(_member, args=(str(tmp_path), str(data)), nprocs=2)
+    torch.multiprocessing.spawn(_member, args=(str(tmp_path), str(data)), nprocs=2)  # raises if a member does
     assert (tmp_path / "done0").exists() and (tmp_path / "done1").exists()

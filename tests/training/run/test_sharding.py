@@ -54,11 +54,11 @@ def whole(state: Any) -> dict[str, Any]:
 def steps(config: TrainingConfig, world: World) -> dict[str, Any]:
     """What a few steps give: losses, gradients of the first, and everything that a checkpoint holds."""
     state = TrainingState(config, RGB, world, resumed=False)
-    wake(state.part)
+    wake(state.local)
     seen: list[dict[str, torch.Tensor]] = []
 
     def note(*_: Any) -> None:
-        pairs = zip(state.net.named_parameters(), state.part.parameters(), strict=True)
+        pairs = zip(state.net.named_parameters(), state.local.parameters(), strict=True)
         grads = {name: whole_like(rows.grad, param) for (name, param), rows in pairs}
         seen.append({name: value.clone() for name, value in whole(grads).items()})
 
@@ -72,7 +72,7 @@ def steps(config: TrainingConfig, world: World) -> dict[str, Any]:
         "loss": world.all_reduce_sum(torch.stack(losses)) / world.size,
         "state": {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in whole(state.state_dict()).items()},
         "gradients": seen[0],
-        "numel": sum(p.numel() for p in state.part.parameters()),
+        "numel": sum(p.numel() for p in state.local.parameters()),
     }
     state.close()
     return result

@@ -20,13 +20,14 @@ from dnnlib.errors import ConfigError
 from tests.helpers.stand_in_detector import StandInDetector, images
 from tests.helpers.tiny import assert_same_state, global_random_states, tiny_config, train, write_dataset
 from torch_utils.distributed import World
-from training import encoders, training_loop
+from training import encoders
 from training.config import MetricsConfig, TrainingConfig
 from training.metrics import available as plan
 from training.metrics.detectors import DetectorOutput
 from training.metrics.evaluate import StatsPass, evaluate_images
 from training.metrics.reference import load_stats, save_stats
 from training.presets import REPOSITORY_DIR
+from training.run import session
 from training.run.run_folder import RunFolder
 from training.run.run_metrics import Measured, TrainingMetrics, check_metrics
 from training.sampling.generation import generate_images
@@ -144,7 +145,7 @@ def best_by_hand(found: list[Status], name: str, choose: Any) -> str:
 
 
 def test_the_best_snapshot_is_named_in_each_direction_and_is_there(data, reference, tmp_path, monkeypatch):
-    def invented(self: TrainingMetrics, emas: Any, encoder: Any, nimg: int) -> Measured:
+    def invented(self: TrainingMetrics, emas: Any, nimg: int) -> Measured:
         value = [7.0, 3.0, 5.0][nimg // 1024 - 1]
         stats = {f"Metrics/{n}{suffix}": value + float(suffix[1:]) for n in NAMES for _, suffix in emas}
         self._remember(stats, nimg)
@@ -183,9 +184,9 @@ def test_the_best_snapshot_outlives_an_interruption_but_not_other_settings(data,
 
 def test_the_time_of_metrics_counts_as_maintenance(data, reference, tmp_path, monkeypatch):
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(training_loop.time, "monotonic", lambda: clock.now)
+    monkeypatch.setattr(session.time, "monotonic", lambda: clock.now)
 
-    def slow(self: TrainingMetrics, emas: Any, encoder: Any, nimg: int) -> Measured:
+    def slow(self: TrainingMetrics, emas: Any, nimg: int) -> Measured:
         clock.now += 1000
         return Measured(stats={}, texts={})
 
@@ -254,7 +255,7 @@ def test_images_need_one_or_three_channels(data, reference, channels, latents, f
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"names": ("fd_efflite",)}, "'fd_efflite' is no metric"),
+        ({"names": ("fd_efflite",)}, "unknown metric 'fd_efflite'"),
         ({"names": ()}, "no metric is named"),
         ({"num": 1}, "--metrics-num=1"),
         ({"every": 0}, "--metrics-every=0"),

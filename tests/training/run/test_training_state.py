@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
@@ -16,7 +17,8 @@ from training.config import TrainingConfig
 from training.dataset import ImageFolderDataset
 from training.encoders import StabilityVAEEncoder, StandardRGBEncoder
 from training.networks_edm2 import Precond
-from training.run.state import TrainingState, check_network, make_network
+from training.run.run_network import check_network, make_network
+from training.run.state import TrainingState
 from training.snapshot import Snapshot, save_snapshot
 
 # What TrainingState wants to know about a data set.
@@ -181,15 +183,22 @@ def test_a_gradient_element_that_is_not_finite_becomes_zero(value):
     assert_same_state(state.state_dict(), clean.state_dict())
 
 
-def test_stored_weights_are_normalized_by_the_next_forward_pass():
+def test_the_next_step_normalizes_stored_weights_before_its_forward_pass():
     state = make_state()
     for _ in range(3):
         state.step(*batch_of(RGB))
     stepped = {name: param.detach().clone() for name, param in state.net.named_parameters() if param.ndim > 0}
-    state.accumulate_gradients(*batch_of(RGB))
-    for name, param in state.net.named_parameters():
+    loss_fn, at_forward = state.loss_fn, {}
+
+    def recorded(*args, **kwargs):
+        at_forward.update({name: param.detach().clone() for name, param in state.net.named_parameters()})
+        return loss_fn(*args, **kwargs)
+
+    state.loss_fn = recorded
+    state.step(*batch_of(RGB))
+    for name, param in at_forward.items():
         if param.ndim > 0:
-            rows = param.detach().flatten(1)
+            rows = param.flatten(1)
             magnitude = rows.square().mean(dim=1).sqrt()
             assert (magnitude - 1).abs().max() < 1e-3, name
             cosine = torch.nn.functional.cosine_similarity(rows, stepped[name].flatten(1))
@@ -243,9 +252,13 @@ def test_a_network_that_cannot_be_made_is_refused_before_it_is(change, message):
         check_network(tiny_config(Path("none"), **change), RGB)
 
 
-def test_checking_takes_no_memory():
-    huge = tiny_config(Path("none"), channels=1 << 14, channels_per_head=64)  # terabytes
+def test_a_network_of_terabytes_is_checked_without_allocating_its_weights():
+    huge = tiny_config(Path("none"), channels=1 << 14, channels_per_head=64)
+    before = psutil.Process().memory_info().rss
     check_network(huge, RGB)
+    with pytest.raises(ConfigError, match=r"8x8 .* divisible by 16"):
+        check_network(tiny_config(Path("none"), channels=1 << 14, channel_mult=(1, 1, 1, 1, 1)), RGB)
+    assert psutil.Process().memory_info().rss - before < 256 << 20
 
 
 @pytest.fixture
@@ -261,7 +274,7 @@ def test_init_starts_from_the_weights_of_a_snapshot(snapshot: Path):
     source = make_network(tiny_config(Path("none"), seed=5), RGB)
     wake(source)
     state = make_state(tiny_config(Path("none"), init=str(snapshot)))
-    assert state.left_fresh == []
+    assert state.uninitialized == []
     for net in (state.net, *(ema for ema, _ in state.ema.get())):
         for name, value in net.state_dict().items():
             assert value.dtype == torch.float32
@@ -277,15 +290,15 @@ def test_init_lists_what_does_not_fit_and_leaves_it_fresh_where_allowed(snapshot
     state = make_state(allowed, data)
     fresh = make_network(config, data).state_dict()
     taken = make_state(config).net.state_dict()
-    assert sorted(state.left_fresh) == ["unet.enc.8x8_conv.weight", "unet.out_conv.weight"]
+    assert sorted(state.uninitialized) == ["unet.enc.8x8_conv.weight", "unet.out_conv.weight"]
     for name, value in state.net.state_dict().items():
-        assert torch.equal(value, (fresh if name in state.left_fresh else taken)[name]), name
+        assert torch.equal(value, (fresh if name in state.uninitialized else taken)[name]), name
 
 
 def test_init_from_a_network_with_nothing_in_common_is_refused(snapshot: Path):
     config = tiny_config(Path("none"), init=str(snapshot), init_partial=True, channels=12, channels_per_head=12)
     state = make_state(config)  # the scalar gains still fit
-    assert 0 < len(state.left_fresh) < len(state.net.state_dict())
+    assert 0 < len(state.uninitialized) < len(state.net.state_dict())
     with pytest.raises(ConfigError, match=r"missing\.pkl"):
         make_state(tiny_config(Path("none"), init="missing.pkl"))
 

@@ -1,6 +1,7 @@
-"""Forced normalization, cleared gradients, fused Adam and the loss scale, each against its formula."""
+"""Learning rate, forced normalization, cleared gradients, fused Adam and loss scale, each against its formula."""
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,21 @@ import pytest
 import torch
 
 from tests.helpers import oracle
+from tests.helpers.paths import GOLDEN_DIR
 from tests.helpers.tiny import assert_same_state, tiny_config
 from tests.training.run.test_training_state import RGB, batch_of, make_state, wake
 from torch_utils.loss_scale import LossScale
 from training.networks_edm2 import MPConv
-from training.run.update import clear_nonfinite, make_optimizer, normalize_weights, with_fused_adam
+from training.run.update import (
+    clear_nonfinite,
+    learning_rate_schedule,
+    make_optimizer,
+    normalize_weights,
+    with_fused_adam,
+)
 
 CPU = torch.device("cpu")
+LEARNING_RATES = json.loads((GOLDEN_DIR / "numbers.json").read_text(encoding="utf-8"))["learning_rate"]
 
 
 def test_normalization_is_the_one_of_a_training_forward_pass():
@@ -143,3 +152,16 @@ def test_a_compiled_step_is_the_eager_one_to_rounding():
             state.step(*batch_of(RGB))
     for name, value in states[0].net.state_dict().items():
         torch.testing.assert_close(states[1].net.state_dict()[name], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", LEARNING_RATES, ids=lambda case: f"{case['cur_nimg']}-{case['batch_size']}")
+def test_learning_rates_equal_the_published_ones(case):
+    expected = case.pop("lr")
+    assert learning_rate_schedule(**case) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("nimg", [0, 1, 8, 5_000, 10**7, 2**31])
+@pytest.mark.parametrize("options", [{}, {"ref_batches": 0}, {"rampup_Mimg": 0}, {"ref_lr": 0.3, "ref_batches": 3}])
+def test_learning_rates_equal_the_oracle(nimg, options):
+    expected = oracle.plain_learning_rate(nimg, 8, **options)
+    assert learning_rate_schedule(nimg, 8, **options) == pytest.approx(expected, rel=1e-12)

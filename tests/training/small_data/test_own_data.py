@@ -158,11 +158,11 @@ def test_the_chain_of_the_page_runs_as_it_is_written(tmp_path, monkeypatch, caps
     options = json.loads((tmp_path / "training-runs" / "emoji" / "training_options.json").read_text())
     assert (options["P_mean"], options["lr"], options["cond"]) == (-0.8, 0.012, True)
     text = capsys.readouterr().out
-    assert "Chosen for 31 pictures of 32x32, 3 classes:" in text and "Chosen for 4 latents of 32x32, 2 classes:" in text
+    assert "Chosen for 31 images of 32x32, 3 classes:" in text and "Chosen for 4 latents of 32x32, 2 classes:" in text
     assert {path.name for path in (tmp_path / "out" / "emoji").iterdir()} == {f"{seed:06d}.png" for seed in range(9)}
     for name in ("emoji-data.png", "emoji-nearest.png", "emoji-ema.png", "emoji-guidance.png", "emoji.png"):
         PIL.Image.open(tmp_path / "out" / name).verify()
-    assert "9 generated pictures: distance to the nearest training picture" in text
+    assert "9 generated images: distance to the nearest training image" in text
     assert len(re.findall(r"^fd_efflite0 +12 +[0-9.]+$", text, re.MULTILINE)) == 4  # before, after, real ones twice
 
 

@@ -1,0 +1,211 @@
+"""The options of train_edm2.py, made from the fields of TrainingConfig, and the configuration from their values."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar, get_args
+
+import click
+
+from dnnlib.cli import BYTES, INT_LIST, LOSS_SCALE, NIMG
+from dnnlib.download import is_remote
+from dnnlib.errors import ConfigError
+from dnnlib.fields import option_name, option_text
+from edm2.options.metrics import STD_LIST, given_weights, weights_options
+from training.condition.spec import parse_condition
+from training.config import MetricsConfig, NetworkConfig, SamplesConfig, TrainingConfig
+from training.dataset.latents import PUBLISHED_VAE
+from training.presets import locate, training_preset
+from training.run.run_samples import preferred_std
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# Types of options by the name of the value, and else by the type of the field, with the name of the value.
+_NAMED = {"NIMG": NIMG, "SIZE": BYTES, "FLOAT|auto": LOSS_SCALE}
+_TYPES: dict[Any, tuple[str, Any]] = {
+    bool: ("BOOL", bool),
+    int: ("INT", int),
+    float: ("FLOAT", float),
+    tuple[int, ...]: ("LIST", INT_LIST),
+    tuple[float, ...]: ("LIST", STD_LIST),
+    tuple[str, ...]: ("LIST", str),
+}
+
+# Fields that are configurations: their classes, and what the names of the options' values begin with.
+_PARTS = {
+    "network": (NetworkConfig, ""),
+    "metrics": (MetricsConfig, "metrics_"),
+    "samples": (SamplesConfig, "samples_"),
+}
+
+# The help page in its order. A name stands for the option of that field and those of the fields behind it, up to the
+# next name in this list. A new field so has its place without being listed.
+_PAGE: tuple[str | Callable[[Any], Any], ...] = (
+    click.option("--outdir", metavar="DIR", required=True, help="Output folder; a run in it is continued"),
+    "data",
+    "cond",
+    click.option(
+        "--preset",
+        metavar="STR",
+        default="edm2-img512-s",
+        show_default=True,
+        help="Configuration to start from; small = chosen by the data",
+    ),
+    "duration",
+    "batch",
+    "channels",
+    "P_mean",
+    "xflip",
+    click.option("--encode-on-the-fly", is_flag=True, help="Train on latents, encoded from pixels while training"),
+    click.option(
+        "--model-url",
+        metavar="NAME|DIR",
+        help=f"VAE for that: hub name or diffusers folder  [default: {PUBLISHED_VAE}]",
+    ),
+    "init",
+    "batch_gpu",
+    "precision",
+    click.option("--fp16", metavar="BOOL", type=bool, help="Same as --precision=fp16 or fp32"),
+    "compile",
+    "ls",
+    "bench",
+    click.option("--device", metavar="STR", help="cpu, cuda, cuda:N or mps  [default: the best available]"),
+    "workers",
+    "status",
+    "metrics_names",
+    "metrics_every",
+    "metrics_ref",
+    "metrics_batch",
+    weights_options,
+    "shuffle_buffer",
+    "data_cache",
+    "samples_num",
+    click.option(
+        "--log",
+        "log_names",
+        type=click.Choice(["tensorboard", "wandb"]),
+        multiple=True,
+        help="Also log there; may be given twice",
+    ),
+    "slice",
+    click.option(
+        "--timeout",
+        metavar="MINUTES",
+        type=click.FloatRange(min=0, min_open=True),
+        default=30,
+        show_default=True,
+        help="Give up if another process does not answer for this long",
+    ),
+    "seed",
+    click.option("--allow-changes", is_flag=True, help="Continue a run even if options that change its result differ"),
+    click.option("-n", "--dry-run", is_flag=True, help="Print the training options and exit"),
+)
+
+
+def training_options(command: F) -> F:
+    """Add all options to a command function. Values that are not given are None; `configure` takes those of fields."""
+    blocks: dict[str, list[Any]] = {item: [] for item in _PAGE if isinstance(item, str)}
+    block: list[Any] = []
+    for owner, name, item in _option_fields():
+        block = blocks.get(name, block)
+        block.append(_click_option(owner, name, item))
+    page = [each for item in _PAGE for each in (blocks[item] if isinstance(item, str) else [item])]
+    for add in reversed(page):
+        command = add(command)
+    return command
+
+
+def configure(preset: str, options: dict[str, Any], base: TrainingConfig | None = None) -> TrainingConfig:
+    """Return the configuration of a preset with the given options in place of its own. Raises ConfigError.
+
+    `options` has the values of the options made from fields, and of those for the VAE, --fp16 and the weights of
+    detectors. `base` stands for the preset if that is not in the table.
+    """
+    base = training_preset(preset) if base is None else base
+    given = _given(TrainingConfig, options)
+    network = _given(NetworkConfig, options) | _given_fp16(options)
+    std = preferred_std(preset, given.get("ema_stds", base.ema_stds))
+    parts = {"metrics": _given_metrics(options), "samples": _given_samples(options, std=std)}
+    encode, vae = options["encode_on_the_fly"], options["model_url"]
+    if vae is not None and not encode:
+        raise ConfigError(f"--model-url={vae} needs --encode-on-the-fly; stored latents need no VAE")
+    if "condition" in given:
+        given["condition"] = str(parse_condition(given["condition"]))  # with all that was left out
+    given |= {name: part for name, part in parts.items() if part is not None}
+    config = dataclasses.replace(base, network=dataclasses.replace(base.network, **network), **given)
+    if not config.data:
+        raise ConfigError(f"--data is missing; --preset={preset} brings no data set of its own")
+    data = options["data"] or locate(config.data)  # a preset's own data set is in the repository
+    buffer = config.shuffle_images if is_remote(data) else None
+    return dataclasses.replace(config, data=data, shuffle_buffer=buffer, vae=(vae or PUBLISHED_VAE) if encode else None)
+
+
+def _option_fields(owner: Any = TrainingConfig, prefix: str = "") -> Iterator[tuple[Any, str, dataclasses.Field[Any]]]:
+    """Yield the fields that are options, each with its class and the name of its value among those of the command."""
+    parts = {
+        "network": (NetworkConfig, ""),
+        "metrics": (MetricsConfig, "metrics_"),
+        "samples": (SamplesConfig, "samples_"),
+    }
+    for item in dataclasses.fields(owner):
+        if owner is TrainingConfig and item.name in parts:
+            yield from _option_fields(*parts[item.name])
+        elif item.metadata.get("help") is not None:
+            yield owner, prefix + item.name, item
+
+
+def _click_option(owner: Any, name: str, item: dataclasses.Field[Any]) -> Callable[[Any], Any]:
+    details = item.metadata
+    default = option_text(item, item.default) if details["shown"] is None else details["shown"]
+    text = details["help"] + (f"  [default: {default}]" if default else "")
+    flag = f"--{option_name(owner, item)}"
+    if details["value"] in ("", "/"):
+        switch = f"{flag}/--no-{flag[2:]}" if details["value"] else flag
+        return click.option(switch, name, is_flag=True, default=None, help=details["help"])
+    if "choices" in details["limits"]:
+        return click.option(flag, name, type=click.Choice(details["limits"]["choices"]), help=text)
+    kinds = [each for each in (item.type, *get_args(item.type)) if each in _TYPES]
+    value, kind = _TYPES[kinds[0]] if kinds else ("", str)
+    value = details["value"] or value
+    return click.option(flag, name, metavar=value, type=_NAMED.get(value, kind), help=text)
+
+
+def _given(owner: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of `owner` whose options were given."""
+    names = {item.name: name for each, name, item in _option_fields() if each is owner}
+    given = {field: options[name] for field, name in names.items() if options[name] is not None}
+    return {field: tuple(value) if isinstance(value, list) else value for field, value in given.items()}
+
+
+def _given_fp16(options: dict[str, Any]) -> dict[str, str]:
+    """Return the precision that --fp16 stands for, if it is given. Raises ConfigError if --precision differs."""
+    fp16, precision = options["fp16"], options["precision"]
+    if fp16 is None:
+        return {}
+    meant = "fp16" if fp16 else "fp32"
+    if precision not in (None, meant):
+        raise ConfigError(f"--fp16={fp16} and --precision={precision} contradict each other; give one")
+    return {"precision": meant}
+
+
+def _given_metrics(options: dict[str, Any]) -> MetricsConfig | None:
+    """Return what to measure, None without --metrics. Raises ConfigError for options that need it."""
+    given, weights = _given(MetricsConfig, options), given_weights(options)
+    names = given.pop("names", None)
+    if names is not None:
+        return MetricsConfig(names=tuple(name.strip() for name in names.split(",")), weights=weights, **given)
+    for name in [f"metrics-{name}" for name in given] + [f"{name}-weights" for name in weights]:
+        raise ConfigError(f"--{name} needs --metrics, e.g. --metrics=fd_efflite0")
+    return None
+
+
+def _given_samples(options: dict[str, Any], *, std: float) -> SamplesConfig | None:
+    """Return which grids to draw, from the EMA length `std` by default; None without --samples, or with 0.
+
+    Raises ConfigError for options that need --samples.
+    """
+    given = _given(SamplesConfig, options)
+    if given.get("num"):
+        return SamplesConfig(**{"std": std, **given})
+    for name in given if "num" not in given else ():
+        raise ConfigError(f"--samples-{name} needs --samples, e.g. --samples=8")
+    return None

@@ -1,0 +1,122 @@
+"""The network of a run: made for its data, started from a snapshot, and in the form that a training step calls."""
+
+import warnings
+from typing import Any
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from dnnlib.errors import ConfigError
+from torch_utils.cuda import keep_compiled_code
+from torch_utils.distributed import World
+from torch_utils.precision import compute_dtype
+from training.config import TrainingConfig
+from training.dataset.contract import ImageDataset
+from training.fast.training_network import FastPrecond
+from training.networks_edm2 import Precond
+from training.run.run_data import condition_of, network_shape
+from training.run.sharding import shard_network
+from training.snapshot import load_snapshot
+
+
+def make_network(config: TrainingConfig, dataset: ImageDataset) -> Precond:
+    """Return a network for the data set, initialized from the run's seed, on the CPU."""
+    resolution, channels = network_shape(config, dataset)
+    label_dim = dataset.label_dim if config.cond else 0
+    condition = condition_of(config, dataset)
+    cond_channels = 0 if condition is None else condition.channels(channels)
+    extra: dict[str, Any] = {"cond_channels": cond_channels} if cond_channels else {}  # snapshots note it only if used
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        try:
+            return Precond(resolution, channels, label_dim, **config.network.arguments(), **extra)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+
+
+def check_network(config: TrainingConfig, dataset: ImageDataset) -> None:
+    """Raise ConfigError if no network of this shape can be made for the data set. Allocates no weights."""
+    with torch.device("meta"):
+        make_network(config, dataset)
+
+
+def copy_weights(source: str, net: Precond, *, partial: bool) -> tuple[list[str], bool]:
+    """Start `net` from the weights of the snapshot `source`.
+
+    Returns (names of tensors left at initialization, whether conditioning channels were added). Added channels start at
+    zero, which leaves weight norms, and so the network's output, unchanged. Tensors that the snapshot lacks or has in
+    another shape raise ConfigError, unless `partial` leaves them at initialization.
+    """
+    origin = load_snapshot(source).net
+    theirs = origin.state_dict()
+    ours = net.state_dict()
+    stem = f"unet.enc.{next(iter(net.unet.enc))}.weight"
+    added = 0
+    if net.cond_channels and not origin.cond_channels and stem in theirs:
+        weight = theirs[stem]
+        added = ours[stem].shape[1] - weight.shape[1]
+        if added == net.cond_channels:
+            theirs[stem] = torch.cat([weight, weight.new_zeros([weight.shape[0], added, *weight.shape[2:]])], dim=1)
+    misfits = [name for name, value in ours.items() if name not in theirs or theirs[name].shape != value.shape]
+    if misfits and not partial:
+        listing = ", ".join(f"{n} {shape_text(ours[n])} here, {shape_text(theirs.get(n))} there" for n in misfits)
+        raise ConfigError(f"--init={source} does not fit this network: {listing}; --init-partial leaves these fresh")
+    if len(misfits) == len(ours):
+        raise ConfigError(f"--init={source} has no tensor that fits this network")
+    fitting = {name: theirs[name].to(value) for name, value in ours.items() if name not in misfits}
+    net.load_state_dict(fitting, strict=False)
+    return misfits, bool(net.cond_channels) and added == net.cond_channels
+
+
+def shape_text(tensor: torch.Tensor | None) -> str:
+    """Return the shape of a tensor, as in 3x8."""
+    return "none" if tensor is None else "x".join(map(str, tensor.shape)) or "scalar"
+
+
+def make_replica(net: Precond, config: TrainingConfig, world: World) -> torch.nn.Module:
+    """Return the network that the loss calls in place of `net`: fast, compiled, tied to the other processes.
+
+    It computes with the parameters of `net`. With more than one process, its backward pass leaves the mean gradients of
+    all processes in them; for sharded parameters see training/run/sharding.py.
+    """
+    device = world.device
+    replica = FastPrecond(net, dtype=compute_dtype(config.network.precision, device), recompute=config.recompute)
+    if config.compiles_on(device):
+        keep_compiled_code()
+        if world.size == 1:
+            replica.compile(fullgraph=True, dynamic=False)
+        else:
+            _compile_blocks(replica)
+    if config.shards_over(world.size):
+        shard_network(replica, world, group=config.group_of(world.size))
+    if world.size == 1 or config.shards_over(world.size):
+        return replica
+    with warnings.catch_warnings():
+        # The argument that replaces it, forward_sync_buffers, needs PyTorch 2.13.
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+        return DistributedDataParallel(
+            replica,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+            # A static graph cannot leave the exchange out of some rounds of accumulation.
+            static_graph=config.share_of(world.size)[1] == 1,
+        )
+
+
+def _compile_blocks(replica: FastPrecond) -> None:
+    """Compile each block on its own, whole; blocks of one shape share code.
+
+    Gradients of a block are sent while those of the previous one are computed, and rows of weights come and go between
+    blocks. A network compiled as one has all its gradients at the end. The compiler's own way around that cuts the
+    network wherever 25 MB of weights are full, which is inside blocks, so it is switched off.
+    """
+    blocks = [*replica.enc, *replica.dec]
+    options: Any = torch._dynamo.config
+    options.optimize_ddp = False
+    # Every kind of block is another version of the same code. The second name is from before PyTorch 2.7.
+    limit = "recompile_limit" if hasattr(options, "recompile_limit") else "cache_size_limit"
+    setattr(options, limit, max(getattr(options, limit), 2 * len(blocks)))
+    for block in blocks:
+        # Not block.compile(): that would include the hooks that gather the rows.
+        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
