@@ -16,10 +16,10 @@ from torch_utils.precision import PRECISIONS, Precision, numerics, precision_not
     "--net", "nets", metavar="PATH|URL|NAME", multiple=True, help="Network: file, model folder, URL or hub name"
 )
 @click.option("--run", "runs", metavar="DIR", multiple=True, help="Folder of a run, for any EMA length")
-@click.option("--gnet", "gnets", metavar="PATH|URL|NAME", multiple=True, help="Guiding network to choose from")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at")
-@click.option("--port", type=click.IntRange(0, 65535), help="Port [default: the first free one from 7860 on]")
-@click.option("--device", metavar="NAME", help="cpu, cuda, cuda:N or mps [default: the best one here]")
+@click.option("--gnet", "gnets", metavar="PATH|URL|NAME", multiple=True, help="Guide to choose from")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on")
+@click.option("--port", type=click.IntRange(0, 65535), help="Port [default: first free port from 7860]")
+@click.option("--device", metavar="NAME", help="cpu, cuda, cuda:N or mps [default: best available]")
 @click.option(
     "--precision",
     metavar="NAME",
@@ -28,7 +28,7 @@ from torch_utils.precision import PRECISIONS, Precision, numerics, precision_not
 )
 @click.option(
     "--cache-size", metavar="SIZE", type=dnnlib.cli.BYTES, default="4GB", show_default=True,
-    help="Memory for networks that are kept at hand",
+    help="Memory for loaded networks",
 )  # fmt: skip
 @click.option("--open", "open_browser", is_flag=True, help="Open the page in a browser")
 def cmdline(
@@ -42,10 +42,10 @@ def cmdline(
     cache_size: int,
     open_browser: bool,
 ) -> None:
-    """Explore a model in the browser: change seeds, class, steps, guidance or EMA length, and see what comes of it.
+    """Explore a model interactively in the browser: seeds, class, steps, guidance and EMA length.
 
-    Without --net and --run it is the model that the repository carries. --net, --run and --gnet may be given several
-    times; the page offers all of them. Each picture comes with the command that makes it again.
+    Without --net and --run, the page shows the model that the repository ships. --net, --run and --gnet may be given
+    several times; the page offers all of them. Each image comes with the command that makes it again.
 
     \b
     python explore.py --open
@@ -54,10 +54,10 @@ def cmdline(
     Needs Gradio: pip install -e '.[explore]'
     """
     if importlib.util.find_spec("gradio") is None:
-        raise ConfigError("the page needs Gradio, which is not installed; pip install -e '.[explore]' brings it")
-    from edm2.explorer.choices import offered
+        raise ConfigError("the page needs Gradio, which is not installed; run pip install -e '.[explore]'")
     from edm2.explorer.networks import Networks
     from edm2.explorer.serve import address, listen, quiet_gradio, serve
+    from edm2.explorer.setting import offered
 
     resolved = resolve_device(device)
     networks = Networks(resolved, precision=precision, max_bytes=cache_size)
@@ -66,25 +66,19 @@ def cmdline(
         choices = offered(nets, runs, gnets, networks, typed=loopback)
 
         quiet_gradio()
-        from edm2.explorer.backend import Explorer
-        from edm2.explorer.jobs import Jobs
+        from edm2.explorer.grids import Explorer
         from edm2.explorer.page import Page
 
-        jobs = Jobs(begin=networks.enter_thread)
-        page = Page(Explorer(networks), choices, jobs, given_device=device)
-        url = address(listening)
+        page = Page(Explorer(networks), choices, given_device=device)
         note = None if precision is None else precision_note(precision, resolved)
-        for line in (note, None if loopback else f"Whoever reaches {host} can use the page; it asks for no password."):
+        for line in (note, None if loopback else f"Anyone who can reach {host} can use the page; it has no password."):
             if line is not None:
                 click.echo(line)
-        click.echo(f"The explorer is at {url} (^C ends it)")
+        click.echo(f"The explorer is at {address(listening)} (^C ends it)")
         if open_browser:
-            webbrowser.open(url)
-        try:
-            with numerics(cudnn_benchmark=False):
-                serve(page.demo, listening)
-        finally:
-            jobs.close()
+            webbrowser.open(address(listening))
+        with numerics(cudnn_benchmark=False):
+            serve(page.demo, listening)
 
 
 if __name__ == "__main__":

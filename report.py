@@ -1,4 +1,4 @@
-"""Write the report of a training run: one HTML file that needs nothing else."""
+"""Write the report of a training run: one self-contained HTML file."""
 
 from datetime import UTC, datetime
 from pathlib import Path
@@ -7,8 +7,8 @@ import click
 
 import dnnlib.cli
 from dnnlib.atomic import write_text
+from dnnlib.disk import make_folder, require_folder
 from dnnlib.errors import ConfigError, reason_of
-from dnnlib.folders import make_folder, require_folder
 from edm2.report.document import render
 from edm2.report.record import read_run
 
@@ -16,7 +16,7 @@ from edm2.report.record import read_run
 @click.command()
 @click.argument("run_dir", metavar="RUN_DIR", type=click.Path(path_type=Path))
 @click.option(
-    "--out", metavar="FILE", type=click.Path(path_type=Path), help="Where to write it  [default: RUN_DIR/report.html]"
+    "--out", metavar="FILE", type=click.Path(path_type=Path), help="Output file  [default: RUN_DIR/report.html]"
 )
 @click.option(
     "--sweep",
@@ -24,13 +24,13 @@ from edm2.report.record import read_run
     metavar="FILE",
     type=click.Path(path_type=Path),
     multiple=True,
-    help="Also show this record of sweep.py --json; those in RUN_DIR are found",
+    help="Also show this record of sweep.py --json; those in RUN_DIR are always shown",
 )
 def cmdline(run_dir: Path, out: Path | None, sweeps: tuple[Path, ...]) -> None:
     """Write one HTML file about the training run in RUN_DIR, the --outdir of train_edm2.py.
 
-    It shows options, curves, metrics, sample grids, sweeps, restarts, and the commands that go on from the run. It
-    holds everything that it shows, loads nothing and runs no script. It may be made while the run is going on.
+    It shows options, curves, metrics, sample grids, sweeps, restarts, and commands for the next steps. The file is
+    self-contained: it loads nothing and runs no script. It can be written while the run continues.
 
     \b
     python report.py training-runs/fashion

@@ -1,1 +1,1 @@
-"""The page of explore.py: Gradio, and nothing that computes. It needs the extra `explore`."""
+"""The page of `explore.py`: everything from settings to the web server."""

@@ -1,10 +1,10 @@
-"""Pictures of a setting as they come into being: a grid, or the way of one image down the noise levels.
+"""Images of a setting while they are computed: grids, pairs of grids, and film strips along the noise levels.
 
-Both are generators: they can be left between any two evaluations of the network, and compute nothing until they are
-asked. Shape legend: N images, C channels, H x W pixels.
+All are generators of records, and compute nothing until the next record is asked for: stopping is closing them.
+Shape legend: N images, C channels, H x W pixels.
 """
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Hashable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,62 +12,57 @@ import numpy as np
 import torch
 
 from dnnlib.errors import ConfigError
-from edm2.explorer.networks import Loading, Networks
-from edm2.explorer.setting import MAX_IMAGES, Setting
+from edm2.explorer.networks import BoundedCache, Loading, Networks, stamp
+from edm2.explorer.setting import BATCH, MAX_IMAGES, Setting
 from training.encoders import StandardRGBEncoder
 from training.images.sheet import contact_sheet
-from training.sampling.checks import deal_classes, require_label_dropout, require_writable_images
-from training.sampling.generation import GeneratedImages, generate_images
-from training.sampling.guidance import SELF
-from training.sampling.sampler import edm_evaluations
+from training.sampling.denoisers import SELF
+from training.sampling.image_batches import GeneratedImages, deal_classes
+from training.sampling.networks import require_label_dropout, require_writable_images
 from training.sampling.solvers import Evaluation
 
-BATCH = 16  # images at once
-MAX_FRAMES = 24
-_UNSEEN = 232  # grey of images that are not begun
+_MAX_FRAMES = 24
+_CACHE_BYTES = 256 << 20
+_PENDING = 232  # gray value of images that are not started
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Progress:
-    """How far the sampler is, after an evaluation."""
+    """State of the sampler after an evaluation of the network."""
 
-    batch_idx: int
-    num_batches: int
-    step_idx: int
-    num_steps: int
-    sigma: float  # noise level of the state
+    text: str
     share: float  # of the whole work, from 0 to 1
-    images: np.ndarray | None  # uint8 [N, C, H, W], all of the grid: done, estimated, grey; None where that is costly
+    images: np.ndarray | None  # uint8 [N, C, H, W]: finished, estimated or gray; None if decoding is costly
     num_columns: int
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Grid:
-    """The pictures of a setting."""
+    """The images of a setting."""
 
     setting: Setting
     images: np.ndarray  # uint8 [N, C, H, W]
-    classes: list[int] | None  # of each image, drawn or chosen; None for a network without classes
+    classes: list[int] | None  # of each image, drawn or chosen; None without classes
     num_columns: int
-    notes: tuple[str, ...]  # what a user should know
+    notes: tuple[str, ...]  # for the user
 
     def sheet(self) -> np.ndarray:
-        """What generate_images.py --grid writes: uint8 [C, height, width]."""
+        """The contact sheet that generate_images.py --grid writes: uint8 [C, height, width]."""
         return contact_sheet(self.images, num_columns=self.num_columns)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Frame:
-    """A state of the sampler, as pictures uint8 [C, H, W]."""
+    """A state of the sampler as images, uint8 [C, H, W]."""
 
     sigma: float
     noisy: np.ndarray  # the state, scaled to the contrast of images
-    denoised: np.ndarray  # what the network makes of it
+    denoised: np.ndarray  # the network's estimate
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Film:
-    """The way of one image, from noise to the last frame, which is the image itself."""
+    """One image's way from noise to the last frame, which is the image itself."""
 
     setting: Setting
     frames: list[Frame]
@@ -80,15 +75,66 @@ class Film:
         return self.frames[-1].denoised
 
     def sheet(self) -> np.ndarray:
-        """The states in the upper row, what the network makes of them below: uint8 [C, height, width]."""
+        """The states in the upper row, the network's estimates in the lower row: uint8 [C, height, width]."""
         rows = [frame.noisy for frame in self.frames] + [frame.denoised for frame in self.frames]
         return contact_sheet(np.stack(rows), num_columns=len(self.frames))
 
 
+Record = Loading | Progress | Grid | Film
+Records = Generator[Record, None, None]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Pair:
+    """The newest record of each of two settings; None if it is not started."""
+
+    a: Record | None
+    b: Record | None
+
+
+class Explorer:
+    """Grids, pairs of grids and film strips; finished ones are cached. Thread-safe as long as one runs at a time."""
+
+    def __init__(self, networks: Networks, *, batch: int = BATCH) -> None:
+        self.networks = networks
+        self.batch = batch
+        self._finished: BoundedCache[Grid | Film] = BoundedCache(_CACHE_BYTES)
+
+    def grid(self, setting: Setting) -> Records:
+        """See `generate_grid`."""
+        return self._cached(setting, 0, generate_grid(setting, self.networks, batch=self.batch))
+
+    def film(self, setting: Setting, position: int, *, num_frames: int) -> Records:
+        """Film strip of the image at `position` in the grid of `setting`; see `generate_film`."""
+        label_dim = self.networks.facts(setting.net).label_dim if setting.class_idx == "all" else 0
+        image = image_of(setting, position, label_dim)
+        return self._cached(image, num_frames, generate_film(image, self.networks, num_frames=num_frames))
+
+    def both(self, a: Setting, b: Setting) -> Generator[Pair, None, None]:
+        """The grids of two settings, one after the other."""
+        record = None
+        for record in self.grid(a):
+            yield Pair(a=record, b=None)
+        for other in self.grid(b):
+            yield Pair(a=record, b=other)
+
+    def _cached(self, setting: Setting, num_frames: int, records: Records) -> Records:
+        stamps = stamp(setting.net), stamp(setting.guide) if setting.guide else None
+        key: Hashable = (setting, num_frames, stamps)
+        finished = self._finished.get(key)
+        if finished is not None:
+            yield finished
+            return
+        for record in records:
+            if isinstance(record, Grid | Film):
+                self._finished.put(key, record, record.sheet().nbytes)
+            yield record
+
+
 def image_of(setting: Setting, position: int, label_dim: int) -> Setting:
-    """`setting` with the image at `position` alone, of a network with `label_dim` classes. Raises ConfigError."""
+    """Reduce `setting` to its image at `position`, for a network with `label_dim` classes. Raises ConfigError."""
     if not 0 <= position < setting.num_images:
-        raise ConfigError(f"there is no image {position + 1} among {setting.num_images}; choose one that is there")
+        raise ConfigError(f"image {position + 1} does not exist; choose one from 1 to {setting.num_images}")
     class_idx = setting.class_idx
     if class_idx == "all" and label_dim:
         _require_dealt(setting, label_dim)
@@ -96,23 +142,21 @@ def image_of(setting: Setting, position: int, label_dim: int) -> Setting:
     return replace(setting, first_seed=setting.first_seed + position, num_images=1, class_idx=class_idx)
 
 
-def generate_grid(setting: Setting, networks: Networks, *, batch: int = BATCH) -> Iterator[Loading | Progress | Grid]:
-    """The grid of `setting`, after records of the progress. Raises ConfigError."""
-    images, notes = yield from _prepared(setting, networks, batch)
+def generate_grid(setting: Setting, networks: Networks, *, batch: int = BATCH) -> Records:
+    """Yield progress records, then the Grid of `setting`. Raises ConfigError."""
+    images, notes = yield from _prepare(setting, networks, batch)
+    # Estimates of RGB images are shown after each evaluation; decoding latents would slow sampling down.
+    shows_estimates = isinstance(images.encoder, StandardRGBEncoder)
     shown: np.ndarray | None = None
     classes: list[int] = []
     for batch_idx, indices in enumerate(images.batches):
-        labels, evaluations = _begin(images, indices)
-        classes += [] if labels is None else labels.argmax(1).tolist()
-        while True:
-            try:
-                evaluation = next(evaluations)
-            except StopIteration as end:
-                shown = _filled(shown, images, indices, end.value)
-                break
-            if not evaluation.is_trial and isinstance(images.encoder, StandardRGBEncoder):
-                shown = _filled(shown, images, indices, evaluation.denoised)
-            yield _progress(setting, images, batch_idx, evaluation, shown)
+        for evaluation, latents, labels in _evaluations(images, indices):
+            if evaluation is None:
+                classes += [] if labels is None else labels.argmax(1).tolist()
+            if evaluation is None or (shows_estimates and not evaluation.is_trial):
+                shown = _with_decoded(shown, images, indices, latents)
+            if evaluation is not None:
+                yield _progress(setting, images, batch_idx, evaluation, shown)
     assert shown is not None
     yield Grid(
         setting=setting,
@@ -123,109 +167,101 @@ def generate_grid(setting: Setting, networks: Networks, *, batch: int = BATCH) -
     )
 
 
-def generate_film(setting: Setting, networks: Networks, *, num_frames: int = 8) -> Iterator[Loading | Progress | Film]:
-    """The way of the one image of `setting` in so many frames, after records of the progress. Raises ConfigError."""
+def generate_film(setting: Setting, networks: Networks, *, num_frames: int = 8) -> Records:
+    """Yield progress records, then the Film with `num_frames` of the one image of `setting`. Raises ConfigError."""
     if setting.num_images != 1:
         raise ConfigError(f"a film strip shows one image and the setting has {setting.num_images}; choose one")
-    if not 2 <= num_frames <= MAX_FRAMES:
-        raise ConfigError(f"a film strip of {num_frames:g} frames cannot be; choose 2 to {MAX_FRAMES}")
-    images, notes = yield from _prepared(setting, networks, 1)
+    if not 2 <= num_frames <= _MAX_FRAMES:
+        raise ConfigError(f"a film strip of {num_frames:g} frames is not possible; choose from 2 to {_MAX_FRAMES}")
+    images, notes = yield from _prepare(setting, networks, 1)
     chosen = set(np.linspace(0, setting.num_steps, num_frames).round().astype(int).tolist())
-    labels, evaluations = _begin(images, images.batches[0])
     frames: list[Frame] = []
-    while True:
-        try:
-            evaluation = next(evaluations)
-        except StopIteration as end:
-            image = _decoded(images, end.value)[0]
-            break
+    image_class = None
+    for evaluation, latents, labels in _evaluations(images, images.batches[0]):
+        if evaluation is None:
+            image = _decoded(images, latents)[0]
+            frames.append(Frame(sigma=0.0, noisy=image, denoised=image))
+            image_class = None if labels is None else int(labels.argmax(1)[0])
+            continue
         if evaluation.step_idx in chosen and not evaluation.is_trial:
             contrast = images.net.sigma_data / (images.net.sigma_data**2 + evaluation.sigma**2) ** 0.5
-            noisy, denoised = (_decoded(images, x)[0] for x in (evaluation.x * contrast, evaluation.denoised))
+            noisy, denoised = (_decoded(images, x)[0] for x in (evaluation.x * contrast, latents))
             frames.append(Frame(sigma=evaluation.sigma, noisy=noisy, denoised=denoised))
         yield _progress(setting, images, 0, evaluation, None)
-    frames.append(Frame(sigma=0.0, noisy=image, denoised=image))
-    image_class = None if labels is None else int(labels.argmax(1)[0])
     yield Film(setting=setting, frames=frames, image_class=image_class, notes=notes)
 
 
-def _prepared(
+def _prepare(
     setting: Setting, networks: Networks, batch: int
 ) -> Generator[Loading, None, tuple[GeneratedImages, tuple[str, ...]]]:
-    """The networks of `setting`, loaded, and its batches, checked; nothing is computed yet."""
+    """Load the networks of `setting`, and return its batches, checked but not computed, with notes for the user."""
     request = setting.request()
-    loaded = yield from networks.load(setting.net, setting.ema)
+    main = yield from networks.load(setting.net, setting.ema)
+    loaded = [main]
     guides: list[Any] = []
-    others = []
     for name in request.gnets:
         if name == SELF:
             guides.append(SELF)
         else:
-            others.append((yield from networks.load(name)))
-            guides.append(others[-1].net)
-    for what, wanted in (("this guide", SELF in request.gnets), ("class none", setting.class_idx == "none")):
+            loaded.append((yield from networks.load(name)))
+            guides.append(loaded[-1].net)
+    for use, wanted in (("this guide", SELF in request.gnets), ("class none", setting.class_idx == "none")):
         if wanted:
-            require_label_dropout(loaded.net.label_dim, loaded.info, setting.net, what)
-    _require_dealt(setting, loaded.net.label_dim)
-    images = generate_images(
-        net=loaded.net,
-        gnet=guides,
-        encoder=loaded.encoder,
+            require_label_dropout(main.net.label_dim, main.info, setting.net, use)
+    _require_dealt(setting, main.net.label_dim)
+    images = request.generate(
+        net=main.net,
+        gnets=guides,
+        encoder=main.encoder,
         seeds=setting.seeds,
         class_idx=setting.class_idx,
         max_batch_size=batch,
         device=networks.device,
-        **request.sampler_kwargs(),
     )
     require_writable_images(images.net, images.encoder)
     idle = setting.guide is not None and setting.guidance == 1
-    told = ("Guidance is 1, so the guide is not used",) if idle else request.notes
-    return images, (*told, *(note for each in (loaded, *others) for note in each.notes))
+    notes = ("Guidance is 1, so the guide is not used",) if idle else request.notes
+    return images, (*notes, *(note for each in loaded for note in each.notes))
 
 
 def _require_dealt(setting: Setting, label_dim: int) -> None:
-    """Raise ConfigError, in an explorer's words, where the images cannot be dealt over all classes."""
+    """Raise ConfigError, with numbers that fit, if the images do not divide over all classes."""
     if setting.class_idx == "all" and label_dim and setting.num_images % label_dim:
-        fit = [label_dim * k for k in range(1, 5) if label_dim * k <= MAX_IMAGES]
-        instead = f"choose {' or '.join(map(str, fit))} images, or another class" if fit else "choose another class"
+        fit = [str(label_dim * k) for k in range(1, 5) if label_dim * k <= MAX_IMAGES]
+        instead = f"choose {' or '.join(fit)} images, or another class" if fit else "choose another class"
         raise ConfigError(
             f"{setting.num_images} images cannot show each of {label_dim} classes equally often; {instead}"
         )
 
 
-def _begin(images: GeneratedImages, indices: np.ndarray) -> tuple[torch.Tensor | None, Any]:
-    """The labels of the images of a batch, if they have any, and the generator that samples it without gradients."""
-    random, noise, labels = images.draw(indices)
-    evaluations = edm_evaluations(
-        net=images.net,
-        noise=noise,
-        labels=labels,
-        gnet=images.gnet,
-        randn_like=random.randn_like,
-        **images.sampler_kwargs,
-    )
-
-    @torch.no_grad()
-    def sample() -> Generator[Evaluation, None, torch.Tensor]:
-        return (yield from evaluations)
-
-    told = None if labels is None or images.unlabelled else labels[: len(indices)]
-    return told, sample()
+@torch.no_grad()
+def _evaluations(
+    images: GeneratedImages, indices: np.ndarray
+) -> Iterator[tuple[Evaluation | None, torch.Tensor, torch.Tensor | None]]:
+    """Sample a batch: yield each evaluation with its estimate, then None with the result; both with the labels."""
+    labels, evaluations = images.evaluations(indices)
+    count = len(indices)  # the batch may be padded
+    shown = None if labels is None or images.classes.unlabelled else labels[:count]
+    while True:
+        try:
+            evaluation = next(evaluations)
+        except StopIteration as end:
+            yield None, end.value[:count], shown
+            return
+        yield evaluation, evaluation.denoised[:count], shown
 
 
 def _decoded(images: GeneratedImages, latents: torch.Tensor) -> np.ndarray:
     return images.decode(latents).cpu().numpy()
 
 
-def _filled(
+def _with_decoded(
     shown: np.ndarray | None, images: GeneratedImages, indices: np.ndarray, latents: torch.Tensor
 ) -> np.ndarray:
-    """A copy of all pictures, with those at `indices` decoded anew."""
-    pictures = _decoded(images, latents[: len(indices)])
-    result = shown.copy() if shown is not None else None
-    if result is None:
-        result = np.full([len(images.seeds), *pictures.shape[1:]], _UNSEEN, dtype=np.uint8)
-    result[indices] = pictures
+    """Copy all images, with the decoded `latents` at `indices`; records that were yielded keep theirs."""
+    decoded = _decoded(images, latents)
+    result = np.full([len(images.seeds), *decoded.shape[1:]], _PENDING, np.uint8) if shown is None else shown.copy()
+    result[indices] = decoded
     return result
 
 
@@ -233,14 +269,7 @@ def _progress(
     setting: Setting, images: GeneratedImages, batch_idx: int, evaluation: Evaluation, shown: np.ndarray | None
 ) -> Progress:
     num_batches = len(images.batches)
-    within = (evaluation.step_idx + (0.5 if evaluation.is_trial else 0)) / setting.num_steps
-    return Progress(
-        batch_idx=batch_idx,
-        num_batches=num_batches,
-        step_idx=evaluation.step_idx,
-        num_steps=setting.num_steps,
-        sigma=evaluation.sigma,
-        share=(batch_idx + within) / num_batches,
-        images=shown,
-        num_columns=images.sheet_columns,
-    )
+    text = f"Step {evaluation.step_idx + 1} of {setting.num_steps} · noise level {evaluation.sigma:.3g}"
+    text += f" · images {batch_idx + 1} of {num_batches}" if num_batches > 1 else ""
+    share = (evaluation.step_idx + (0.5 if evaluation.is_trial else 0)) / setting.num_steps
+    return Progress(text=text, share=(batch_idx + share) / num_batches, images=shown, num_columns=images.sheet_columns)

@@ -1,32 +1,112 @@
-"""Networks at hand: loaded, reconstructed, ready to sample from, and kept within a number of bytes."""
+"""Networks ready to sample from: loaded from files or reconstructed from runs, and cached up to a number of bytes."""
 
 import json
-from collections.abc import Generator
+import threading
+from collections import OrderedDict
+from collections.abc import Generator, Hashable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, Generic, TypeVar
 
 import torch
 
 from dnnlib.errors import ConfigError
-from edm2.explorer.bounded import Bounded
-from edm2.explorer.run_snapshots import RunSnapshots, is_run_folder
+from dnnlib.text import format_bytes
 from torch_utils.precision import Precision
 from training.encoders import Encoder
 from training.fast.prepare import PrepareNetwork
+from training.posthoc.inputs import choose_inputs
+from training.posthoc.reconstruction import Input, list_input_pickles, reconstruct_phema
 from training.snapshot import Snapshot, label_dropout, load_snapshot, read_header
+from training.snapshot.locate import network_files
 from training.snapshot.parts import described
 
-CACHE_BYTES = 4 << 30
+_RUN_PREFIX = "network-snapshot"  # of the files that training writes
+
+V = TypeVar("V")
+
+
+class BoundedCache(Generic[V]):
+    """The most recently used values, of at most `max_bytes` in total. Thread-safe."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.num_bytes = 0
+        self._lock = threading.Lock()
+        self._values: OrderedDict[Hashable, tuple[V, int]] = OrderedDict()  # least recently used first
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def get(self, key: Hashable) -> V | None:
+        """Return the value and mark it as used; None if it is not cached."""
+        with self._lock:
+            if key not in self._values:
+                return None
+            self._values.move_to_end(key)
+            return self._values[key][0]
+
+    def put(self, key: Hashable, value: V, num_bytes: int) -> None:
+        """Cache `value` in place of the least recently used ones; a value above `max_bytes` is not cached at all."""
+        with self._lock:
+            self._remove(key)
+            if num_bytes > self.max_bytes:
+                return
+            while self.num_bytes + num_bytes > self.max_bytes:
+                self._remove(next(iter(self._values)))
+            self._values[key] = value, num_bytes
+            self.num_bytes += num_bytes
+
+    def _remove(self, key: Hashable) -> None:
+        self.num_bytes -= self._values.pop(key, (None, 0))[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSnapshots:
+    """The snapshots in the folder of a training run, up to its newest time."""
+
+    path: str  # of the folder, as the user gave it
+    prefix: str | None  # of the files' names; None if all files in the folder have the same
+    inputs: Sequence[Input]
+    nimg: int  # images seen at the newest time
+
+    @classmethod
+    def read(cls, path: str) -> "RunSnapshots":
+        """Raises ConfigError if the folder cannot be read or its snapshots do not belong together."""
+        inputs = list_input_pickles(path)
+        prefixes = {_prefix(file) for file in inputs}
+        prefix = _RUN_PREFIX if _RUN_PREFIX in prefixes and len(prefixes) > 1 else None
+        inputs = [file for file in inputs if prefix in (None, _prefix(file))]
+        if not inputs:
+            raise ConfigError(f"no snapshots {{prefix}}-{{kimg}}-{{std}}.pkl or .safetensors in {path}")
+        nimg, inputs = choose_inputs(inputs, None)
+        return cls(path=path, prefix=prefix, inputs=inputs, nimg=nimg)
+
+    @property
+    def lengths(self) -> tuple[float, ...]:
+        """EMA lengths that are stored at the newest time."""
+        return tuple(file.std for file in self.inputs if file.nimg == self.nimg)
+
+    def stored(self, ema: float) -> str | None:
+        """Path of the snapshot with this EMA length at the newest time; None if it has to be reconstructed."""
+        found = (file.path for file in self.inputs if file.nimg == self.nimg and round(file.std, 3) == ema)
+        return next(found, None)
+
+
+def is_run_folder(source: str) -> bool:
+    """Return True for a folder that is not a model folder in the diffusers layout."""
+    folder = Path(source)
+    if not folder.is_dir():
+        return False
+    names = [path.relative_to(folder).as_posix() for path in (*folder.glob("*"), *folder.glob("*/*"))]
+    return not network_files(PurePosixPath(), names)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loading:
-    """A network is on its way: so many steps of all are done."""
+    """Progress of loading a network."""
 
-    name: str
-    done: int
-    total: int
+    text: str
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -35,133 +115,131 @@ class LoadedNetwork:
 
     net: Any
     encoder: Encoder | None
-    info: dict[str, Any]  # what its file says of its training
-    notes: tuple[str, ...]  # what a user should know of it
+    info: dict[str, Any]  # how it was trained, from its file
+    notes: tuple[str, ...]  # for the user
 
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkFacts:
-    """What there is to choose for a network."""
+    """Properties of a network that its file's header states."""
 
     label_dim: int
     size: tuple[int, int, int]  # channels, height, width of what it denoises
     num_params: int
     nimg: int | None  # images seen in training
-    label_dropout: bool  # whether it knows images without a class
-    lengths: tuple[float, ...]  # of a run: the EMA lengths that are stored at its newest time; empty for a network
+    label_dropout: bool  # trained with some labels left out
+    lengths: tuple[float, ...]  # EMA lengths that a run stores at its newest time; empty for a network
+
+    @property
+    def length(self) -> float | None:
+        """The longest stored EMA length, as a first value; None for a network."""
+        return round(max(self.lengths), 3) if self.lengths else None
 
     def __str__(self) -> str:
         channels, height, width = self.size
         classes = f"{self.label_dim} classes" if self.label_dim else "no classes"
-        seen = "" if self.nimg is None else f", trained on {_counted(self.nimg)} images"
-        return f"{_counted(self.num_params)} parameters, {channels}×{height}×{width}, {classes}{seen}"
+        trained = "" if self.nimg is None else f", trained on {_rounded(self.nimg)} images"
+        return f"{_rounded(self.num_params)} parameters, {channels}×{height}×{width}, {classes}{trained}"
 
 
 class Networks:
-    """Networks by their names and EMA lengths. The weights of those used last stay in memory, in `max_bytes` at most;
-    a file that has changed is read anew. From any thread; two that ask for the same network at once both load it.
+    """Networks by name and EMA length. Thread-safe.
+
+    The most recently used ones stay in memory, up to `max_bytes`; a file that has changed is loaded again.
     """
 
-    def __init__(
-        self, device: torch.device, *, precision: Precision | None = None, max_bytes: int = CACHE_BYTES
-    ) -> None:
+    def __init__(self, device: torch.device, *, precision: Precision | None = None, max_bytes: int = 4 << 30) -> None:
         self.device = device
         self.precision = precision
-        self.kept: Bounded[Any, LoadedNetwork] = Bounded(max_bytes)
+        self.cache: BoundedCache[LoadedNetwork] = BoundedCache(max_bytes)
         self._encoders: dict[str, Encoder] = {}  # one of each kind, since a VAE is large
 
     def enter_thread(self) -> None:
-        """To be called in a thread that is going to compute: a GPU's work is recorded on the thread's own device."""
+        """Prepare the current thread for computing: a GPU's work is recorded on the thread's own device."""
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
 
     def facts(self, source: str) -> NetworkFacts:
-        """What the file, or the first snapshot in the run's folder, says of its network. Raises ConfigError."""
+        """Read the header of a file, or of the newest snapshot of a run. Raises ConfigError."""
         run = RunSnapshots.read(source) if is_run_folder(source) else None
         header = read_header(source if run is None else run.inputs[-1].path)
         arguments = header.config["arguments"]
         resolution = arguments["img_resolution"]
         height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
+        shapes = [shape for name, (_, shape) in header.tensors.items() if name not in header.buffers]
         return NetworkFacts(
             label_dim=arguments.get("label_dim", 0),
             size=(arguments["img_channels"], height, width),
-            num_params=sum(
-                torch.Size(shape).numel() for name, (_, shape) in header.tensors.items() if name not in header.buffers
-            ),
+            num_params=sum(torch.Size(shape).numel() for shape in shapes),
             nimg=header.nimg if run is None else run.nimg,
             label_dropout=bool(label_dropout(header.info)),
-            lengths=() if run is None else tuple(run.lengths),
+            lengths=() if run is None else run.lengths,
         )
 
     def load(self, source: str, ema: float | None = None) -> Generator[Loading, None, LoadedNetwork]:
-        """The network of a file, URL or name, or the one of EMA length `ema` of a run's folder. Raises ConfigError."""
-        run = RunSnapshots.read(source) if is_run_folder(source) else None
-        if run is None:
-            return (yield from self._load_file(source))
-        if ema is None:
-            raise ConfigError(f"{source} is the folder of a run; choose an EMA length for its network")
-        stored = run.stored(ema)
-        if stored is not None:
-            return (yield from self._load_file(stored))
-        return (yield from self._reconstruct(run, ema))
-
-    def _load_file(self, source: str) -> Generator[Loading, None, LoadedNetwork]:
-        key = ("file", source, stamp(source))
-        found = self.kept.get(key)
-        if found is None:
-            yield Loading(name=source, done=0, total=1)
-            found = self._ready(key, source, load_snapshot(source, device=self.device), ())
-        return found
-
-    def _reconstruct(self, run: RunSnapshots, ema: float) -> Generator[Loading, None, LoadedNetwork]:
-        key = ("ema", ema, tuple((file.path, stamp(file.path)) for file in run.inputs))
-        found = self.kept.get(key)
-        if found is not None:
-            return found
-        work = run.reconstruct(ema)
-        for done, step in enumerate(work):
-            yield Loading(name=f"EMA length {ema:.3f}", done=done, total=len(work))
-            for output in step.outputs:
-                note = f"EMA length {ema:.3f} from {len(run.inputs)} snapshots, fit {output.fit:.1e}"
-                found = self._ready(key, f"{run.path} at {ema:.3f}", output.snapshot, (note,))
-        assert found is not None
-        return found
-
-    def _ready(self, key: Any, name: str, snapshot: Snapshot, notes: tuple[str, ...]) -> LoadedNetwork:
-        """The network of `snapshot`, prepared and kept."""
-        if getattr(snapshot.net, "cond_channels", 0):
-            raise ConfigError(
-                f"{name} needs a picture to start from (cond_channels={snapshot.net.cond_channels}), which cannot be"
-                " given here; sample from it with generate_images.py"
-            )
-        net = PrepareNetwork(precision=self.precision)(snapshot.net.to(self.device), self.device)
-        num_bytes = _num_bytes(net)
-        if num_bytes > self.kept.max_bytes:
-            size, bound = (f"{number / 1e9:.2g}" for number in (num_bytes, self.kept.max_bytes))
-            notes += (f"{name} takes {size} GB, more than --cache-size={bound}GB, and is loaded each time anew",)
-        loaded = LoadedNetwork(net=net, encoder=self._shared(snapshot.encoder), info=snapshot.info, notes=notes)
-        self.kept.put(key, loaded, num_bytes)
+        """Load a file, URL or hub name, or the network of EMA length `ema` of a run's folder. Raises ConfigError."""
+        if is_run_folder(source):
+            run = RunSnapshots.read(source)
+            if ema is None:
+                raise ConfigError(f"{source} is the folder of a run; choose an EMA length for its network")
+            stored = run.stored(ema)
+            if stored is None:
+                return (yield from self._reconstruct(run, ema))
+            source = stored
+        key = (source, stamp(source))
+        loaded = self.cache.get(key)
+        if loaded is None:
+            yield Loading(text=f"Loading {source}")
+            loaded = self._prepare(key, source, load_snapshot(source, device=self.device), ())
         return loaded
 
-    def _shared(self, encoder: Encoder | None) -> Encoder | None:
-        if encoder is None:
-            return None
-        return self._encoders.setdefault(json.dumps(described(encoder), sort_keys=True), encoder)
+    def _reconstruct(self, run: RunSnapshots, ema: float) -> Generator[Loading, None, LoadedNetwork]:
+        key = (ema, *((file.path, stamp(file.path)) for file in run.inputs))
+        loaded = self.cache.get(key)
+        if loaded is not None:
+            return loaded
+        work = reconstruct_phema(run.inputs, ema, run.nimg)
+        for done, step in enumerate(work):
+            yield Loading(text=f"Loading EMA length {ema:.3f}: {done} of {len(work)}")
+            for output in step.outputs:
+                note = f"EMA length {ema:.3f} from {len(run.inputs)} snapshots, fit {output.fit:.1e}"
+                loaded = self._prepare(key, f"{run.path} at {ema:.3f}", output.snapshot, (note,))
+        assert loaded is not None
+        return loaded
 
-
-def _num_bytes(net: torch.nn.Module) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in (*net.parameters(), *net.buffers()))
-
-
-def _counted(number: int) -> str:
-    return f"{number / 1e6:.3g} million" if number >= 1e6 else f"{number / 1e3:.3g} thousand"
+    def _prepare(self, key: Hashable, name: str, snapshot: Snapshot, notes: tuple[str, ...]) -> LoadedNetwork:
+        """Make the network of `snapshot` ready to sample from, and cache it."""
+        if getattr(snapshot.net, "cond_channels", 0):
+            raise ConfigError(
+                f"{name} is conditioned on images (cond_channels={snapshot.net.cond_channels}), which the explorer does"
+                " not support; sample from it with generate_images.py"
+            )
+        net = PrepareNetwork(precision=self.precision)(snapshot.net.to(self.device), self.device)
+        num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in (*net.parameters(), *net.buffers()))
+        if num_bytes > self.cache.max_bytes:
+            size, bound = format_bytes(num_bytes), format_bytes(self.cache.max_bytes)
+            notes += (f"{name} takes {size}, more than --cache-size={bound}, and is loaded again each time",)
+        encoder = snapshot.encoder
+        if encoder is not None:
+            encoder = self._encoders.setdefault(json.dumps(described(encoder), sort_keys=True), encoder)
+        loaded = LoadedNetwork(net=net, encoder=encoder, info=snapshot.info, notes=notes)
+        self.cache.put(key, loaded, num_bytes)
+        return loaded
 
 
 def stamp(source: str) -> object:
-    """Changes when the file, or one in the folder, does; None for what is no path."""
+    """Return a value that changes whenever the file or folder changes; None if `source` is not a path."""
     path = Path(source)
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     try:
         return tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files)
     except OSError:
         return None
+
+
+def _prefix(file: Input) -> str:
+    return Path(file.path).name.rsplit("-", 2)[0]
+
+
+def _rounded(number: int) -> str:
+    return f"{number / 1e6:.3g} million" if number >= 1e6 else f"{number / 1e3:.3g} thousand"

@@ -1,26 +1,25 @@
-"""The web server of the page: on a socket of this machine, reaching out to nothing."""
+"""The web server of the page: its look, its socket on this machine, and headers that keep browsers from elsewhere."""
 
 import os
 import socket
 from typing import Any
 
-from dnnlib.errors import ConfigError
+from dnnlib.errors import ConfigError, reason_of
 
 _FIRST_PORT, _NUM_PORTS = 7860, 100
 
-# What a browser may load for the page: what comes from this server, or is in the page. Gradio's page runs scripts in
-# itself and makes functions out of text.
+# A browser loads only what comes from this server or is part of the page. Gradio's page runs inline scripts and makes
+# functions from text.
 _POLICY = (
     "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'; base-uri 'self';"
     " form-action 'self'; frame-ancestors 'self'"
 )
+_SANS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Liberation Sans", "Arial", "sans-serif")
+_MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "Liberation Mono", "monospace")
 
 
 def listen(host: str, port: int | None) -> socket.socket:
-    """A socket that waits for browsers, at the first free port from 7860 on where none is asked for.
-
-    Raises ConfigError where that cannot be.
-    """
+    """Return a listening socket; without `port`, at the first free one from 7860. Raises ConfigError."""
     ports = range(_FIRST_PORT, _FIRST_PORT + _NUM_PORTS) if port is None else (port,)
     reason = ""
     for number in ports:
@@ -28,46 +27,46 @@ def listen(host: str, port: int | None) -> socket.socket:
             family = socket.getaddrinfo(host, number, type=socket.SOCK_STREAM)[0][0]
             return socket.create_server((host, number), family=family)
         except socket.gaierror:
-            raise ConfigError(f"--host={host} is no address of this machine; 127.0.0.1 is for itself alone") from None
+            raise ConfigError(
+                f"--host={host} is not an address of this machine; --host=127.0.0.1 serves this machine alone"
+            ) from None
         except (OSError, OverflowError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
+            reason = reason_of(error)
     if port is None:
-        raise ConfigError(f"no port of {host} from {ports[0]} to {ports[-1]} can be used ({reason}); give a --port")
-    raise ConfigError(f"--port={port} of {host} cannot be used ({reason}); leave it out to take a free one")
+        raise ConfigError(f"all ports of {host} from {ports[0]} to {ports[-1]} failed ({reason}); give a --port")
+    raise ConfigError(f"cannot listen at --port={port} of {host} ({reason}); leave it out to use a free one")
 
 
 def address(listening: socket.socket) -> str:
-    """The page's URL."""
+    """Return the page's URL."""
     host, port = listening.getsockname()[:2]
     shown = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
     return f"http://{shown}:{port}/"
 
 
 def quiet_gradio() -> None:
-    """Make Gradio, which is not imported yet, keep to itself: no reports of use, no question for a newer version."""
+    """Turn Gradio's usage reports and version checks off; must be called before Gradio is imported."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 
 def serve(demo: Any, listening: socket.socket) -> None:
-    """Show the Gradio application `demo` until the program is interrupted."""
+    """Serve the Gradio application `demo` until the program is interrupted."""
     import fastapi
     import gradio as gr
     import uvicorn
 
-    from edm2.explorer.theme import STYLE, theme
-
     app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app = gr.mount_gradio_app(
         app, demo, path="", server_name=listening.getsockname()[0], server_port=listening.getsockname()[1],
-        theme=theme(), css=STYLE, footer_links=[], ssr_mode=False, show_error=False, enable_monitoring=False,
+        theme=_theme(gr.themes), css=_STYLE, footer_links=[], ssr_mode=False, show_error=False, enable_monitoring=False,
     )  # fmt: skip
-    config = uvicorn.Config(_keeping_to_itself(app), log_level="error", access_log=False, timeout_graceful_shutdown=1)
+    config = uvicorn.Config(_with_policy(app), log_level="error", access_log=False, timeout_graceful_shutdown=1)
     uvicorn.Server(config).run(sockets=[listening])
 
 
-def _keeping_to_itself(app: Any) -> Any:
-    """The ASGI application `app`, with headers that tell browsers to load nothing from elsewhere and to tell nobody."""
+def _with_policy(app: Any) -> Any:
+    """Wrap an ASGI application so that browsers load nothing from other servers and tell them nothing."""
 
     async def wrapped(scope: Any, receive: Any, send: Any) -> None:
         async def send_with_policy(message: Any) -> None:
@@ -79,3 +78,68 @@ def _keeping_to_itself(app: Any) -> Any:
         await app(scope, receive, send_with_policy if scope["type"] == "http" else send)
 
     return wrapped
+
+
+def _theme(themes: Any) -> Any:
+    """Return Gradio's plain theme with the fonts of the system, which need no download."""
+    plain = themes.Base(
+        primary_hue=themes.colors.blue,
+        neutral_hue=themes.colors.slate,
+        font=_SANS,
+        font_mono=_MONO,
+        spacing_size=themes.sizes.spacing_sm,
+    )
+    return plain.set(
+        button_primary_background_fill="#1768ac",
+        button_primary_background_fill_hover="#12558d",
+        button_primary_text_color="#ffffff",
+        button_primary_background_fill_dark="#2f7fc4",
+        slider_color="#1768ac",
+        slider_color_dark="#6db3f2",
+    )
+
+
+_STYLE = """
+footer { display: none !important; }
+#title h1 { font-size: 1.35rem; font-weight: 600; margin: 0; }
+#layout:not(:has(.state.busy)) #cancel { opacity: .5; }
+#layout { gap: 1.6rem; align-items: flex-start; }
+.state .bar { height: 4px; border-radius: 2px; background: var(--border-color-primary); overflow: hidden; }
+.state .bar i { display: block; height: 100%; background: #1768ac; }
+.state p { margin: .35rem 0 0; color: var(--body-text-color-subdued); font-variant-numeric: tabular-nums; }
+.state.error p { color: #b3261e; }
+.dark .state.error p { color: #ff9d94; }
+.facts { margin: 0; color: var(--body-text-color-subdued); font-size: .85rem; }
+.pixels { display: block; max-width: 100%; height: auto; border-radius: 3px; background: #fff; }
+.pixels.sharp { image-rendering: pixelated; }
+.sheet { cursor: pointer; display: inline-block; max-width: 100%; }
+.below { display: flex; flex-wrap: wrap; gap: .4rem 1.2rem; align-items: baseline; margin: .7rem 0; }
+.below .note { margin: 0; color: var(--body-text-color-subdued); font-size: .9rem; }
+.command { border: 1px solid var(--border-color-primary); border-radius: 6px; overflow: hidden; }
+.command .head { display: flex; justify-content: space-between; align-items: center; }
+.command .head { padding: .25rem .3rem .25rem .8rem; }
+.command .head { background: var(--background-fill-secondary); font-size: .85rem; }
+.command pre { margin: 0; padding: .7rem .8rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+.command pre span { display: inline-block; max-width: 100%; }
+.command pre { font: .82rem/1.55 var(--font-mono); background: none; color: var(--body-text-color); }
+.command button, a.download {
+  border: 1px solid var(--border-color-primary); border-radius: 5px; padding: .15rem .7rem; font-size: .85rem;
+  background: var(--background-fill-primary); color: var(--body-text-color); text-decoration: none; cursor: pointer;
+}
+[id$="-facts"] { background: var(--block-background-fill) !important; }
+#controls input { text-overflow: ellipsis; }
+#view-a::before, #view-b::before { display: block; font-weight: 600; margin: 0 0 .2rem 11px; }
+#view-a::before { content: "A"; }
+#view-b::before { content: "B"; }
+.strip { display: flex; gap: .6rem; }
+.sides { display: grid; grid-template-rows: 1.4rem 1fr 1fr .4rem; align-items: center; font-size: .8rem; }
+.sides span { color: var(--body-text-color-subdued); }
+.frames { display: flex; gap: .4rem; overflow-x: auto; padding-bottom: .4rem; }
+.frames figure { margin: 0; flex: none; }
+.frames figcaption { font-size: .8rem; text-align: center; color: var(--body-text-color-subdued); }
+.frames img { margin-top: .3rem; }
+@media (max-width: 700px) {
+  #main { order: -1; }
+  #layout { gap: 1rem; }
+}
+"""

@@ -1,1 +1,1 @@
-"""The report of a training run: one HTML file that needs nothing else."""
+"""The report of a training run: one self-contained HTML file."""

@@ -1,4 +1,4 @@
-"""The page of a report: plain HTML with its pictures and curves in it, no script, and nothing from elsewhere."""
+"""The page of a report: plain HTML that contains its images and charts, without scripts or anything from elsewhere."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -6,7 +6,8 @@ from datetime import UTC, datetime, timedelta
 from html import escape
 from typing import Any
 
-from edm2.report.chart import WIDE, Chart, colour_of, number, svg
+from dnnlib.text import format_duration, format_number
+from edm2.report.chart import WIDE, Chart, style_sheet, svg, swatch
 from edm2.report.figures import (
     LOSS,
     MAINTENANCE,
@@ -14,28 +15,26 @@ from edm2.report.figures import (
     SEC_PER_KIMG,
     SEC_PER_TICK,
     TOTAL_SEC,
-    best_of,
+    best_value,
     main_charts,
     metric_charts,
-    metric_names,
+    metric_curves,
     other_charts,
     sweep_charts,
     unit_of,
 )
 from edm2.report.next_commands import commands_for
-from edm2.report.record import RunRecord
-from edm2.report.sample_grids import Picture, earlier_pictures, newest_picture, strip_of
-from edm2.report.series import TIMESTAMP, Series
-from edm2.report.style import STYLE
+from edm2.report.record import TIMESTAMP, RunRecord, Series
+from edm2.report.sample_grids import PageImage, earlier_images, newest_image, strip_of
 
-# Should a browser be told otherwise by something in the data, it still loads nothing and runs nothing.
+# Even if text of the run got into the page as markup, a browser would load nothing and run nothing.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
-_RECENT = 10  # lines of stats.jsonl that the present speed is taken from
+_RECENT = 10  # lines of stats.jsonl that the current speed is the mean of
 
 
 def render(record: RunRecord, *, now: datetime) -> str:
-    """The whole page. `now`: the time it was made, with its zone."""
+    """Return the whole page; `now` is the time of its making, with a time zone."""
     title = record.path.absolute().name or str(record.path)
     body = "\n".join(part for section in _sections(record, now) for part in section)
     return f"""<!DOCTYPE html>
@@ -45,7 +44,8 @@ def render(record: RunRecord, *, now: datetime) -> str:
 <meta http-equiv="Content-Security-Policy" content="{_POLICY}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(title)}: training run</title>
-<style>{STYLE}</style>
+<style>
+{style_sheet()}</style>
 </head>
 <body>
 {body}
@@ -75,8 +75,8 @@ def _head(record: RunRecord, now: datetime) -> Iterator[str]:
         share = min(record.nimg / record.duration, 1.0)
         yield f'<div class="progress"><div style="width:{share:.2%}"></div></div>'
     tiles = "".join(
-        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}{f'<small>{escape(more)}</small>' if more else ''}</dd></div>"
-        for name, value, more in _tiles(record)
+        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}{f'<small>{escape(small)}</small>' * bool(small)}</dd></div>"
+        for name, value, small in _tiles(record)
     )
     yield f'<dl class="tiles">{tiles}</dl>'
     if record.notes:
@@ -96,33 +96,33 @@ def _state(record: RunRecord, now: datetime) -> str:
     if stamps is not None and len(stamps):
         age = now - datetime.fromtimestamp(stamps.last, UTC)
         if timedelta(0) <= age and not (record.duration and record.nimg >= record.duration):
-            words.append(f"Last statistics {_span(age.total_seconds())} before this report.")
+            words.append(f"Last statistics {format_duration(age.total_seconds())} before this report.")
     return " ".join(words)
 
 
 def _tiles(record: RunRecord) -> Iterator[tuple[str, str, str]]:
-    """The figures at the top: name, value, and a smaller line."""
+    """The numbers at the top: name, value, and a smaller line."""
     series = record.stats.series
     unit, scale = unit_of(max(record.nimg, record.duration or 0))
-    of = f"of {number(record.duration / scale)}" if record.duration else ""
-    yield unit.capitalize(), number(record.nimg / scale), of
+    of = f"of {format_number(record.duration / scale)}" if record.duration else ""
+    yield unit.capitalize(), format_number(record.nimg / scale), of
     if TOTAL_SEC in series:
-        yield "Time", _span(series[TOTAL_SEC].last), _remaining(record)
+        yield "Time", format_duration(series[TOTAL_SEC].last), _remaining(record)
     if SEC_PER_KIMG in series and (speed := _recent_mean(series[SEC_PER_KIMG])):
-        yield "Images per second", number(1e3 / speed), f"{number(speed)} s per thousand"
+        yield "Images per second", format_number(1e3 / speed), f"{format_number(speed)} s per thousand"
     if LOSS in series:
-        yield "Loss", number(series[LOSS].last), f"{record.stats.num_lines:,} lines of statistics"
-    for name, curves in list(metric_names(record).items())[:2]:
-        nimg, value, std = best_of(name, curves)
+        yield "Loss", format_number(series[LOSS].last), f"{record.stats.num_lines:,} lines of statistics"
+    for name, curves in list(metric_curves(record).items())[:2]:
+        nimg, value, std = best_value(name, curves)
         unit, scale = unit_of(record.nimg)
-        yield f"Best {name}", number(value), f"EMA {std}, at {number(nimg / scale)} {unit}"
+        yield f"Best {name}", format_number(value), f"EMA {std}, at {format_number(nimg / scale)} {unit}"
     memory = {name: max(series[key].values) for key, name in MEMORY.items() if key in series}
     if memory:
         main = memory.pop("main memory", None)
         gpu = max(memory.values(), default=0.0)
         shown = gpu if gpu > 0 or main is None else main
-        more = f"main memory {number(main)} GiB" if gpu > 0 and main is not None else "main memory, at most"
-        yield "Memory", f"{shown:.2f} GiB", f"GPU; {more}" if gpu > 0 else more
+        extra = f"main memory {format_number(main)} GiB" if gpu > 0 and main is not None else "main memory, at most"
+        yield "Memory", f"{shown:.2f} GiB", f"GPU; {extra}" if gpu > 0 else extra
 
 
 def _recent_mean(series: Series) -> float:
@@ -138,7 +138,7 @@ def _remaining(record: RunRecord) -> str:
     if MAINTENANCE in series and SEC_PER_TICK in series:
         training = sum(series[SEC_PER_TICK].values)
         seconds *= 1 + sum(series[MAINTENANCE].values) / training if training > 0 else 1
-    return f"about {_span(seconds)} to go"
+    return f"about {format_duration(seconds)} to go"
 
 
 def _charts(title: str, charts: Sequence[Chart]) -> Iterator[str]:
@@ -154,16 +154,11 @@ def _figure(chart: Chart) -> str:
     unit = f" <small>({escape(chart.unit)})</small>" if chart.unit else ""
     legend = ""
     if 1 < len(chart.lines) <= 8:
-        items, index = [], 0
-        for line in chart.lines:
-            kind = "pale" if line.pale else "line"
-            swatch = f'<svg viewBox="0 0 26 10"><path class="{kind} {colour_of(index)}" d="M1 5H25"/></svg>'
-            items.append(f"<li>{swatch}{escape(line.label)}</li>")
-            index += not line.pale
+        items = [f"<li>{swatch(line, color)}{escape(line.label)}</li>" for color, line in chart.curves()]
         legend = f'<ul class="legend">{"".join(items)}</ul>'
     note = f"<figcaption><p>{escape(chart.note)}</p></figcaption>" if chart.note else ""
     drawing = svg(chart)
-    if chart.wide:  # one of the two is shown
+    if chart.wide:  # the style sheet shows one of the two
         drawing = f'<div class="narrow">{drawing}</div><div class="broad">{svg(chart, width=WIDE)}</div>'
     style = ' class="span"' if chart.wide else ""
     return f"<figure{style}><h3>{escape(chart.title)}{unit}</h3>{drawing}{legend}{note}</figure>"
@@ -178,45 +173,45 @@ def _samples(record: RunRecord) -> Iterator[str]:
     about = newest.about
     std = f", EMA length {about['ema_std']:.3f}" if isinstance(about.get("ema_std"), float) else ""
     steps = f", {about['steps']} steps" if isinstance(about.get("steps"), int) else ""
-    yield f"<figure><h3>At {number(newest.nimg / scale)} {unit}{std}{steps}</h3>"
-    yield _img(newest_picture(newest), "The newest sample grid")
+    yield f"<figure><h3>At {format_number(newest.nimg / scale)} {unit}{std}{steps}</h3>"
+    yield _img(newest_image(newest), "The newest sample grid")
     yield "<figcaption><p>A row for each class.</p></figcaption></figure>"
     strip = strip_of(record.grids)
     if strip is not None:
         yield "<figure><h3>One seed of each class over the run</h3>"
-        times = "".join(f"<span>{number(nimg / scale)}</span>" for nimg in strip.nimgs)
-        yield f'<div class="times" style="width:{strip.picture.width}px">{times}</div>'
-        yield f"{_img(strip.picture, 'The first image of each row at several times')}"
+        times = "".join(f"<span>{format_number(nimg / scale)}</span>" for nimg in strip.nimgs)
+        yield f'<div class="times" style="width:{strip.image.width}px">{times}</div>'
+        yield f"{_img(strip.image, 'The first image of each row at several times')}"
         yield f"<figcaption><p>Columns: {unit}.</p></figcaption></figure>"
     yield "</div>"
-    earlier = earlier_pictures(record.grids)
+    earlier = earlier_images(record.grids)
     if earlier:
         count = f"{len(earlier)} of {len(record.grids) - 1} grids" if len(earlier) < len(record.grids) - 1 else ""
         yield f'<h3>Earlier <small class="soft">{count}</small></h3><div class="earlier">'
-        for picture in earlier:
-            text = f"{number(picture.nimg / scale)} {unit}"
-            yield f"<figure>{_img(picture, f'Samples at {text}')}<figcaption><p>{text}</p></figcaption></figure>"
+        for image in earlier:
+            text = f"{format_number(image.nimg / scale)} {unit}"
+            yield f"<figure>{_img(image, f'Samples at {text}')}<figcaption><p>{text}</p></figcaption></figure>"
         yield "</div>"
     yield "</section>"
 
 
-def _img(picture: Picture, alt: str) -> str:
-    style = "" if picture.url.startswith("data:image/png") else ' class="smooth"'
-    return f'<img{style} src="{picture.url}" width="{picture.width}" height="{picture.height}" alt="{escape(alt)}">'
+def _img(image: PageImage, alt: str) -> str:
+    style = "" if image.url.startswith("data:image/png") else ' class="smooth"'
+    return f'<img{style} src="{image.url}" width="{image.width}" height="{image.height}" alt="{escape(alt)}">'
 
 
 def _commands(record: RunRecord) -> Iterator[str]:
     commands = commands_for(record)
     if not commands:
         return
-    yield "<section><h2>Go on from here</h2>"
+    yield "<section><h2>Next steps</h2>"
     for command in commands:
         yield f"<p>{escape(command.purpose)}</p><pre>{_words(command.text)}</pre>"
     yield "</section>"
 
 
 def _words(command: str) -> str:
-    """A command that breaks between its words, where a line has room for them, and not at their hyphens."""
+    """Markup of a command that breaks between its words and not at their hyphens."""
     return " ".join(f'<span class="word">{escape(word)}</span>' for word in command.split(" "))
 
 
@@ -233,7 +228,7 @@ def _session_table(record: RunRecord) -> Iterator[str]:
         cells = [
             str(index),
             str(session.get("started", "?")).replace("T", " ").replace("+00:00", " UTC"),
-            number(session["nimg"] / scale),
+            format_number(session["nimg"] / scale),
             f"{on} ({session.get('device_name', '?')})",
             f"torch {session.get('torch', '?')}, Python {session.get('python', '?')}",
         ]
@@ -269,14 +264,3 @@ def _flat(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield from _flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
-
-
-def _span(seconds: float) -> str:
-    """A duration in its two largest units: 3 d 4 h, 12 min 5 s."""
-    left = round(min(max(seconds, 0), 1e12))
-    parts: list[str] = []
-    for name, size in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
-        count, left = divmod(left, size)
-        if count or (name == "s" and not parts):
-            parts.append(f"{count:,} {name}")
-    return " ".join(parts[:2])

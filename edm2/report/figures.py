@@ -1,14 +1,15 @@
-"""Which curves a report draws: loss, learning rate, speed, memory, metrics, whatever else there is, and sweeps."""
+"""The charts of a report: loss, learning rate, speed, memory, metrics, other statistics, and sweeps."""
 
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from edm2.report.chart import Chart, Line, begins_outside, number
-from edm2.report.record import RunRecord, SweepRecord
-from edm2.report.series import TIMESTAMP, Point, Series, smooth, thin
-from training.metrics.metric_table import METRICS
+from dnnlib.text import format_number
+from edm2.report.chart import Chart, Line, Point, begins_outside, smooth, thin
+from edm2.report.record import TIMESTAMP, RunRecord, Series, SweepPoint, SweepRecord
+from training.metrics.metric_table import best_of, is_lower_better
+from training.posthoc import MAX_FIT
 
 LOSS, RATE = "Loss/loss", "Loss/learning_rate"
 SEC_PER_KIMG, MAINTENANCE, SEC_PER_TICK = "Timing/sec_per_kimg", "Timing/maintenance_sec", "Timing/sec_per_tick"
@@ -22,125 +23,138 @@ METRIC_PREFIX = "Metrics/"
 
 _MAX_POINTS, _MAX_POINTS_OF_MANY = 300, 100
 _NAMED_LINES, _MAX_LINES, _MAX_CHARTS = 6, 64, 24
-_MAX_FIT = 0.1  # as sweep.py judges: beyond it, the snapshots are too far apart for the length
+
+Curves = Sequence[tuple[str, Series]]  # with their names
 
 
 def unit_of(nimg: float) -> tuple[str, float]:
-    """The unit of image counts up to `nimg`, and how many images it is."""
+    """The unit for image counts up to `nimg`, and the images in it."""
     return ("million images", 1e6) if nimg >= 1e6 else ("thousand images", 1e3)
 
 
 def main_charts(record: RunRecord) -> list[Chart]:
-    """Loss, learning rate, throughput and memory, as far as there are statistics of them."""
+    """Charts of loss, learning rate, throughput and memory, as far as the run has statistics of them."""
     series = record.stats.series
-    found = []
+    charts = []
     if _has(series, LOSS):
-        found.append(_loss(record, series[LOSS]))
+        charts.append(_loss(record, series[LOSS]))
     if _has(series, RATE):
-        found.append(_chart(record, "Learning rate", "", [("learning rate", series[RATE])], zero=True))
-    if _has(series, SEC_PER_KIMG):
-        speed = _speed(series[SEC_PER_KIMG])
-        if len(speed):
-            note = _maintenance_note(record)
-            found.append(_chart(record, "Throughput", "images/s", [("images per second", speed)], zero=True, note=note))
+        charts.append(_chart(record, "Learning rate", "", [("learning rate", series[RATE])], zero=True))
+    if _has(series, SEC_PER_KIMG) and len(speed := _speed(series[SEC_PER_KIMG])):
+        note = _maintenance_note(record)
+        charts.append(_chart(record, "Throughput", "images/s", [("images per second", speed)], zero=True, note=note))
     memory = [(name, series[key]) for key, name in MEMORY.items() if _has(series, key) and max(series[key].values) > 0]
     if memory:
-        found.append(_chart(record, "Memory", "GiB", memory, zero=True))
-    return found
+        charts.append(_chart(record, "Memory", "GiB", memory, zero=True))
+    return charts
 
 
-def metric_names(record: RunRecord) -> dict[str, list[tuple[str, Series]]]:
-    """The metrics that were measured while training: for each, the EMA lengths with their curves."""
-    found: dict[str, list[tuple[str, Series]]] = defaultdict(list)
+def metric_curves(record: RunRecord) -> dict[str, list[tuple[str, Series]]]:
+    """The curves of each metric that the run measured, by EMA length."""
+    metrics: dict[str, list[tuple[str, Series]]] = defaultdict(list)
     for key, series in record.stats.series.items():
         name, _, std = key.removeprefix(METRIC_PREFIX).rpartition("-")
-        if key.startswith(METRIC_PREFIX) and name and any(math.isfinite(value) for value in series.values):
-            found[name].append((std, series))
-    return dict(found)
+        if key.startswith(METRIC_PREFIX) and name and _has(record.stats.series, key):
+            metrics[name].append((std, series))
+    return dict(metrics)
 
 
-def best_of(name: str, curves: Sequence[tuple[str, Series]]) -> tuple[float, float, str]:
-    """The best value of a metric: image count, value, EMA length."""
-    lower = name not in METRICS or METRICS[name].lower_is_better
+def best_value(name: str, curves: Curves) -> tuple[float, float, str]:
+    """The best value of a metric with a finite one: image count, value, EMA length; of equal ones the earliest."""
     points = [
-        (value if lower else -value, nimg, value, std)
-        for std, series in curves
-        for nimg, value in zip(series.nimg, series.values, strict=True)
-        if math.isfinite(value)
+        (nimg, value, std) for std, series in curves for nimg, value in zip(series.nimg, series.values, strict=True)
     ]
-    _, nimg, value, std = min(points)
-    return nimg, value, std
+    best = best_of(name, sorted(points), lambda point: point[1])
+    assert best is not None
+    return best
 
 
 def metric_charts(record: RunRecord) -> list[Chart]:
-    """A figure for each metric, a curve for each EMA length."""
+    """A chart for each metric, with a curve for each EMA length."""
     charts = []
-    for name, curves in metric_names(record).items():
-        nimg, value, std = best_of(name, curves)
+    for name, curves in metric_curves(record).items():
+        nimg, value, std = best_value(name, curves)
         unit, scale = unit_of(record.nimg)
-        better = "lower" if name not in METRICS or METRICS[name].lower_is_better else "higher"
-        note = f"Best {number(value)} at {number(nimg / scale)} {unit}, EMA length {std} ({better} is better)."
+        better = "lower" if is_lower_better(name) else "higher"
+        when = f"{format_number(nimg / scale)} {unit}"
+        note = f"Best {format_number(value)} at {when}, EMA length {std} ({better} is better)."
         lines = [(f"EMA length {std}", series) for std, series in curves]
         charts.append(_chart(record, name, "", lines, best=(nimg, value), note=note))
     return charts
 
 
 def other_charts(record: RunRecord) -> list[Chart]:
-    """Figures of all further statistics, by the first part of their names; of names like a/b/c, by the first two."""
+    """Charts of all other statistics, grouped by the first part of their names, or the first two of a/b/c."""
     known = {LOSS, RATE, SEC_PER_KIMG, MAINTENANCE, SEC_PER_TICK, TOTAL_SEC, TIMESTAMP, *MEMORY}
     groups: dict[str, list[tuple[str, Series]]] = defaultdict(list)
     for key, series in record.stats.series.items():
-        if key not in known and not key.startswith(METRIC_PREFIX) and _has({key: series}, key):
+        if key not in known and not key.startswith(METRIC_PREFIX) and _has(record.stats.series, key):
             parts = key.split("/")
             group = "/".join(parts[: min(2, len(parts) - 1)]) or key
             groups[group].append((key.removeprefix(f"{group}/"), series))
-    charts = []
-    for group, curves in list(groups.items())[:_MAX_CHARTS]:
-        note = ""
-        if len(curves) > _NAMED_LINES:
-            ends = sorted((series.last, name) for name, series in curves if math.isfinite(series.last))
-            note = f"{len(curves)} curves" + (f"; the first {_MAX_LINES} are drawn" * (len(curves) > _MAX_LINES))
-            if ends:
-                (low, lowest), (high, highest) = ends[0], ends[-1]
-                note += f". In the end, highest: {highest} {number(high)}; lowest: {lowest} {number(low)}."
-        charts.append(_chart(record, group, "", curves[:_MAX_LINES], note=note))
-    return charts
+    return [
+        _chart(record, group, "", curves[:_MAX_LINES], note=_ends_note(curves))
+        for group, curves in list(groups.items())[:_MAX_CHARTS]
+    ]
+
+
+def _ends_note(curves: Curves) -> str:
+    """The highest and lowest of curves that are too many to be named."""
+    if len(curves) <= _NAMED_LINES:
+        return ""
+    note = f"{len(curves)} curves" + (f"; the first {_MAX_LINES} are drawn" * (len(curves) > _MAX_LINES))
+    ends = sorted((series.last, name) for name, series in curves if math.isfinite(series.last))
+    if ends:
+        (low, lowest), (high, highest) = ends[0], ends[-1]
+        note += f". At the end, highest: {highest} {format_number(high)}; lowest: {lowest} {format_number(low)}."
+    return note
 
 
 def sweep_charts(sweep: SweepRecord) -> Iterator[Chart]:
-    """Figures of a sweep, one for each metric: over the EMA length, or over the guidance where there is one length."""
-    stds = {point.std for point in sweep.points}
-    weights = sorted({point.guidance for point in sweep.points})
-    over_std = len(stds) > 1 or len(weights) == 1
+    """A chart for each metric of a sweep, over the EMA length, or over the guidance if there is only one length."""
+    over_std = len({point.std for point in sweep.points}) > 1 or len({point.guidance for point in sweep.points}) == 1
     for name in dict.fromkeys(name for point in sweep.points for name in point.means):
         points = [point for point in sweep.points if name in point.means]
-        lines = []
-        for value in weights if over_std else sorted(stds):
-            own = [p for p in points if (p.guidance if over_std else p.std) == value]
-            own.sort(key=lambda p: p.std if over_std else p.guidance)
-            if own:
-                places = [p.std if over_std else p.guidance for p in own]
-                label = f"guidance {value:g}" if over_std else f"EMA length {value:g}"
-                marks = [
-                    Point(x=x, mean=p.means[name], low=p.means[name], high=p.means[name])
-                    for x, p in zip(places, own, strict=True)
-                ]
-                lines.append(Line(label=label, points=marks, hollow=[p.fit > _MAX_FIT for p in own]))
-        lower = name not in METRICS or METRICS[name].lower_is_better
-        best = (min if lower else max)(points, key=lambda p: p.means[name])
-        note = f"Best {number(best.means[name])} at EMA length {best.std:.3f}, guidance {best.guidance:g}."
-        if sweep.num_images is not None:
-            note += f" {sweep.num_images:,} images a point."
-        if any(point.fit > _MAX_FIT for point in points):
-            note += " Rings: poorly reconstructed, the snapshots are too far apart."
+        groups: dict[float, list[SweepPoint]] = {}  # one curve for each value of the setting that is not the x axis
+        for point in points:
+            groups.setdefault(point.guidance if over_std else point.std, []).append(point)
+        label = "guidance" if over_std else "EMA length"
+        best = best_point(name, points)
         yield Chart(
             title=name,
             unit="",
-            lines=lines,
+            lines=[_sweep_line(f"{label} {value:g}", name, groups[value], over_std) for value in sorted(groups)],
             x_unit="EMA length relative to training time" if over_std else "guidance weight",
             best=(best.std if over_std else best.guidance, best.means[name]),
-            note=note,
+            note=_sweep_note(sweep, name, points),
         )
+
+
+def _sweep_note(sweep: SweepRecord, name: str, points: Sequence[SweepPoint]) -> str:
+    best = best_point(name, points)
+    note = f"Best {format_number(best.means[name])} at EMA length {best.std:.3f}, guidance {best.guidance:g}."
+    if sweep.num_images is not None:
+        note += f" {sweep.num_images:,} images per point."
+    if any(point.fit > MAX_FIT for point in points):
+        note += " Rings: poorly reconstructed, the snapshots are too far apart."
+    return note
+
+
+def best_point(name: str, points: Sequence[SweepPoint]) -> SweepPoint:
+    """The point of a sweep with the best value of the metric `name`, which all of them have."""
+    best = best_of(name, points, lambda point: point.means[name])
+    assert best is not None  # reading has left out values that are not finite
+    return best
+
+
+def _sweep_line(label: str, metric: str, points: Sequence[SweepPoint], over_std: bool) -> Line:
+    placed = sorted(((p.std if over_std else p.guidance, p) for p in points), key=lambda pair: pair[0])
+    values = [(x, p.means[metric]) for x, p in placed]
+    return Line(
+        label=label,
+        points=[Point(x=x, mean=value, low=value, high=value) for x, value in values],
+        hollow=[p.fit > MAX_FIT for _, p in placed],
+    )
 
 
 def _has(series: dict[str, Series], key: str) -> bool:
@@ -151,60 +165,42 @@ def _chart(
     record: RunRecord,
     title: str,
     unit: str,
-    curves: Sequence[tuple[str, Series]],
+    curves: Curves,
     *,
     zero: bool = False,
     best: tuple[float, float] | None = None,
     note: str = "",
 ) -> Chart:
-    x_unit, x_scale = unit_of(record.nimg)
     count = _MAX_POINTS if len(curves) <= _NAMED_LINES else _MAX_POINTS_OF_MANY
     lines = [Line(label=name, points=points) for name, series in curves if (points := thin(series, count))]
-    marks = restarts(record)
+    x_unit, x_scale = unit_of(record.nimg)
+    restarts = [
+        (float(session["nimg"]), f"session {index} began")
+        for index, session in enumerate(record.sessions, start=1)
+        if index > 1
+    ]
     return Chart(
         title=title,
         unit=unit,
         lines=lines,
         x_unit=x_unit,
         x_scale=x_scale,
-        marks=marks,
+        marks=restarts,
         zero=zero,
         best=best,
         note=note,
     )
 
 
-def restarts(record: RunRecord) -> list[tuple[float, str]]:
-    """Where sessions after the first one began."""
-    return [
-        (float(session["nimg"]), f"session {index} began")
-        for index, session in enumerate(record.sessions, start=1)
-        if index > 1
-    ]
-
-
 def _loss(record: RunRecord, series: Series) -> Chart:
-    points = thin(series, _MAX_POINTS)
-    lines = [Line(label="loss", points=points)]
+    chart = replace(_chart(record, "Loss", "", [("loss", series)]), settles=True, wide=True)
+    points = chart.lines[0].points
     if len(points) >= 20:
-        lines = [
-            Line(label="as reported", points=points, pale=True),
-            Line(label="smoothed", points=smooth(points)),
-        ]
-    x_unit, x_scale = unit_of(record.nimg)
-    chart = Chart(
-        title="Loss",
-        unit="",
-        lines=lines,
-        x_unit=x_unit,
-        x_scale=x_scale,
-        marks=restarts(record),
-        settles=True,
-        wide=True,
-    )
-    note = f"Now {number(lines[-1].points[-1].mean)}."
+        smoothed = Line(label="smoothed", points=smooth(points))
+        chart = replace(chart, lines=[Line(label="as reported", points=points, pale=True), smoothed])
+    note = f"Now {format_number(chart.lines[-1].points[-1].mean)}."
     if begins_outside(chart):
-        note += f" It began at {number(points[0].high)}, above the frame."
+        note += f" It began at {format_number(points[0].high)}, above the frame."
     return replace(chart, note=note)
 
 
@@ -223,4 +219,4 @@ def _maintenance_note(record: RunRecord) -> str:
     aside, training = math.fsum(series[MAINTENANCE].values), math.fsum(series[SEC_PER_TICK].values)
     if not math.isfinite(aside + training) or aside + training <= 0:
         return ""
-    return f"Of training alone; {aside / (aside + training):.0%} of the time went to saving, samples and metrics."
+    return f"During training alone; {aside / (aside + training):.0%} of the time went to saving, samples and metrics."

@@ -1,22 +1,59 @@
-"""What a run's folder says about it, as far as it can be read."""
+"""The record of a run: everything that can be read from its folder."""
 
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import PIL.Image
 
 from dnnlib.errors import ConfigError, reason_of
-from edm2.report.series import Stats, read_stats
 from training.run.run_samples import FORMAT as GRID_FORMAT
 from training.run.run_samples import TEXT_KEY
-from training.run.sessions import SESSIONS_FILE
+from training.run.session import SESSIONS_FILE
+
+# Keys of stats.jsonl that tell the position of a line.
+PROGRESS, TIMESTAMP = "Progress/kimg", "timestamp"
 
 _MAX_JSON = 64 << 20  # bytes of a file that may be a sweep's record
+
+
+@dataclass(kw_only=True)
+class Series:
+    """One quantity over the run: values at image counts, in ascending order."""
+
+    nimg: "array[float]" = field(default_factory=lambda: array("d"))
+    values: "array[float]" = field(default_factory=lambda: array("d"))
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def add(self, nimg: float, value: float) -> None:
+        """Append a point. Points from `nimg` on are removed first: a restart took them back."""
+        while self.nimg and self.nimg[-1] >= nimg:
+            self.nimg.pop()
+            self.values.pop()
+        self.nimg.append(nimg)
+        self.values.append(value)
+
+    @property
+    def last(self) -> float:
+        """The newest value."""
+        return self.values[-1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stats:
+    """The content of stats.jsonl."""
+
+    series: dict[str, Series]  # numbers by key, in the order of first appearance
+    texts: dict[str, str]  # the newest text by key
+    num_lines: int  # without damaged ones
+    num_damaged: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +62,7 @@ class Grid:
 
     path: Path
     nimg: int
-    about: dict[str, Any]  # the record in the file, see training/run/run_samples.py; empty where it cannot be read
+    about: dict[str, Any]  # the record in the file, see training/run/run_samples.py; empty if unreadable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +80,7 @@ class SweepRecord:
     """A file of sweep.py."""
 
     path: Path
-    num_images: int | None  # a point
+    num_images: int | None  # per point
     points: list[SweepPoint]
 
 
@@ -63,30 +100,33 @@ class RunRecord:
 
     @property
     def nimg(self) -> int:
-        """How far the run has come, as far as is known: statistics, else files."""
+        """Images of training so far, as known from statistics and sample grids."""
         known = [series.nimg[-1] for series in self.stats.series.values() if len(series)]
         known += [grid.nimg for grid in self.grids]
         return int(max(known, default=0))
 
     @property
     def duration(self) -> int | None:
-        """Images that the run is to take."""
+        """Images of training that the run is configured for."""
         value = self.options.get("duration")
         return value if isinstance(value, int) and value > 0 else None
 
 
 def read_run(path: Path, sweeps: Sequence[Path] = ()) -> RunRecord:
-    """Everything in the run folder `path`, with the sweeps in it and those in the files `sweeps`.
+    """Read the run folder `path`, with the sweeps in it and those in the files `sweeps`.
 
-    Raises ConfigError where `path` holds no run, or one of `sweeps` is no record of sweep.py.
+    Raises ConfigError if `path` is not a run folder, or one of `sweeps` not a record of sweep.py.
     """
     if not path.is_dir():
-        raise ConfigError(f"{path} is no folder; name the --outdir of a training run")
+        raise ConfigError(f"{path} is not a folder; name the --outdir of a training run")
     options_file, stats_file = path / "training_options.json", path / "stats.jsonl"
     if not options_file.exists() and not stats_file.exists():
-        raise ConfigError(f"{path} holds no training run: neither training_options.json nor stats.jsonl is there")
+        raise ConfigError(f"{path} contains no training run: neither training_options.json nor stats.jsonl exists")
     notes: list[str] = []
-    stats = _readable(stats_file, read_stats)
+    try:
+        stats = read_stats(stats_file)
+    except OSError as error:
+        raise ConfigError(f"{stats_file} cannot be read: {reason_of(error)}") from None
     if stats.num_damaged:
         lines = f"{stats.num_damaged} line{'s' * (stats.num_damaged > 1)}"
         notes.append(f"stats.jsonl: {lines} could not be read and {'are' if stats.num_damaged > 1 else 'is'} left out.")
@@ -108,11 +148,39 @@ def read_run(path: Path, sweeps: Sequence[Path] = ()) -> RunRecord:
     )
 
 
-def _readable(path: Path, read: Callable[[Path], Stats]) -> Stats:
+def read_stats(path: Path) -> Stats:
+    """The content of `path`, empty if it does not exist. Lines that are cut or not a record count as damaged."""
+    series: dict[str, Series] = {}
+    texts: dict[str, str] = {}
+    num_lines = num_damaged = 0
+    for line in _lines(path):
+        entry = _stats_line(line)
+        if entry is None:
+            num_damaged += bool(line.strip())
+            continue
+        num_lines += 1
+        nimg = float(round(entry.pop(PROGRESS) * 1e3))
+        for key, value in entry.items():
+            if isinstance(value, str):
+                texts[key] = value
+            elif isinstance(value, int | float) and not isinstance(value, bool):
+                series.setdefault(key, Series()).add(nimg, float(value))
+    return Stats(series=series, texts=texts, num_lines=num_lines, num_damaged=num_damaged)
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of a file that may be large, none if it does not exist."""
+    if path.is_file():
+        with open(path, encoding="utf-8", errors="replace") as file:
+            yield from file
+
+
+def _stats_line(line: str) -> dict[str, Any] | None:
     try:
-        return read(path)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {reason_of(error)}") from None
+        entry = json.loads(line)
+        return entry if math.isfinite(float(entry[PROGRESS])) else None
+    except (ValueError, OverflowError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def _numbers(name: str) -> list[float]:
@@ -128,24 +196,24 @@ def _json_object(path: Path) -> dict[str, Any] | None:
 
 
 def _sessions(path: Path, notes: list[str]) -> list[dict[str, Any]]:
-    found, damaged = [], 0
+    sessions, damaged = [], 0
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+        lines = list(_lines(path))
     except OSError:
         lines, damaged = [], 1
     for line in lines:
         try:
             entry = json.loads(line)
-            found.append({**entry, "nimg": int(entry["nimg"])})
+            sessions.append({**entry, "nimg": int(entry["nimg"])})
         except (ValueError, KeyError, TypeError, OverflowError):
             damaged += 1
     if damaged:
         notes.append(f"{SESSIONS_FILE}: {damaged} line{'s' * (damaged > 1)} could not be read.")
-    return found
+    return sessions
 
 
 def _grids(path: Path, notes: list[str]) -> list[Grid]:
-    found = []
+    grids = []
     for file in sorted(path.glob("samples-*.png")):
         kimg = _numbers(file.stem)
         try:
@@ -154,25 +222,25 @@ def _grids(path: Path, notes: list[str]) -> list[Grid]:
                 text = image.info.get(TEXT_KEY, "{}")
             about = json.loads(text) if isinstance(text, str) else {}
         except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError):
-            notes.append(f"{file.name} is no readable picture and is left out.")
+            notes.append(f"{file.name} is not a readable image and is left out.")
             continue
         if not isinstance(about, dict) or about.get("format") != GRID_FORMAT:
             about = {}
         nimg = about.get("nimg")
         if isinstance(nimg, int) or kimg:
-            found.append(Grid(path=file, nimg=nimg if isinstance(nimg, int) else int(kimg[0] * 1e3), about=about))
-    return sorted(found, key=lambda grid: grid.nimg)
+            grids.append(Grid(path=file, nimg=nimg if isinstance(nimg, int) else int(kimg[0] * 1e3), about=about))
+    return sorted(grids, key=lambda grid: grid.nimg)
 
 
 def _sweeps(path: Path, named: Sequence[Path]) -> list[SweepRecord]:
-    found = {}
+    sweeps = {}
     for file in [*sorted(path.glob("*.json")), *named]:
         record = _sweep(file)
         if record is not None:
-            found[file.resolve()] = record
+            sweeps[file.resolve()] = record
         elif file in named:
-            raise ConfigError(f"--sweep={file} is no record of sweep.py; name the file that its --json wrote")
-    return list(found.values())
+            raise ConfigError(f"--sweep={file} is not a record of sweep.py; name the file that its --json wrote")
+    return list(sweeps.values())
 
 
 def _sweep(path: Path) -> SweepRecord | None:

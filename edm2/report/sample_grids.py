@@ -1,4 +1,4 @@
-"""A run's sample grids as data for the page: the newest at length, earlier ones small, and a strip of one seed."""
+"""A run's sample grids as images for the page: the newest large, earlier ones small, and a strip of one seed."""
 
 import base64
 import io
@@ -12,7 +12,7 @@ from edm2.report.record import Grid
 
 T = TypeVar("T")
 
-MAX_EARLIER = 12  # grids beside the newest
+MAX_EARLIER = 12  # grids besides the newest
 STRIP_COLUMNS = 8
 STRIP_ROWS = 10
 
@@ -22,12 +22,12 @@ _LOSSLESS_BYTES = 256 << 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class Picture:
-    """A picture that the page holds."""
+class PageImage:
+    """An image that the page contains."""
 
     nimg: int
     url: str  # data:
-    width: int  # pixels that the page should give it
+    width: int  # pixels on the page
     height: int
 
 
@@ -36,37 +36,37 @@ class Strip:
     """One seed of each class over the run: a column for each time."""
 
     nimgs: list[int]
-    picture: Picture
+    image: PageImage
 
 
 def spread(items: Sequence[T], count: int) -> list[T]:
-    """`count` of `items`, evenly, with the first and the last; all where there are no more."""
+    """`count` of `items`, evenly spaced, with the first and the last; all if there are no more."""
     if len(items) <= count:
         return list(items)
     return [items[round(i * (len(items) - 1) / max(count - 1, 1))] for i in range(count)]
 
 
-def newest_picture(grid: Grid) -> Picture:
-    """A grid for the width of the page."""
+def newest_image(grid: Grid) -> PageImage:
+    """The grid in the width of the page."""
     with PIL.Image.open(grid.path) as image:
         image.load()
-        return _picture(image, grid.nimg, max_side=_MAX_SIDE, shown=640)
+        return _page_image(image, grid.nimg, max_side=_MAX_SIDE, shown=640)
 
 
-def earlier_pictures(grids: Sequence[Grid]) -> list[Picture]:
-    """Grids before the newest, small ones, and not more than MAX_EARLIER."""
-    found = []
+def earlier_images(grids: Sequence[Grid]) -> list[PageImage]:
+    """At most MAX_EARLIER grids before the newest, small."""
+    images = []
     for grid in spread(grids[:-1], MAX_EARLIER):
         with PIL.Image.open(grid.path) as image:
             image.load()
-            found.append(_picture(image, grid.nimg, max_side=_MAX_EARLIER_SIDE, shown=300))
-    return found
+            images.append(_page_image(image, grid.nimg, max_side=_MAX_EARLIER_SIDE, shown=300))
+    return images
 
 
 def strip_of(grids: Sequence[Grid]) -> Strip | None:
-    """The first image of each row of the grids, over time; None where the grids don't tell, or there is only one."""
-    told = [grid for grid in grids if _cell(grid) is not None]
-    same = [grid for grid in told if _layout(grid) == _layout(told[-1])]
+    """The first image of each row of the grids, over time; None unless two grids record the same layout."""
+    recorded = [grid for grid in grids if _cell(grid) is not None]
+    same = [grid for grid in recorded if _layout(grid) == _layout(recorded[-1])]
     chosen = spread(same, STRIP_COLUMNS)
     if len(chosen) < 2:
         return None
@@ -78,20 +78,20 @@ def strip_of(grids: Sequence[Grid]) -> Strip | None:
     picked = spread(range(rows), STRIP_ROWS)
     sheet = PIL.Image.new("RGB", (len(chosen) * (size[0] + gap) - gap, len(picked) * (size[1] + gap) - gap), "white")
     for column, grid in enumerate(chosen):
-        with PIL.Image.open(grid.path) as image:
-            whole = image.convert("RGB")
+        with PIL.Image.open(grid.path) as opened:
+            whole = opened.convert("RGB")
         for place, row in enumerate(picked):
             top = gap + row * (height + gap)
-            left = gap + (width + gap) * bool(grid.about.get("pictures"))  # behind what the network saw
+            left = gap + (width + gap) * bool(grid.about.get("pictures"))  # after the row's conditioning image
             part = whole.crop((left, top, left + width, top + height))
             part = part if scale == 1.0 else part.resize(size, PIL.Image.Resampling.LANCZOS)
             sheet.paste(part, (column * (size[0] + gap), place * (size[1] + gap)))
-    picture = _picture(sheet, chosen[-1].nimg, max_side=_MAX_SIDE, shown=560)
-    return Strip(nimgs=[grid.nimg for grid in chosen], picture=picture)
+    image = _page_image(sheet, chosen[-1].nimg, max_side=_MAX_SIDE, shown=560)
+    return Strip(nimgs=[grid.nimg for grid in chosen], image=image)
 
 
 def _cell(grid: Grid) -> tuple[int, int, int, int] | None:
-    """Width and height of an image in the grid, the gap, and the rows; None where the file does not say."""
+    """Width and height of an image in the grid, the gap, and the number of rows; None if the file lacks them."""
     try:
         _, height, width = (int(n) for n in grid.about["image"])
         gap, rows = int(grid.about["gap"]), len(grid.about["classes"])
@@ -108,8 +108,8 @@ def _layout(grid: Grid) -> object:
     return [grid.about[key] for key in ("image", "gap", "classes", "seeds")]
 
 
-def _picture(image: PIL.Image.Image, nimg: int, *, max_side: int, shown: int) -> Picture:
-    """`image` within `max_side` pixels; small pictures are shown by whole multiples, up to `shown` wide."""
+def _page_image(image: PIL.Image.Image, nimg: int, *, max_side: int, shown: int) -> PageImage:
+    """Reduce `image` to `max_side` pixels; small images are shown at whole multiples, up to `shown` pixels wide."""
     factor = min(1.0, max_side / max(image.size))
     if factor < 1:
         size = (max(round(image.width * factor), 1), max(round(image.height * factor), 1))
@@ -122,4 +122,4 @@ def _picture(image: PIL.Image.Image, nimg: int, *, max_side: int, shown: int) ->
         image.convert("RGB").save(data, format="JPEG", quality=85, optimize=True)
     url = f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}"
     times = max(min(shown // image.width, _MAX_SHOWN_HEIGHT // image.height), 1)
-    return Picture(nimg=nimg, url=url, width=image.width * times, height=image.height * times)
+    return PageImage(nimg=nimg, url=url, width=image.width * times, height=image.height * times)

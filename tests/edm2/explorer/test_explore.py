@@ -1,4 +1,4 @@
-"""The engine of the explorer: what is shown is what its commands make, within bounds, and can be left at any time."""
+"""The explorer without its page: images match their commands, memory is bounded, and work stops on request."""
 
 import dataclasses
 import os
@@ -17,16 +17,14 @@ import explore
 import generate_images
 import reconstruct_phema
 from dnnlib.errors import ConfigError
-from edm2.explorer.backend import Explorer, Pair
-from edm2.explorer.bounded import Bounded
-from edm2.explorer.grids import Film, Grid, Progress, generate_film, generate_grid, image_of
-from edm2.explorer.networks import Loading, Networks
-from edm2.explorer.run_snapshots import RunSnapshots
-from edm2.explorer.setting import Setting
-from edm2.explorer.shown_commands import commands_for
+from edm2.explorer.grids import Explorer, Film, Grid, Pair, Progress, generate_film, generate_grid, image_of
+from edm2.explorer.networks import BoundedCache, Loading, Networks, RunSnapshots
+from edm2.explorer.setting import Setting, commands_for
 from tests.helpers.paths import GOLDEN_DIR
-from training.images.png_files import encode_png, read_png
-from training.sampling.sampler import HeunOptions, edm_evaluations, edm_sampler
+from training.images.png import encode_png
+from training.images.png_files import read_png
+from training.sampling.options import HeunOptions, SamplerOptions
+from training.sampling.sampler import edm_sampler
 from training.sampling.solvers import SOLVERS
 from training.snapshot import load_snapshot, save_snapshot
 
@@ -50,8 +48,8 @@ def small(**changes):
     return Setting(**{"net": NET, "num_images": 3, "num_steps": 2, **changes})
 
 
-def typed(line, folder, monkeypatch):
-    """Run a command line as it stands, in `folder`."""
+def run_command(line, folder, monkeypatch):
+    """Run a command line unchanged, in `folder`."""
     words = shlex.split(line)
     commands = {"generate_images.py": generate_images.cmdline, "reconstruct_phema.py": reconstruct_phema.cmdline}
     assert words[0] == "python"
@@ -65,24 +63,24 @@ def test_evaluations_end_with_the_images_of_the_sampler(solver):
     net = load_snapshot(NET).net
     noise = torch.randn([2, net.img_channels, net.img_resolution, net.img_resolution])
     labels = torch.eye(NUM_CLASSES)[:2]
-    seen = []
+    evaluated = []
     with torch.no_grad():
-        evaluations = edm_evaluations(net, noise, labels, num_steps=5, solver=solver)
+        evaluations = SamplerOptions.from_keywords(num_steps=5, solver=solver).evaluations(net, noise, labels)
         while True:
             try:
-                seen.append(next(evaluations))
+                evaluated.append(next(evaluations))
             except StopIteration as end:
                 images = end.value
                 break
         assert torch.equal(images, edm_sampler(net, noise, labels, num_steps=5, solver=solver))
-        for evaluation in seen:
+        for evaluation in evaluated:
             again = net(evaluation.x, torch.tensor(evaluation.sigma), labels)
             torch.testing.assert_close(evaluation.denoised, again, rtol=1e-5, atol=1e-5)
-    steps = [evaluation for evaluation in seen if not evaluation.is_trial]
+    steps = [evaluation for evaluation in evaluated if not evaluation.is_trial]
     assert [evaluation.step_idx for evaluation in steps] == list(range(5))
     assert [evaluation.sigma for evaluation in steps] == HeunOptions(num_steps=5).sigmas()[:-1]
-    assert len(seen) == (9 if solver == "heun" else 5)
-    assert torch.equal(seen[0].x, noise * 80)
+    assert len(evaluated) == (9 if solver == "heun" else 5)
+    assert torch.equal(evaluated[0].x, noise * 80)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +99,7 @@ def test_the_commands_make_what_is_shown(changes, networks, tmp_path, monkeypatc
     folder = tmp_path / "it's a folder"
     folder.mkdir()
     changes = dict(changes)
-    for name in {"net", "guide"} & changes.keys():  # under names that a shell would take apart
+    for name in {"net", "guide"} & changes.keys():  # under names that a shell would split
         copy = folder / f"a $copy & {name}{Path(changes[name]).suffix}"
         (shutil.copytree if os.path.isdir(changes[name]) else shutil.copy)(changes[name], copy)
         changes[name] = str(copy)
@@ -110,7 +108,7 @@ def test_the_commands_make_what_is_shown(changes, networks, tmp_path, monkeypatc
     commands = commands_for(setting, networks)
     assert len(commands) == (2 if setting.ema == 0.083 else 1)
     for line in commands:
-        typed(line, tmp_path, monkeypatch)
+        run_command(line, tmp_path, monkeypatch)
     if setting.num_images > 1:
         assert np.array_equal(read_png(tmp_path / "out" / "grid.png"), shown.sheet())
     else:
@@ -118,7 +116,7 @@ def test_the_commands_make_what_is_shown(changes, networks, tmp_path, monkeypatc
 
 
 def trained_without_labels(folder):
-    """A network's file that says that it was trained with label dropout, as a user would name it."""
+    """Path of a network that was trained with label dropout."""
     snapshot = load_snapshot(NET)
     save_snapshot(dataclasses.replace(snapshot, info={"label_dropout": 0.1}), folder / "net.safetensors")
     return str(folder / "net.safetensors")
@@ -131,12 +129,12 @@ def test_a_network_without_its_class(changes, networks, tmp_path, monkeypatch):
     assert (shown.classes is None) == ("class_idx" in changes)
     assert not np.array_equal(shown.images, last(generate_grid(small(), networks)).images)
     for line in commands_for(setting, networks):
-        typed(line, tmp_path, monkeypatch)
+        run_command(line, tmp_path, monkeypatch)
     assert np.array_equal(read_png(tmp_path / "out" / "grid.png"), shown.sheet())
     assert networks.facts(setting.net).label_dropout and not networks.facts(NET).label_dropout
 
 
-def test_commands_carry_what_is_not_left_at_its_default(tmp_path):
+def test_commands_carry_options_that_are_not_at_their_defaults(tmp_path):
     networks = Networks(torch.device("cpu"), precision="bf16")
     setting = small(num_images=40, class_idx="all", guide=GUIDE, guidance=1.0, interval=(0.1, 2))
     (line,) = commands_for(setting, networks, given_device="cpu", batch=8)
@@ -145,7 +143,7 @@ def test_commands_carry_what_is_not_left_at_its_default(tmp_path):
     assert not any("gnet" in word or "guidance" in word or "interval" in word for word in words)  # nothing is guided
 
 
-def test_a_folder_with_other_networks_beside_the_snapshots(networks, tmp_path, monkeypatch):
+def test_a_folder_with_other_networks_next_to_the_snapshots(networks, tmp_path, monkeypatch):
     shutil.copytree(RUN, tmp_path / "run")
     for std in ("0.050", "0.150"):
         copied = tmp_path / "run" / f"phema-0033554-{std}.pkl"
@@ -154,7 +152,7 @@ def test_a_folder_with_other_networks_beside_the_snapshots(networks, tmp_path, m
     shown = last(generate_grid(setting, networks))
     assert "from 8 snapshots" in shown.notes[0]
     for line in commands_for(setting, networks):
-        typed(line, tmp_path, monkeypatch)
+        run_command(line, tmp_path, monkeypatch)
     assert np.array_equal(read_png(tmp_path / "out" / "grid.png"), shown.sheet())
 
 
@@ -166,16 +164,16 @@ def test_progress_grows_and_shows_estimates(networks):
     assert len(progress) == 2 * 3  # batches, and evaluations of two steps of Heun
     grid = records[-1]
     first, final = progress[0].images, progress[-1].images
-    assert first.shape == grid.images.shape and (first[2] == first[2, 0, 0, 0]).all()  # not begun: grey
-    assert np.array_equal(final[:2], grid.images[:2])  # the batch that is done
+    assert first.shape == grid.images.shape and (first[2] == first[2, 0, 0, 0]).all()  # not started: gray
+    assert np.array_equal(final[:2], grid.images[:2])  # the finished batch
     assert not np.array_equal(first[:2], grid.images[:2])
     assert grid.classes is not None and len(grid.classes) == 3
 
 
-def test_nothing_is_computed_before_it_is_asked_for_and_after_it_is_left(monkeypatch):
+def test_nothing_is_computed_before_it_is_asked_for_or_after_it_is_closed(monkeypatch):
     calls = []
     networks = Networks(torch.device("cpu"))
-    plain = networks._ready
+    plain = networks._prepare
 
     def counting(*args):
         loaded = plain(*args)
@@ -188,7 +186,7 @@ def test_nothing_is_computed_before_it_is_asked_for_and_after_it_is_left(monkeyp
         loaded.net.bind = bound
         return loaded
 
-    monkeypatch.setattr(networks, "_ready", counting)
+    monkeypatch.setattr(networks, "_prepare", counting)
     records = generate_grid(small(num_steps=50), networks)
     assert calls == []
     while not isinstance(next(records), Progress):
@@ -221,10 +219,10 @@ def test_an_image_of_dealt_classes_keeps_its_class(networks):
     assert image_of(setting, 3, NUM_CLASSES) == small(class_idx=1, first_seed=3, num_images=1)
     explorer = Explorer(networks)
     grid = last(explorer.grid(setting))
-    assert np.array_equal(last(explorer.film_of(setting, 3, num_frames=2)).image, grid.images[3])
+    assert np.array_equal(last(explorer.film(setting, 3, num_frames=2)).image, grid.images[3])
 
 
-def test_two_settings_and_what_was_shown_before(networks):
+def test_finished_images_are_not_computed_again(networks):
     explorer = Explorer(networks)
     a, b = small(first_seed=7), small(first_seed=7, num_steps=3)
     first = last(explorer.grid(a))
@@ -233,11 +231,11 @@ def test_two_settings_and_what_was_shown_before(networks):
     assert all(isinstance(record, Pair) and record.a is first for record in records)
     assert np.array_equal(records[-1].b.images, last(generate_grid(b, networks)).images)
     assert a.differences(b) == ["num_steps"]
-    films = [last(explorer.film_of(a, 0, num_frames=2)) for _ in range(2)]
+    films = [last(explorer.film(a, 0, num_frames=2)) for _ in range(2)]
     assert films[0] is films[1] and isinstance(films[0], Film)
 
 
-def test_a_file_that_changes_is_read_anew(tmp_path):
+def test_a_file_that_changes_is_loaded_again(tmp_path):
     path = tmp_path / "net.pkl"
     shutil.copy(NET, path)
     explorer = Explorer(Networks(torch.device("cpu")))
@@ -248,10 +246,10 @@ def test_a_file_that_changes_is_read_anew(tmp_path):
     assert not np.array_equal(last(explorer.grid(setting)).images, before.images)
 
 
-def test_networks_are_kept_within_the_bound_and_the_oldest_goes_first():
+def test_networks_are_cached_up_to_the_bound_and_the_least_recently_used_goes_first():
     networks = Networks(torch.device("cpu"))
     last(generate_grid(small(net=RUN, ema=0.07, num_images=1, num_steps=1), networks))
-    one = networks.kept.num_bytes
+    one = networks.cache.num_bytes
     networks = Networks(torch.device("cpu"), max_bytes=round(2.5 * one))
 
     def loads(ema):
@@ -259,31 +257,31 @@ def test_networks_are_kept_within_the_bound_and_the_oldest_goes_first():
         return isinstance(records[0], Loading)
 
     assert [loads(ema) for ema in (0.07, 0.08, 0.07, 0.09, 0.07)] == [True, True, False, True, False]
-    assert len(networks.kept) == 2 and networks.kept.num_bytes <= networks.kept.max_bytes
-    assert loads(0.08)  # was not used for longest
+    assert len(networks.cache) == 2 and networks.cache.num_bytes <= networks.cache.max_bytes
+    assert loads(0.08)  # the least recently used
 
 
-def test_a_network_beyond_the_bound_is_used_and_not_kept():
+def test_a_network_beyond_the_bound_is_used_but_not_cached():
     networks = Networks(torch.device("cpu"), max_bytes=1000)
     grid = last(generate_grid(small(), networks))
-    assert len(networks.kept) == 0 and any("--cache-size" in note for note in grid.notes)
+    assert len(networks.cache) == 0 and any("--cache-size" in note for note in grid.notes)
 
 
-def test_the_table_counts_its_bytes_right_from_many_threads():
-    table = Bounded(100)
+def test_the_cache_counts_its_bytes_right_from_many_threads():
+    cache = BoundedCache(100)
 
     def work(seed):
         for i in range(300):
-            table.put((seed * i) % 23, i, (seed + i) % 40)
-            table.get(i % 23)
+            cache.put((seed * i) % 23, i, (seed + i) % 40)
+            cache.get(i % 23)
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(1, 5)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert 0 < table.num_bytes <= 100
-    assert table.num_bytes == sum(num for _, num in table._values.values())
+    assert 0 < cache.num_bytes <= 100
+    assert cache.num_bytes == sum(num for _, num in cache._values.values())
 
 
 def conditioned(tmp_path, monkeypatch):
@@ -298,10 +296,10 @@ def conditioned(tmp_path, monkeypatch):
         ({"net": "missing.pkl"}, "missing.pkl"),
         ({"net": " "}, "no network to sample from"),
         ({"net": RUN}, "choose an EMA length"),
-        ({"net": RUN, "ema": 0.5}, "0.5 is no EMA length"),
+        ({"net": RUN, "ema": 0.5}, "EMA length 0.5 must be from 0.001 to 0.288"),
         ({"net": str(GOLDEN_DIR / "snapshots")}, "no snapshots {prefix}"),
-        ({"guidance": 2.0}, "guidance 2 needs a guiding network"),
-        ({"guide": GUIDE, "guidance": float("nan")}, "is no strength"),
+        ({"guidance": 2.0}, "guidance=2 needs a guiding network"),
+        ({"guide": GUIDE, "guidance": float("nan")}, "guidance=nan"),
         ({"guide": str(GOLDEN_DIR / "snapshots" / "latent-cond.pkl"), "guidance": 2.0}, "the guide is for images of"),
         ({"guide": GUIDE, "guidance": 2.0, "interval": (5.0, 0.2)}, "above 5 and up to 0.2"),
         ({"guide": "self", "guidance": 2.0}, "does not say that it was trained with --label-dropout"),
@@ -310,28 +308,28 @@ def conditioned(tmp_path, monkeypatch):
         ({"net": RUN, "ema": 0.05, "class_idx": 1}, "takes no class"),
         ({"class_idx": "all", "num_images": NUM_CLASSES + 1}, f"choose {NUM_CLASSES} or {2 * NUM_CLASSES}"),
         ({"num_images": 0}, "0 images"),
-        ({"num_images": 1000}, "1000 images cannot be; choose a whole number from 1 to 256"),
+        ({"num_images": 1000}, "1000 images is out of range; choose a whole number from 1 to 256"),
         ({"num_steps": 0}, "0 steps"),
         ({"first_seed": -1}, "-1 as first seed"),
-        ({"solver": "magic"}, "'magic' is no solver"),
+        ({"solver": "magic"}, "'magic'"),
     ],
 )
-def test_mistakes_are_one_line(changes, message, networks):
+def test_errors_are_one_line(changes, message, networks):
     with pytest.raises(ConfigError) as error:
         list(generate_grid(small(**changes), networks))
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_network_that_wants_pictures_is_refused(tmp_path, monkeypatch):
+def test_a_network_conditioned_on_images_is_refused(tmp_path, monkeypatch):
     conditioned(tmp_path, monkeypatch)
-    with pytest.raises(ConfigError, match="needs a picture to start from"):
+    with pytest.raises(ConfigError, match="is conditioned on images"):
         list(generate_grid(small(), Networks(torch.device("cpu"))))
 
 
-def test_film_strips_of_what_there_is_not(networks):
-    with pytest.raises(ConfigError, match="image 4 among 3"):
+def test_film_strips_that_are_not_possible(networks):
+    with pytest.raises(ConfigError, match="image 4 does not exist"):
         image_of(small(), 3, NUM_CLASSES)
-    for setting, frames, message in ((small(), 4, "shows one image"), (small(num_images=1), 1, "1 frames cannot be")):
+    for setting, frames, message in ((small(), 4, "shows one image"), (small(num_images=1), 1, "1 frames is not")):
         with pytest.raises(ConfigError, match=message):
             list(generate_film(setting, networks, num_frames=frames))
 
@@ -341,7 +339,7 @@ def test_facts_without_loading(networks):
     assert facts.lengths == (0.05, 0.1) and facts.label_dim == 0 and facts.size == (3, 8, 8)
     assert "33.6 million images" in str(facts)
     run = RunSnapshots.read(RUN)
-    assert run.stored(0.05) is not None and run.stored(0.051) is None and run.kimg == 33554
+    assert run.stored(0.05) is not None and run.stored(0.051) is None and run.nimg // 1000 == 33554
 
 
 def test_sheets_are_png_files_of_the_same_pixels(networks, tmp_path):
@@ -358,11 +356,11 @@ def test_sheets_are_png_files_of_the_same_pixels(networks, tmp_path):
         (["--net=missing.pkl"], "missing.pkl"),
         (["--run=missing"], "cannot read the input folder missing"),
         (["--gnet=missing.pkl"], "missing.pkl"),
-        (["--device=tpu"], "--device=tpu is no device"),
-        (["--host=nowhere.invalid"], "--host=nowhere.invalid is no address"),
+        (["--device=tpu"], "--device=tpu"),
+        (["--host=nowhere.invalid"], "--host=nowhere.invalid is not an address"),
     ],
 )
-def test_mistakes_of_the_command_line(options, message):
+def test_errors_of_the_command_line(options, message):
     pytest.importorskip("gradio")
     result = click.testing.CliRunner().invoke(explore.cmdline, options)
     assert isinstance(result.exception, ConfigError) and message in str(result.exception)

@@ -1,6 +1,6 @@
-"""The explorer in a browser, used as people do: clicks, drags and typing, and what is then seen.
+"""The explorer in a browser, used like a person does: clicks, drags, typing, and what the page then shows.
 
-`python -m tests.edm2.explorer.test_explore_page` takes docs/explore.png anew.
+`python -m tests.edm2.explorer.test_explore_page` renews docs/explore.png.
 """
 
 import base64
@@ -26,7 +26,7 @@ import reconstruct_phema
 from tests.helpers.chromium import Browser, chromium, chromium_paths
 from tests.helpers.paths import ROOT
 
-PICTURE = ROOT / "docs" / "explore.png"
+SCREENSHOT = ROOT / "docs" / "explore.png"
 NET = "tests/golden/snapshots/rgb-cond.pkl"
 GUIDE = "tests/golden/snapshots/rgb-cond-guide.pkl"
 RUN = "tests/golden/snapshots/run"
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.skipif(chromium_paths() is None, reason="needs Chromium
 
 @contextmanager
 def served(errors: Path) -> Iterator[str]:
-    """The URL of an explorer with default options, which runs until the block ends; `errors` gets what it complains."""
+    """URL of an explorer with default options, which runs until the block ends; its stderr goes to `errors`."""
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     with open(errors, "w") as file:
         process = subprocess.Popen(
@@ -50,19 +50,19 @@ def served(errors: Path) -> Iterator[str]:
             yield found[0]
         finally:
             process.terminate()
-            process.wait()
+            process.wait(timeout=120)
             process.stdout.close()
 
 
 class Explored:
-    """The page in a browser, in the words of its user."""
+    """The page in a browser, by its user's actions."""
 
     def __init__(self, browser: Browser, url: str) -> None:
         self.browser = browser
         self.url = url
 
     def open(self) -> None:
-        """Load it anew, and wait for its first pictures."""
+        """Load the page again, and wait for its first images."""
         self.browser.get(self.url)
         self.browser.wait("document.querySelector('#grid pre')")
 
@@ -79,7 +79,7 @@ class Explored:
         self._type(f"#{control} input", value)
 
     def pick(self, control: str, option: str) -> None:
-        """Open a picker, and click one of what it offers."""
+        """Open a picker, and click one of its options."""
         self.browser.click(f"#{control} input")
         offered = f"[role=option][aria-label={json.dumps(option)}]"
         self.browser.wait("document.querySelector(arguments[0])", offered)
@@ -90,7 +90,7 @@ class Explored:
         self.browser.type(selector, value)
 
     def shown(self, view: str, *words: str) -> None:
-        """Wait until finished pictures are there whose command has all these words."""
+        """Wait for finished images whose command has all these words."""
         self.browser.wait(
             "arguments[1].every(word => document.querySelector(arguments[0]).innerText.includes(word))"
             " && !document.querySelector('.busy')",
@@ -101,14 +101,14 @@ class Explored:
     def commands(self, view: str) -> list[str]:
         return self.browser.run("return document.querySelector(arguments[0]).innerText", f"#{view} pre").split("\n")
 
-    def picture(self, view: str) -> np.ndarray:
+    def image(self, view: str) -> np.ndarray:
         return from_url(self.browser.run("return document.querySelector(arguments[0]).src", f"#{view} .sheet img"))
 
     def status(self) -> str:
         return self.browser.run("return document.querySelector('#status p').innerText")
 
     def says(self, pattern: str) -> str:
-        """Wait until the status matches, and give it."""
+        """Wait until the status matches, and return it."""
         found = "document.querySelector('#status p').innerText"
         return self.browser.wait(f"RegExp(arguments[0]).test({found}) && {found}", pattern)
 
@@ -123,13 +123,13 @@ def pixels(png: bytes) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def complaints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def stderr(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("server") / "errors.txt"
 
 
 @pytest.fixture(scope="module")
-def explored(tmp_path_factory: pytest.TempPathFactory, complaints: Path) -> Iterator[Explored]:
-    with served(complaints) as url, chromium(tmp_path_factory.mktemp("browser") / "profile") as browser:
+def explored(tmp_path_factory: pytest.TempPathFactory, stderr: Path) -> Iterator[Explored]:
+    with served(stderr) as url, chromium(tmp_path_factory.mktemp("browser") / "profile") as browser:
         browser.view(WIDTH, HEIGHT)
         yield Explored(browser, url)
 
@@ -141,7 +141,7 @@ def page(explored: Explored) -> Explored:
 
 
 def made_by(lines: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
-    """The picture that the command lines make, typed as they are, from the checkout into `folder`/out."""
+    """Pixels of the grid that the command lines write to `folder`/out, run unchanged."""
     monkeypatch.chdir(folder)
     for name in ("models", "tests"):
         (folder / name).symlink_to(ROOT / name)
@@ -154,19 +154,19 @@ def made_by(lines: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return pixels((folder / "out" / "grid.png").read_bytes())
 
 
-def test_it_shows_the_shipped_model_at_once_and_nothing_comes_from_elsewhere(page):
-    assert page.picture("grid").shape == (138, 138)
+def test_it_shows_the_shipped_model_at_once_and_loads_nothing_from_other_servers(page):
+    assert page.image("grid").shape == (138, 138)
     (line,) = page.commands("grid")
     assert "--net=models/fashion.safetensors --gnet=models/fashion-guide.safetensors --guidance=1.5" in line
     names = page.browser.run("return performance.getEntriesByType('resource').map(e => e.name)")
     assert names and all(name.startswith((page.url, "data:")) for name in names)
 
 
-def test_the_documented_picture_is_what_is_seen(page):
-    seen, kept = (pixels(png)[..., :3].astype(int) for png in (page.browser.screenshot(), PICTURE.read_bytes()))
-    assert seen.shape == kept.shape
+def test_the_documented_screenshot_is_what_the_page_shows(page):
+    now, documented = (pixels(png)[..., :3].astype(int) for png in (page.browser.screenshot(), SCREENSHOT.read_bytes()))
+    assert now.shape == documented.shape
     # Fonts differ between machines; the layout does not. Means over squares of 20 pixels:
-    squares = [image.reshape(HEIGHT // 20, 20, WIDTH // 20, 20, 3).mean((1, 3, 4)) for image in (seen, kept)]
+    squares = [image.reshape(HEIGHT // 20, 20, WIDTH // 20, 20, 3).mean((1, 3, 4)) for image in (now, documented)]
     assert np.abs(squares[0] - squares[1]).mean() < 12
     assert np.corrcoef(squares[0].ravel(), squares[1].ravel())[0, 1] > 0.8
 
@@ -175,14 +175,14 @@ def test_a_run_whose_ema_length_is_dragged(page, tmp_path, monkeypatch):
     page.pick("a-guide", "none")
     page.choose("a-net", RUN)
     page.shown("grid", "network-snapshot-0033554-0.100.pkl")
-    before = page.picture("grid")
+    before = page.image("grid")
     page.browser.drag("#a-ema input[type=range]", 0.37, 0.8)
     page.shown("grid", "reconstruct_phema.py", "phema-0033554-0.2")
     length = float(page.browser.run("return document.querySelector('#a-ema input').value"))
     assert 0.19 < length < 0.22
     lines = page.commands("grid")
     assert f"--outstd={length:.3f}" in lines[0] and len(lines) == 2
-    after = page.picture("grid")
+    after = page.image("grid")
     assert not np.array_equal(before, after)
     assert np.array_equal(made_by(lines, tmp_path, monkeypatch), after)
 
@@ -196,18 +196,18 @@ def test_two_settings_side_by_side(page, tmp_path, monkeypatch):
     page.says("A and B differ: network")
     page.browser.click("#copy")
     page.says("A and B are the same setting")
-    assert np.array_equal(page.picture("view-a"), page.picture("view-b"))
+    assert np.array_equal(page.image("view-a"), page.image("view-b"))
     assert NET in page.browser.run("return document.querySelector('#b-net input').value")
     page.browser.drag("#b-guidance input[type=range]", 0.38, 0.9)
     assert re.search(r"guidance 1.5 and 3\.\d", page.says("A and B differ: guidance"))
-    a, b = page.picture("view-a"), page.picture("view-b")
+    a, b = page.image("view-a"), page.image("view-b")
     assert not np.array_equal(a, b)
     lines = page.commands("view-b")
     assert "--guidance=3." in lines[0] and "--seeds=0-3" in lines[0]
     assert np.array_equal(made_by(lines, tmp_path, monkeypatch), b)
 
 
-def test_a_second_setting_that_takes_over_a_run(page):
+def test_the_second_setting_can_take_over_a_run(page):
     page.pick("a-guide", "none")
     page.choose("a-net", RUN)
     page.shown("grid", "network-snapshot-0033554-0.100.pkl")
@@ -225,7 +225,7 @@ def test_a_click_on_an_image_shows_how_it_came_into_being(page):
     page.pick("a-guide", "none")
     page.number("num_images", "4")
     page.shown("grid", NET, "--seeds=0-3")
-    grid = page.picture("grid")
+    grid = page.image("grid")
     size = (len(grid) - 6) // 2
     page.browser.click("#grid .sheet img", at=(0.75, 0.25))
     page.browser.wait("document.querySelector('#film .strip') && !document.querySelector('.busy')")
@@ -239,24 +239,24 @@ def test_a_click_on_an_image_shows_how_it_came_into_being(page):
     ]
     assert np.array_equal(images[-1], grid[2 : 2 + size, 4 + size : 4 + 2 * size])
     page.number("image", "9")
-    assert "there is no image 9 among 4" in page.says("no image 9")
+    assert "choose one from 1 to 4" in page.says("image 9 does not exist")
 
 
-def test_cancel_stops_and_what_comes_next_is_not_held_up(page):
+def test_cancel_stops_and_does_not_hold_up_the_next_request(page):
     page.number("num_images", "64")
     page.number("a-num_steps", "64")
     page.browser.wait(
         "document.querySelector('.busy') && document.querySelector('#status').innerText.includes('of 64')"
     )
     page.browser.click("#cancel")
-    page.says("Stopped; what is there is unfinished")
-    assert page.browser.run("return document.querySelector('#grid pre')") is None  # no command makes what is there
+    page.says("Stopped; the images are unfinished")
+    assert page.browser.run("return document.querySelector('#grid pre')") is None  # no command makes these images
     page.number("a-num_steps", "2")
     page.pick("a-guide", "none")
     page.shown("grid", "--steps=2", "--seeds=0-63")
 
 
-def test_mistakes_are_told_on_the_page(page):
+def test_errors_are_shown_on_the_page(page):
     before = page.commands("grid")
     page.choose("a-net", "no/such/network.pkl")
     assert "no/such/network.pkl" in page.says("no/such")
@@ -267,11 +267,11 @@ def test_mistakes_are_told_on_the_page(page):
     page.says("Done")
     page.browser.click("#a-limited input")
     page.number("a-low", "9")
-    assert "the first one must be the smaller one" in page.says("above 9 and up to 2.9")
+    assert "make the first smaller" in page.says("above 9 and up to 2.9")
     page.browser.click("#a-limited input")
     page.pick("a-class_idx", "all, a row for each")
     assert "choose 10 or 20 or 30" in page.says("16 images cannot show each of 10 classes")
-    assert page.commands("grid") == before  # of the pictures that are still there
+    assert page.commands("grid") == before  # of the images that are still shown
 
 
 def test_changes_can_wait_for_the_button(page):
@@ -280,7 +280,7 @@ def test_changes_can_wait_for_the_button(page):
     page.shown("grid", NET)
     page.browser.click("#live input")
     page.number("num_images", "2")
-    page.says("Generate makes its pictures")
+    page.says("Generate makes their images")
     assert "--seeds=0-15" in page.commands("grid")[0]
     page.browser.click("#go")
     page.shown("grid", "--seeds=0-1")
@@ -305,17 +305,32 @@ def test_two_windows_do_not_disturb_each_other(page):
     browser.switch(second)
     browser.click("#cancel")
     page.says("Stopped")
-    browser.close_window()
     browser.switch(first)
     page.shown("grid", NET, "--seeds=0-4")
+    browser.switch(second)
+    browser.click("#go")
+    page.says("Step .* of 64")
+    browser.switch(first)
+    page.number("num_images", "6")
+    page.says("Waiting for another page")
+    browser.click("#cancel")
+    page.says("Stopped")
+    browser.switch(second)
+    # Longer than the browser waits, and above the slider's end, to which the input returns when one leaves it.
+    browser.type("#a-num_steps input[type=number]", "1000", leave=False)
+    page.says("Step .* of 1000")
+    browser.close_window()
+    browser.switch(first)
+    page.number("num_images", "7")
+    page.shown("grid", NET, "--seeds=0-6")
 
 
-def test_the_picture_can_be_downloaded_and_the_command_copied(page, tmp_path):
+def test_the_image_can_be_downloaded_and_the_command_copied(page, tmp_path):
     page.browser.devtools(
         "Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path), eventsEnabled=True
     )
     href = page.browser.run("return document.querySelector('#grid a.download').href")
-    assert np.array_equal(from_url(href), page.picture("grid"))
+    assert np.array_equal(from_url(href), page.image("grid"))
     page.browser.click("#grid a.download")
     page.browser.click("#grid .command button")
     page.browser.wait("document.querySelector('#grid .command button').innerText == 'Copied'")
@@ -323,7 +338,7 @@ def test_the_picture_can_be_downloaded_and_the_command_copied(page, tmp_path):
         if (tmp_path / "grid.png").exists():
             break
         page.browser.run("return 1")
-    assert np.array_equal(pixels((tmp_path / "grid.png").read_bytes()), page.picture("grid"))
+    assert np.array_equal(pixels((tmp_path / "grid.png").read_bytes()), page.image("grid"))
 
 
 @pytest.mark.parametrize("size", [(WIDTH, HEIGHT), (390, 844), (320, 640)])
@@ -352,9 +367,9 @@ def test_everything_fits_the_window(explored, size):
         browser.view(WIDTH, HEIGHT)
 
 
-def test_the_terminal_has_heard_of_no_mistake(explored, complaints):
-    """Comes last."""
-    assert complaints.read_text() == ""
+def test_the_terminal_shows_no_error(explored, stderr):
+    """Runs last, after everything else that the page did."""
+    assert stderr.read_text() == ""
 
 
 if __name__ == "__main__":
@@ -365,4 +380,4 @@ if __name__ == "__main__":
     ):
         window.view(WIDTH, HEIGHT)
         Explored(window, shown_at).open()
-        PICTURE.write_bytes(window.screenshot())
+        SCREENSHOT.write_bytes(window.screenshot())

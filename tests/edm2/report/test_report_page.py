@@ -1,6 +1,6 @@
 """The report in a browser: on a wide screen, on a phone, in the dark and on paper.
 
-`python -m tests.edm2.report.test_report_page` takes docs/report.png anew.
+`python -m tests.edm2.report.test_report_page` takes docs/report.png again.
 """
 
 import io
@@ -19,8 +19,8 @@ from edm2.report.record import read_run
 from tests.helpers.chromium import Browser, chromium, chromium_paths
 from tests.helpers.paths import ROOT
 
-RUN = Path(__file__).parent / "runs" / "fashion"
-PICTURE = ROOT / "docs" / "report.png"
+RUN = ROOT / "tests" / "runs" / "fashion"
+SCREENSHOT = ROOT / "docs" / "report.png"
 WIDTH, HEIGHT = 1280, 1500
 
 pytestmark = pytest.mark.skipif(chromium_paths() is None, reason="needs Chromium and chromedriver")
@@ -95,8 +95,8 @@ def test_dark_and_light_differ_and_both_have_contrast(browser):
         assert (background < 60) == dark and abs(background - text) > 150
         shown = pixels(browser.screenshot())
         assert np.median(shown) == pytest.approx(background, abs=12)
-        colours = shown @ [1 << 16, 1 << 8, 1]
-        assert len(np.unique(colours)) > 50  # coloured curves, greys of samples
+        colors = shown @ [1 << 16, 1 << 8, 1]
+        assert len(np.unique(colors)) > 50  # colored curves, grays of samples
     browser.view(WIDTH, HEIGHT)
 
 
@@ -115,12 +115,12 @@ def test_nothing_is_loaded_and_nothing_is_complained_about(browser):
     assert [name for name in names if not name.startswith("data:")] == []
 
 
-def test_the_documented_picture_is_what_is_seen(browser):
+def test_the_documented_screenshot_is_up_to_date(browser):
     browser.view(WIDTH, HEIGHT)
-    seen, kept = pixels(browser.screenshot()), pixels(PICTURE.read_bytes())
-    assert seen.shape == kept.shape
+    shown, kept = pixels(browser.screenshot()), pixels(SCREENSHOT.read_bytes())
+    assert shown.shape == kept.shape
     # Fonts differ between machines; the layout does not. Means over squares of 20 pixels:
-    squares = [image.reshape(HEIGHT // 20, 20, WIDTH // 20, 20, 3).mean((1, 3, 4)) for image in (seen, kept)]
+    squares = [image.reshape(HEIGHT // 20, 20, WIDTH // 20, 20, 3).mean((1, 3, 4)) for image in (shown, kept)]
     assert np.abs(squares[0] - squares[1]).mean() < 12
     assert np.corrcoef(squares[0].ravel(), squares[1].ravel())[0, 1] > 0.8
 
@@ -129,4 +129,4 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as name, chromium(Path(name) / "profile") as window:
         window.view(WIDTH, HEIGHT)
         window.get(write_page(Path(name) / "report.html"))
-        PICTURE.write_bytes(window.screenshot())
+        SCREENSHOT.write_bytes(window.screenshot())
