@@ -2,8 +2,8 @@
 # make check   lint, format, types and the documentation's links
 # make docs    the documentation as a site, in out/site; make docs SERVE=1 shows it in a browser while you write
 # make test    env, check, then the whole suite
-# make faults  the long fault suite: a hundred kills and what else may befall a run, with counts; about half an hour
-# make demo    pictures from the shipped network, then from one trained here in about two minutes, in out/demo
+# make faults  the long fault suite: a hundred kills and other faults of a run, with counts; about half an hour
+# make demo    images of the shipped network, then of one trained here in about two minutes, in out/demo
 # make clean   removes what the above made, .venv included
 #
 # PYTHON=python3.12      which Python makes the environment (3.11 or newer)

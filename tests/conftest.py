@@ -1,7 +1,8 @@
-"""What all tests share: one thread per process, GPU tests skipped where there is no GPU, and the golden numbers."""
+"""What all tests share: one thread per process, signals, time limits, GPU tests skipped without a GPU, and the golden
+numbers."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 
 # Before torch is imported, here and in the processes that tests start: the suite runs one worker per core, and small
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from tests.helpers.interrupts import heeded_interrupts
 from tests.helpers.paths import GOLDEN_DIR, Golden
 
 
@@ -26,11 +28,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         long = [item for item in items if item.get_closest_marker("faults") is not None]
         config.hook.pytest_deselected(items=long)
         items[:] = [item for item in items if item not in long]
+    for item in items:
+        if item.get_closest_marker("faults") is not None:
+            item.add_marker(pytest.mark.timeout(3600))
     if torch.cuda.is_available():
         return
     for item in items:
         if item.get_closest_marker("gpu") is not None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interrupts_reach_children() -> Iterator[None]:
+    """The suite may run in the background of a script (`make test &`), and tests interrupt what they start."""
+    with heeded_interrupts():
+        yield
 
 
 @cache

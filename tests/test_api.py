@@ -74,11 +74,14 @@ NAMES: dict[str, list[str]] = {
         "parse_int_list(*)",
     ],
     "calculate_metrics": [
-        "calculate_stats_for_iterable(*)",
-        "calculate_stats_for_files(*)",
         "calculate_metrics_from_stats(stats, ref, metrics=..., verbose=...)",
-        "load_stats(path)",
-        "save_stats(stats, path)",
+        "calculate_stats_for_files(image_path, num_images=None, seed=0, max_batch_size=64, num_workers=2, "
+        "prefetch_factor=2, verbose=True)",
+        "calculate_stats_for_iterable(image_iter, metrics=..., verbose=True, dest_path=None, device=None)",
+        "load_stats(path, verbose=True)",
+        "save_stats(stats, path, verbose=True)",
+        "get_detector(metric, verbose=True)",
+        "parse_metric_list(*)",
         "InceptionV3Detector(weights=None)",
         "DINOv2Detector(resize_mode='torch', weights=None)",
     ],
@@ -87,6 +90,8 @@ NAMES: dict[str, list[str]] = {
         "reconstruct_phema(in_pkls, out_std, out_nimg=None, out_dir=None, out_prefix='phema', skip_existing=False, "
         "max_batch_size=8, verbose=True)",
         "parse_std_list(*)",
+        "pkl_path(dir, prefix, nimg, std)",
+        "kimg_to_nimg(kimg)",
     ],
     "count_flops": ["count_flops(net)"],
     "toy_example": [

@@ -16,7 +16,8 @@ PAGES += sorted((ROOT / "docs").rglob("*.md"))
 EQUATIONS = ROOT / "docs" / "equations.md"
 
 # `path.py` or `path.py::name` in backticks, with the folder.
-_NAMED = re.compile(r"`((?:training|torch_utils|dnnlib|tests|benchmarks|edm2.diffusers|data)/[\w/]+\.py)(?:::(\w+))?`")
+_NAMED = re.compile(r"`((?:training|torch_utils|dnnlib|tests|benchmarks|edm2|data)/[\w/]+\.py)(?:::(\w+))?`")
+_TEST_FILES = {path.name for path in (ROOT / "tests").rglob("test_*.py")}
 _TEST_FILE = re.compile(r"\b(test_\w+\.py)\b")
 _CITED = re.compile(r"(?:Eq\.|Equations?) ([\d, and]+)")
 _NUMBER = re.compile(r"\d+")
@@ -36,7 +37,7 @@ def test_files_and_functions_that_a_page_names_exist(page: Path) -> None:
         assert (ROOT / name).is_file(), f"there is no {name}"
         assert not function or function in defined(ROOT / name), f"{name} has no {function}"
     for name in _TEST_FILE.findall(text):
-        assert (ROOT / "tests" / name).is_file(), f"there is no tests/{name}"
+        assert name in _TEST_FILES, f"there is no {name} below tests/"
 
 
 def rows() -> list[list[str]]:

@@ -1,4 +1,4 @@
-"""The notebook docs/tour.ipynb: it runs from top to bottom, and what it shows is in the file."""
+"""The notebook docs/tour.ipynb runs from top to bottom, and the file has its outputs."""
 
 import json
 import os
@@ -12,7 +12,7 @@ DOCS = ROOT / "docs"
 TOUR = DOCS / "tour.ipynb"
 
 
-def pictures(notebook: dict[str, Any]) -> int:
+def num_images(notebook: dict[str, Any]) -> int:
     outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
     return sum("image/png" in output.get("data", {}) for output in outputs)
 
@@ -23,7 +23,7 @@ def test_the_file_has_its_outputs_and_is_small() -> None:
     assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))  # in one go
     assert all(output["output_type"] != "error" for cell in code for output in cell["outputs"])
     text = TOUR.read_text(encoding="utf-8")
-    assert pictures(notebook) >= 6 and len(text) < 500_000
+    assert num_images(notebook) >= 6 and len(text) < 500_000
     assert "/home/" not in text and "/tmp/" not in text
 
 
@@ -33,11 +33,11 @@ def test_it_runs_from_top_to_bottom(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDM2_TOUR", "0.1")  # of the training and of the images that are measured
     monkeypatch.setenv("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))
     notebook = nbformat.read(TOUR, as_version=4)
-    committed = pictures(notebook)
+    committed = num_images(notebook)
     nbclient.NotebookClient(
         notebook, timeout=1200, kernel_name="python3", resources={"metadata": {"path": str(DOCS)}}
     ).execute()
-    assert pictures(notebook) == committed
+    assert num_images(notebook) == committed
     printed = "".join(
         output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []) if "text" in output
     )

@@ -19,7 +19,7 @@ _PATIENCE_SEC = 120
 
 
 def chromium_paths() -> tuple[str, str] | None:
-    """The browser and its driver; None where either is missing."""
+    """Paths of the browser and its driver; None if either is missing."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     driver = shutil.which("chromedriver")
     return (browser, driver) if browser and driver else None
@@ -36,11 +36,11 @@ class Browser:
         self._call("POST", "url", {"url": page if isinstance(page, str) else page.absolute().as_uri()})
 
     def run(self, script: str, *args: Any) -> Any:
-        """The value that the script returns."""
+        """Return the value of the script."""
         return self._call("POST", "execute/sync", {"script": script, "args": list(args)})
 
     def wait(self, condition: str, *args: Any) -> Any:
-        """The value of the expression `condition`, once it is true; looked at by the page itself."""
+        """Wait until the expression `condition` is true in the page, and return its value."""
         script = f"""
         const args = arguments, done = args[args.length - 1];
         const look = () => {{
@@ -53,26 +53,23 @@ class Browser:
         return self._call("POST", "execute/async", {"script": script, "args": list(args)})
 
     def window(self) -> str:
-        """The handle of the window that is driven."""
+        """Return the handle of the current window."""
         return str(self._call("GET", "window"))
 
     def new_window(self) -> None:
-        """Open another tab, and drive it."""
+        """Open another tab and switch to it."""
         self.switch(self._call("POST", "window/new", {"type": "tab"})["handle"])
 
     def switch(self, handle: str) -> None:
-        """Drive another window."""
+        """Switch to another window."""
         self._call("POST", "window", {"handle": handle})
 
     def close_window(self) -> None:
-        """Close the window that is driven; switch to another one next."""
+        """Close the current window; call `switch` next."""
         self._call("DELETE", "window")
 
     def click(self, selector: str, *, at: tuple[float, float] = (0.5, 0.5)) -> None:
-        """Press and release the mouse on the first element that is found, at these shares of its width and height.
-
-        Where the page has moved it away meanwhile, this is tried again.
-        """
+        """Click the first matching element at these shares of its width and height; again if the page moved it away."""
         listen = """
         window.pressed = false;
         const heard = event => { window.pressed = true; };
@@ -85,17 +82,20 @@ class Browser:
         raise AssertionError(f"{selector} cannot be clicked")
 
     def drag(self, selector: str, start: float, end: float, *, num_moves: int = 5) -> None:
-        """Press at the share `start` of an element's width, move to `end` in some moves, and release."""
+        """Press at the share `start` of an element's width, move to `end` in steps, and release."""
         shares = [start + (end - start) * i / num_moves for i in range(num_moves + 1)]
         self._pointer([self._point(selector, (share, 0.5)) for share in shares])
 
-    def type(self, selector: str, text: str) -> None:
-        """Click into an input, replace what it holds by `text`, press Enter, and leave it. Where the input proposes
-        something, Enter waits until that fits what was typed, as a user would.
+    def type(self, selector: str, text: str, *, leave: bool = True) -> None:
+        """Click into an input, replace its content by `text`, and with `leave` press Enter and leave it.
+
+        If the input proposes options, Enter waits until they match the text, as a user would.
         """
         self.click(selector)
         self.run("document.querySelector(arguments[0]).select()", selector)
         self._press(text)
+        if not leave:
+            return
         fits = "option => option.innerText.toLowerCase().includes(arguments[0].toLowerCase())"
         self.wait(f"[...document.querySelectorAll('[role=option]')].every({fits})", text)
         self._press("\ue007")
@@ -106,27 +106,27 @@ class Browser:
         self._call("POST", "actions", {"actions": [{"type": "key", "id": "keyboard", "actions": strokes}]})
 
     def devtools(self, command: str, **params: Any) -> Any:
-        """A command of the DevTools protocol."""
+        """Run a command of the DevTools protocol."""
         return self._call("POST", "goog/cdp/execute", {"cmd": command, "params": params})
 
     def view(self, width: int, height: int, *, scale: float = 1, dark: bool = False, media: str = "") -> None:
-        """Take this size, colour scheme and medium ('print', or '' for the screen)."""
+        """Set the window's size, color scheme and medium ('print', or '' for the screen)."""
         size = {"width": width, "height": height, "deviceScaleFactor": scale, "mobile": width < 600}
         self.devtools("Emulation.setDeviceMetricsOverride", **size)
         features = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.devtools("Emulation.setEmulatedMedia", media=media, features=features)
 
     def screenshot(self, *, whole: bool = False) -> bytes:
-        """PNG of what is seen, or of the whole page."""
+        """PNG of the visible part, or of the whole page."""
         found = self.devtools("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
         return base64.b64decode(found["data"])
 
     def pdf(self) -> bytes:
-        """The page as it would be printed."""
+        """PDF of the printed page."""
         return base64.b64decode(self.devtools("Page.printToPDF", printBackground=True, preferCSSPageSize=True)["data"])
 
     def _point(self, selector: str, at: tuple[float, float]) -> tuple[int, int]:
-        """Where in the window a share of an element is, after scrolling there, once it has come to rest."""
+        """Position in the window of a share of an element, after scrolling to it and once it no longer moves."""
         still = """(() => {
             const found = document.querySelector(arguments[0]);
             found.scrollIntoView({block: 'center', behavior: 'instant'});
@@ -152,7 +152,7 @@ class Browser:
 
 @contextmanager
 def chromium(profile: Path) -> Iterator[Browser]:
-    """A browser with a fresh profile in the folder `profile`, until the block ends."""
+    """Start a browser with a new profile in the folder `profile`, until the block ends."""
     paths = chromium_paths()
     assert paths is not None
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -176,6 +176,6 @@ def chromium(profile: Path) -> Iterator[Browser]:
             requests.delete(f"{url}/{answer['sessionId']}", timeout=_PATIENCE_SEC)
     finally:
         driver.terminate()
-        driver.wait()
+        driver.wait(timeout=120)
         if driver.stdout is not None:
             driver.stdout.close()

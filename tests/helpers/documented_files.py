@@ -175,7 +175,7 @@ FILES: dict[str, Callable[[Path], None]] = {
     r"((datasets|shared)/)?[\w-]+-(sd|z)\.zip": latents,
     r"datasets/mine\.zip": larger_pictures,
     r"(datasets/)?[\w-]+\.zip": pictures,
-    r"imagenet/train|photos|my-pictures": photographs,
+    r"imagenet/train|photos|my-pictures|my-images": photographs,
     r"cifar-10-python\.tar\.gz": cifar,
     r"out|small": folder_of_images,
     r"out/[\w-]*ref\.safetensors|ref\.safetensors": reference,
@@ -188,7 +188,7 @@ FILES: dict[str, Callable[[Path], None]] = {
     r"net\.pkl|snapshots/\*\.pkl": copy_of(SNAPSHOTS / "rgb-cond.pkl"),
     r"conditioned\.pkl": conditioned_network,
     r"guide\.pkl": copy_of(SNAPSHOTS / "run" / "network-snapshot-0008388-0.100.pkl"),
-    r"(picture|mask)\.png": grey_picture,
+    r"(image|mask)\.png": grey_picture,
     r"my-vae": vae,
     r"out/(main|guide)/iter\d+\.pkl": copy_of(SNAPSHOTS / "toy.pkl"),
 }

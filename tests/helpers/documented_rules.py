@@ -77,7 +77,7 @@ NOT_RUN = {
     r"^rclone ": "fetches gigabytes",
     r"^python explore\.py": "a server; tests/edm2/explorer/test_explore_page.py runs it in a browser",
     r"^tensorboard ": "a server that runs until it is stopped",
-    r"^(OMP_NUM_THREADS=1 )?python (-m benchmarks\.|benchmarks/)": "minutes; benchmarks are no tests",
+    r"^(OMP_NUM_THREADS=1 )?python -m benchmarks\.": "minutes; benchmarks are not tests",
     r"^python -m http\.server": "a server that runs until it is stopped",
     r"^python data/make_fashion_mnist\.py": "reads the original files of Fashion-MNIST",
 }

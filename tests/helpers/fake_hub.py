@@ -28,13 +28,13 @@ class FakeHub(LoopbackServer):
         self.requests: list[str] = []  # method and path
 
     def add(self, repository: str, files: dict[str, bytes | Path], revision: str = "main") -> str:
-        """Add a revision of a repository; gives the name of its commit."""
+        """Add a revision of a repository; return the name of its commit."""
         contents = {name: value if isinstance(value, bytes) else value.read_bytes() for name, value in files.items()}
         self.repositories.setdefault(repository, {})[revision] = contents
         return commit_of(contents)
 
     def add_folder(self, repository: str, folder: Path, revision: str = "main") -> str:
-        """The same for all files below a folder."""
+        """Add a revision with all files below a folder."""
         paths = [path for path in folder.rglob("*") if path.is_file()]
         return self.add(repository, {path.relative_to(folder).as_posix(): path for path in paths}, revision)
 
@@ -130,14 +130,14 @@ class _Handler(QuietHandler):
 
 @contextmanager
 def serve_hub(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    """A hub that huggingface_hub in this process takes for the real one, with its cache in the folder `cache`."""
+    """Yield a hub that huggingface_hub in this process uses as the real one, with its cache in the folder `cache`."""
     with running(FakeHub()) as hub:
         use_hub(hub.url, cache, monkeypatch)
         yield hub
 
 
 def use_hub(url: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What HF_ENDPOINT and HF_HUB_CACHE do, which the library reads when it is imported."""
+    """Set what HF_ENDPOINT and HF_HUB_CACHE set, which the library reads only at import."""
     monkeypatch.setattr(constants, "ENDPOINT", url)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
     # What `from huggingface_hub import model_info` is a method of.

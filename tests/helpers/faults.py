@@ -104,7 +104,7 @@ class Run:
             for each in psutil.Process(self._process.pid).children(recursive=True):
                 each.kill()
             self._process.kill()
-            self._process.wait()
+            self._process.wait(timeout=120)
 
     def tail(self) -> str:
         """The last that was printed."""

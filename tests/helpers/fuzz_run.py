@@ -30,7 +30,7 @@ _SPACE_BYTES = 1 << 30  # of addresses that may be asked for beyond what the pro
 
 
 def main(first: int, last: int) -> None:
-    """Print, for each seed, a line that it begins, and one with what came of it."""
+    """For each seed, print a line at its start and one with the outcome."""
     torch.set_num_threads(1)
     PIL.Image.init()
     for encoding in ("utf-16-be", "utf-16-le", "utf-32-be", "utf-32-le"):  # which JSON may be in
@@ -50,7 +50,7 @@ def main(first: int, last: int) -> None:
 
 
 def one(seed: int, place: Path, known: dict[str, Subject], originals: dict[str, Any]) -> dict[str, Any]:
-    """Damage a file as `seed` says, and read it: what was done, what came of it, and what it took."""
+    """Damage a file by `seed` and read it; return the damage, the outcome, and the time and memory used."""
     rng = random.Random(seed)
     name = list(known)[seed % len(known)]
     subject = known[name]
@@ -70,7 +70,7 @@ def one(seed: int, place: Path, known: dict[str, Subject], originals: dict[str, 
 
 
 def _in_folder(place: Path, files: dict[str, bytes], subject: Subject, *, strict: bool = True) -> Any:
-    """What the subject's reader gives for these files; if strict, it must not import or run anything."""
+    """Return the result of the subject's reader for these files; if strict, it must not import or run anything."""
     folder = place / "files"
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ def _in_folder(place: Path, files: dict[str, bytes], subject: Subject, *, strict
 
 
 def _limit_space() -> None:
-    """Have the system refuse memory far beyond the bound, where it can, before it is touched."""
+    """Let the system refuse allocations far beyond the bound, if it can."""
     try:
         import resource
     except ImportError:
@@ -95,7 +95,7 @@ def _limit_space() -> None:
 
 
 def _reset_peak() -> int:
-    """The process's memory in kB, from which the peak is measured; 0 where the system cannot tell."""
+    """Memory of the process in kB, from which the peak is measured; 0 if the system does not report it."""
     if sys.platform != "linux":
         return 0
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")

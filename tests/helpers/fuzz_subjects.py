@@ -1,4 +1,4 @@
-"""What the fuzzer damages: a small valid file of every kind, the reader of it, and what may come out.
+"""Subjects of the fuzzer: a small valid file of every kind, its reader, and the allowed outcomes.
 
 A reader returns an observation or raises ConfigError. `judge` compares the observation with that of the intact file and
 returns 'same', 'less' (what is read is intact, something is missing) or 'other'; it asserts that nothing else than what
@@ -26,7 +26,7 @@ from tests.helpers.tiny import flat_state
 from torch_utils import persistence
 from torch_utils.checkpoints import checkpoint
 from training.config import TrainingConfig
-from training.dataset import ImageFolderDataset
+from training.dataset import ImageDataset, ImageFolderDataset
 from training.dataset import zip_index as dataset_index
 from training.dataset.label_file import MAX_CLASSES
 from training.dataset.latents import encoder_entry, encoder_of, read_encoder_file
@@ -36,7 +36,7 @@ from training.networks_edm2 import Precond
 from training.run.run_folder import RunFolder
 from training.snapshot import Snapshot, load_snapshot, read_header, save_snapshot
 from training.streaming.streamed import StreamedDataset
-from training.sweep import settings as sweep
+from training.sweep import ema_sweep as sweep
 from training.toy.model import ToyModel
 from training.toy.toy_files import load_toy_model, save_toy_model
 
@@ -179,7 +179,7 @@ def _judge_toy(found: ToyModel, original: ToyModel, sealed: bool) -> str:
 
 
 def _judge_network(found: Any, original: Any) -> str:
-    """Of the right class and with all tensors that its arguments call for, no larger than the file."""
+    """Check that a network has the right class and all tensors of its arguments, no larger than the file."""
     assert type(found) is type(original)
     ours, theirs = found.state_dict(), original.state_dict()
     with torch.device("meta"):
@@ -235,7 +235,7 @@ def _judge_checkpoint(found: Any, original: Any, sealed: bool) -> str:
 
 
 def _judge_plain_checkpoint(found: Any, original: Any, sealed: bool) -> str:
-    """Of the published layout, without a digest: any dictionary, which `TrainingState` compares with its own."""
+    """Check a checkpoint of the published layout, without a digest: any dictionary, which `TrainingState` checks."""
     assert isinstance(found, dict)
     ours, theirs = flat_state(found), flat_state(original)
     same = ours.keys() == theirs.keys() and all(_equal(value, theirs[key]) for key, value in ours.items())
@@ -253,7 +253,7 @@ def _equal(one: Any, two: Any) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Items:
-    """What a data set gave: its items by name with their labels, and how many could not be read."""
+    """Content of a data set: its items by name with their labels, and the number of unreadable ones."""
 
     items: Mapping[str, tuple[bytes, tuple[int, ...], str, bytes]]  # name -> array, shape, dtype, label
     refused: int
@@ -283,10 +283,10 @@ def _open_stream(folder: Path, pattern: str) -> StreamedDataset:
     return StreamedDataset(f"{folder.as_uri()}/{pattern}", buffer=4, cache_dir=str(cache), cache_bytes=1 << 30)
 
 
-def _read_items(dataset: ImageFolderDataset, *, checksums: bool) -> Items:
+def _read_items(dataset: ImageDataset, *, checksums: bool) -> Items:
     if dataset.holds_latents:
         encoder_of(dataset)
-    if not isinstance(dataset, StreamedDataset):
+    if isinstance(dataset, ImageFolderDataset):
         assert len(dataset.class_names or []) < 100
     items, refused = {}, 0
     for idx in range(len(dataset)):
@@ -317,7 +317,7 @@ def _judge_items(found: Items, original: Items, sealed: bool) -> str:
 
 
 def require_one_line(error: ConfigError) -> str:
-    """The message of `error`, which is one line that can be printed, of no absurd length."""
+    """Return the message of `error`, and check that it is one printable line of reasonable length."""
     message = str(error)
     assert message.isprintable() and 10 < len(message) < 1200, message
     return message
@@ -335,7 +335,7 @@ def _read_with_index(folder: Path) -> Items:
 
 
 def _open_with_index(path: Path) -> ImageFolderDataset:
-    """With an index such as archives of many files have, whose stamp fits."""
+    """Make the index that archives of many files have, with a valid stamp."""
     os.utime(path, ns=(10**18, 10**18))
     before = dataset_index._KEEP_ENTRIES
     dataset_index._KEEP_ENTRIES = 1
@@ -401,7 +401,7 @@ def _judge_options(found: list[str], original: list[str], sealed: bool) -> str:
 
 
 def _judge_records(found: Any, original: Any, sealed: bool) -> str:
-    """Lines that are whole are all there, in their order; damaged ones are left out."""
+    """Check that all whole lines are present, in order, and damaged ones left out."""
     records, text = found
     assert all(isinstance(record, dict) and record["Progress/kimg"] <= 4 for record in records)
     untouched = [line for line in original[1].splitlines() if line in text.split(b"\n")]

@@ -100,7 +100,7 @@ def legacy(described: bytes, keys: bytes = b"\x80\x02]X\x01\x00\x00\x00ka.", res
 
 
 def described(count: int, kind: str = "torch FloatStorage", tail: bytes = b"N") -> bytes:
-    """What torch.save's older form says of a storage."""
+    """The description of a storage in torch.save's older form."""
     word = plain_global(*kind.split())
     return b"\x80\x02(" + text("storage") + word + text("k") + text("cpu") + number(count) + tail + b"tQ."
 
@@ -198,7 +198,7 @@ def _calls(command: str, code: str) -> dict[str, bytes]:
 
 
 def _known_words(code: str) -> dict[str, bytes]:
-    """Attributes and items of what the reader does know."""
+    """Attributes and items of objects that the reader knows."""
     reconstruct = stack_global("torch_utils.persistence", "_reconstruct_persistent_obj")
     easy = stack_global("dnnlib.util", "EasyDict")
     evil = stack_global("builtins", "eval")
@@ -209,7 +209,7 @@ def _known_words(code: str) -> dict[str, bytes]:
         "BUILD with slots": PROTO + reconstruct + b"N}" + text("__defaults__") + b"Ns\x86b.",
         "BUILD on a dictionary": PROTO + easy + b")\x81}" + text("__class__") + easy + b"sb.",
         "BUILD twice": PROTO + sequential + b"}" + text("a") + b"Nsb}" + text("b") + b"Nsb.",
-        "BUILD with state that is no dictionary": PROTO + sequential + text(code) + b"b.",
+        "BUILD with state that is not a dictionary": PROTO + sequential + text(code) + b"b.",
         "__setstate__ given as an attribute": PROTO + sequential + b"}" + text("__setstate__") + evil + b"sb"
         + text(code) + b"b.",
         "__reduce__ given as an item": PROTO + easy + b")R}" + text("__reduce__") + evil + b"sb.",
@@ -236,7 +236,7 @@ def _known_words(code: str) -> dict[str, bytes]:
 
 
 def _payloads(code: str) -> dict[str, bytes]:
-    """What may hide in a tensor's bytes."""
+    """Hostile content of a tensor's bytes."""
     call = pickle.dumps(Call(eval, code), 2)
     nested = legacy(call)
     for _ in range(5):
@@ -270,7 +270,7 @@ def _payloads(code: str) -> dict[str, bytes]:
 
 
 def _arrays(code: str) -> dict[str, bytes]:
-    """NumPy arrays of other things than numbers."""
+    """NumPy arrays of anything but numbers."""
     state = b"(K\x03" + text("|") + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x3ftb"
     return {
         "array of objects": pickle.dumps(np.array([Call(eval, code)], dtype=object)),
@@ -295,7 +295,7 @@ def _arrays(code: str) -> dict[str, bytes]:
 
 
 def _sizes() -> dict[str, bytes]:
-    """Lengths that are not there, and a little that is meant to become much."""
+    """Lengths beyond the end of the file, and small files that expand to large data."""
     big = struct.pack("<Q", 2**62)
     one, many = sequence(1), sequence(2**40)
     rebuild = stack_global("torch._utils", "_rebuild_tensor_v2")
@@ -391,7 +391,7 @@ def _structures() -> dict[str, bytes]:
 
 
 def _names() -> dict[str, bytes]:
-    """Names that are not for a terminal."""
+    """Names that could control a terminal."""
     escape = "\x1b]0;title\x07\r\n\u202e\x00"
     return {
         "control characters in a global": PROTO + stack_global(f"os{escape}", f"system{escape}") + b")R.",
@@ -399,7 +399,7 @@ def _names() -> dict[str, bytes]:
         "control characters in a kind": PROTO + stored_object("A", "").replace(text("class"), text(escape), 1) + b".",
         "control characters in a dtype": PROTO + stack_global("numpy", "dtype") + text(escape) + b"\x89\x88\x87R.",
         "a name of a million characters": PROTO + stack_global("os", "a" * 1_000_000) + b")R.",
-        "text that is no UTF-8": PROTO + b"X\x02\x00\x00\x00\xff\xfe.",
+        "text that is not UTF-8": PROTO + b"X\x02\x00\x00\x00\xff\xfe.",
         "half a surrogate pair": PROTO + b"X\x03\x00\x00\x00\xed\xa0\x80" + text("a") + b"\x93.",
         "a module as text with line ends": PROTO + b"V\\u000aos\n.",
     }
@@ -410,7 +410,7 @@ def _names() -> dict[str, bytes]:
 _RUNNING = {"exec", "import", "marshal.loads", "pickle.find_class", "code.__new__", "function.__new__"}
 _RUNNING |= {"os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "os.startfile"}
 _RUNNING |= {"subprocess.Popen", "pty.spawn", "ctypes.dlopen", "ctypes.dlsym", "ctypes.call_function", "shutil.rmtree"}
-_recording: list[list[str]] = []  # an audit hook cannot be removed again, so there is one, which is told when to listen
+_recording: list[list[str]] = []  # one audit hook, which cannot be removed, appends to the last list
 _hooked: list[bool] = []
 
 

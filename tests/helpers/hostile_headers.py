@@ -19,7 +19,7 @@ def hostile_headers(valid: bytes) -> dict[str, bytes]:
         return struct.pack("<Q", len(packed)) + packed + valid[end:]
 
     def entry(**entries: Any) -> bytes:
-        """With other entries in the metadata; what is no text is made JSON."""
+        """With other entries in the metadata; values other than text become JSON."""
         texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in entries.items()}
         return changed(lambda header: header["__metadata__"].update(texts))
 
@@ -38,11 +38,11 @@ def hostile_headers(valid: bytes) -> dict[str, bytes]:
         "header of a huge length": struct.pack("<Q", 2**63) + valid[8:],
         "header beyond the end": struct.pack("<Q", len(valid)) + valid[8:],
         "header of no length": struct.pack("<Q", 0) + valid[8:],
-        "header that is no JSON": changed(lambda header: b"{" + b"x" * 100),
+        "header that is not JSON": changed(lambda header: b"{" + b"x" * 100),
         "header that is nested": changed(lambda header: b'{"a":' + b"[" * 50_000),
         "header that is a list": changed(lambda header: b"{}[]"),
-        "header that is no UTF-8": changed(lambda header: b'{"\xff\xfe": 1}'),
-        "metadata that is no text": changed(lambda header: header["__metadata__"].update(format=1)),
+        "header that is not UTF-8": changed(lambda header: b'{"\xff\xfe": 1}'),
+        "metadata that is not text": changed(lambda header: header["__metadata__"].update(format=1)),
         "no metadata": changed(lambda header: header.pop("__metadata__") and None),
         "another format": entry(format="pickle"),
         "another version": entry(format_version="2"),
@@ -64,11 +64,11 @@ def hostile_headers(valid: bytes) -> dict[str, bytes]:
         "network with control characters": entry(network={"class": ESCAPE, "arguments": {}}),
         "network without arguments": entry(network={"class": "Precond"}),
         "no network": entry(network="null"),
-        "network that is no JSON": entry(network=ESCAPE),
+        "network that is not JSON": entry(network=ESCAPE),
         "network that is nested": entry(network="[" * 100_000),
         "endless number": entry(nimg="9" * 5000),
         "number that is infinite": entry(ema_std="1e999"),
-        "number that is none": entry(nimg="NaN"),
+        "number that is NaN": entry(nimg="NaN"),
         "number that is true": entry(nimg="true"),
         "unknown argument": network(evil="import os"),
         "argument with control characters": network(**{ESCAPE: 1}),

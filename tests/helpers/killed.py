@@ -1,4 +1,4 @@
-"""Python code that is killed at a moment that a number names: when it gives a file its name for the n-th time."""
+"""Python code that is killed at a chosen moment: at its n-th os.replace, which gives a file its final name."""
 
 import os
 import signal
@@ -28,5 +28,5 @@ def killed_at_replace(number: int, code: str) -> None:
     """Run `code`, in a process that dies by SIGKILL in place of its `number`-th os.replace."""
     command = [sys.executable, "-c", _PRELUDE.format(number=number) + code]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]

@@ -1,4 +1,4 @@
-"""Web servers for tests, on the loopback."""
+"""Web servers on the loopback interface."""
 
 import threading
 from collections.abc import Iterator
@@ -17,16 +17,16 @@ class LoopbackServer(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients that go away are no news."""
+        """Ignore clients that disconnect."""
 
 
 class QuietHandler(BaseHTTPRequestHandler):
-    """GET and HEAD lead to `answer`."""
+    """Handles GET and HEAD by `answer`, without a log."""
 
     protocol_version = "HTTP/1.1"
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing."""
+        """Do nothing."""
 
     def do_HEAD(self) -> None:
         self.answer()
@@ -44,7 +44,7 @@ Server = TypeVar("Server", bound=ThreadingHTTPServer)
 
 @contextmanager
 def running(server: Server) -> Iterator[Server]:
-    """The server answers while the block lasts."""
+    """Run the server for the length of the block."""
     with server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
         thread.start()

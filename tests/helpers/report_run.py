@@ -39,10 +39,10 @@ def write_stats(folder: Path, lines: list[dict[str, Any]], tail: str = "") -> No
 
 
 def write_grid(folder: Path, nimg: int, *, size: int = 8, rows: int = 3, columns: int = 2) -> Path:
-    """A sample grid whose images are plain, of a grey that tells row, column and time."""
+    """A sample grid whose images are plain, in a gray level that depends on row, column and time."""
     images = np.zeros([rows * columns, 3, size, size], dtype=np.uint8)
     for index in range(rows * columns):
-        images[index] = grey_of(index // columns, index % columns, nimg)
+        images[index] = gray_of(index // columns, index % columns, nimg)
     record = {
         "format": "edm2-samples", "format_version": 1, "nimg": nimg, "ema_std": 0.1, "classes": list(range(rows)),
         "seeds": np.arange(rows * columns).reshape(rows, columns).tolist(), "steps": 5, "image": [3, size, size],
@@ -53,8 +53,8 @@ def write_grid(folder: Path, nimg: int, *, size: int = 8, rows: int = 3, columns
     return path
 
 
-def grey_of(row: int, column: int, nimg: int) -> int:
-    """The grey of an image in `write_grid`."""
+def gray_of(row: int, column: int, nimg: int) -> int:
+    """The gray level of an image in `write_grid`."""
     return 10 + row * 60 + column * 20 + nimg // 1000
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from dnnlib.errors import ConfigError
 from training.streaming.cache import ShardCache
+from training.streaming.streamed import StreamedDataset
 
 COUNTS = (7, 5, 0, 9, 6)  # images in each shard
 TOTAL = sum(COUNTS)
@@ -52,6 +53,10 @@ def write_tar(path: Path, entries: dict[str, bytes]) -> Path:
             member.size = len(data)
             file.addfile(member, io.BytesIO(data))
     return path
+
+
+def stream(url: str, *, buffer: int = 8, cache_bytes: int = 1 << 30, **options: Any) -> StreamedDataset:
+    return StreamedDataset(url, buffer=buffer, cache_bytes=cache_bytes, **options)
 
 
 def cached(cache: ShardCache) -> list[str]:

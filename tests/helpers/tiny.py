@@ -39,6 +39,17 @@ def write_dataset(
     return path
 
 
+def write_labels(path: Path, labels: list[Any] | None) -> Path:
+    """Write the images of a data set with other labels."""
+    with zipfile.ZipFile(write_dataset(path.with_name("plain.zip"))) as plain, zipfile.ZipFile(path, "w") as file:
+        names = [name for name in plain.namelist() if name.endswith(".png")]
+        for name in names:
+            file.writestr(name, plain.read(name))
+        pairs = None if labels is None else [[n, labels[i % len(labels)]] for i, n in enumerate(names)]
+        file.writestr("dataset.json", json.dumps({"labels": pairs}))
+    return path
+
+
 def tiny_config(data: Path, **changes: Any) -> TrainingConfig:
     """A run of 6 iterations without any files; names of NetworkConfig's fields change the network."""
     fields = {field.name for field in dataclasses.fields(NetworkConfig)}
