@@ -19,6 +19,7 @@ from edm2.options.training import configure, training_options
 from edm2.run_log import RunLog, describe_run, farewell, start_notes
 from torch_utils import distributed
 from torch_utils.distributed import World
+from torch_utils.loss_scale import check_loss_scale
 from torch_utils.precision import precision_note
 from torch_utils.processes import failures, stopping
 from torch_utils.processes.together import on_main
@@ -58,7 +59,7 @@ def train_edm2(
     \b
     # The XS-sized model for ImageNet-512, on 8 GPUs
     torchrun --standalone --nproc_per_node=8 train_edm2.py --outdir=training-runs/00000-edm2-img512-xs \\
-        --data=datasets/img512-sd.zip --preset=edm2-img512-xs --batch-gpu=32
+        --data=datasets/img512-sd.zip --preset=edm2-img512-xs
 
     \b
     # A small network on the shipped data, on whatever this machine has
@@ -94,6 +95,7 @@ def train_edm2(
         stopping.handled_signals(functools.partial(_on_signal, world)),
         contextlib.ExitStack() as stack,
     ):
+        check_loss_scale(config.ls, world.device)
         if options["workers"] is None and world.device.type == "cuda":
             config = dataclasses.replace(config, workers=2)
         stack.enter_context(folder.held(world, say=click.echo))
@@ -107,7 +109,6 @@ def train_edm2(
 
 
 def _plan(preset: str, options: dict[str, Any]) -> Plan | None:
-    """Return what --preset=small chooses for the data set; None for another preset. Raises ConfigError."""
     if preset != SMALL:
         return None
     if not options["data"]:
@@ -131,7 +132,6 @@ def _checked(config: TrainingConfig, dataset: ImageDataset, *, num_ranks: int) -
 
 
 def _begin(run: TrainingRun, loggers: RunLoggers) -> None:
-    """Record the start of a session in the run's folder and in the loggers."""
     nimg = run.state.nimg
     run.folder.start(run.config, nimg=nimg)
     record_session(run.folder.path, nimg=nimg, command=invocation(), world=run.world)
@@ -139,7 +139,6 @@ def _begin(run: TrainingRun, loggers: RunLoggers) -> None:
 
 
 def _introduce(run: TrainingRun, log: RunLog, plan: Plan | None) -> None:
-    """Describe the run, and what --preset=small chose for it."""
     config, world, nimg = run.config, run.world, run.state.nimg
     log.say(describe_run(config, run.folder.path, run.dataset, num_ranks=world.size))
     if plan is not None and world.is_main and nimg < config.duration:
@@ -153,7 +152,6 @@ def _introduce(run: TrainingRun, log: RunLog, plan: Plan | None) -> None:
 
 
 def _train(run: TrainingRun, log: RunLog) -> int:
-    """Train to the end of the run or of the session; return the exit code."""
     if len(run) == 0:
         return 0
     batch, ended = run.config.batch, None

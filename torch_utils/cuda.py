@@ -1,14 +1,16 @@
 """Compilation, CUDA graphs, streams and transfers. Everything works on a CPU, too."""
 
-import os
+import gc
 import time
+import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
-from dnnlib.util import make_cache_dir_path
+from torch_utils.compiling import keep_compiled_code, missing_compiler
 
 Function = Callable[..., torch.Tensor]
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -16,31 +18,45 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 Record = Callable[[Function, Sequence[torch.Tensor | None]], Callable[[], torch.Tensor]]
 
 _NUM_WARMUP = 3  # calls before a recording: in the first, libraries choose algorithms and allocate workspaces
+_MAX_RECORDINGS = 4  # of one StaticCall: each keeps the memory of all its intermediate results
 
+_MAX_COMPILED = 128  # combinations of kinds of networks and shapes in one process
 
-def keep_compiled_code() -> None:
-    """Let later runs find compiled kernels: PyTorch's own place is lost with the machine's /tmp."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", make_cache_dir_path("compiled"))
+# PyTorch hands out 32 streams of each priority in turn: a new one may be the stream of a graph that still lives.
+_POOL_SIZE = 32
+_recording_streams: "weakref.WeakSet[torch.cuda.Stream]" = weakref.WeakSet()
 
 
 def compiled(function: Callable[..., Any], announce: Callable[[str], None] | None = None) -> Callable[..., Any]:
     """Compile a function of tensors with torch.compile: as one graph, once for each combination of shapes.
 
-    The compiled code is kept in the cache folder unless TORCHINDUCTOR_CACHE_DIR names another place. `announce` gets a
-    line before the first call of each combination, and another one with the time that it took.
+    `announce` gets a line before the first call of each combination, and another one with the time that it took. Where
+    a compiler is missing it gets one line, and the function is called as it is. See `compiling` for the folder.
     """
     keep_compiled_code()
-    inner = torch.compile(function, fullgraph=True, dynamic=False)
+    inner: Callable[..., Any] | None = None
+    missing: str | None = None
     seen: set[tuple[object, ...]] = set()
 
     def call(*args: Any) -> Any:
+        nonlocal inner, missing
+        if inner is None:
+            missing = missing_compiler(args[0].device)
+            inner = torch.compile(function, fullgraph=True, dynamic=False) if missing is None else function
+            if missing is not None and announce is not None:
+                announce(f"Not compiled, and slower: {missing}.")
         key = tuple((x.shape, x.dtype) if isinstance(x, torch.Tensor) else x for x in args)
-        if key in seen:
+        if key in seen or missing is not None:
             return inner(*args)
         start = time.perf_counter()
         if announce is not None:
             announce(f"Compiling for batches of {args[0].shape[0]} ...")
-        result = inner(*args)
+        # All networks are versions of the same code to the compiler, which refuses the ninth. The second name of the
+        # limit is from before PyTorch 2.7.
+        options: Any = torch._dynamo.config
+        limit = "recompile_limit" if hasattr(options, "recompile_limit") else "cache_size_limit"
+        with options.patch({limit: _MAX_COMPILED}):
+            result = inner(*args)
         seen.add(key)
         if announce is not None:
             announce(f"... compiled in {time.perf_counter() - start:.0f} s; the next run finds it in the cache.")
@@ -50,24 +66,59 @@ def compiled(function: Callable[..., Any], announce: Callable[[str], None] | Non
 
 
 def record_graph(function: Function, buffers: Sequence[torch.Tensor | None]) -> Callable[[], torch.Tensor]:
-    """Record the kernels of function(*buffers) as a CUDA graph: one launch instead of hundreds."""
+    """Record the kernels of function(*buffers) as a CUDA graph: one launch instead of hundreds.
+
+    Every graph has a stream of its own as long as it lives. cuBLAS has one workspace for each stream: graphs that were
+    recorded on the same stream would write to it at the same time, and the end of one would free it for all.
+    """
     device = next(buffer.device for buffer in buffers if buffer is not None)
-    stream = torch.cuda.Stream(device)
+    gc.collect()  # now rather than during the recording, which the end of another graph would invalidate
+    torch.cuda.synchronize(device)  # graphs that ended may still run, in memory that the calls below take
+    stream = _recording_stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        for _ in range(_NUM_WARMUP):
-            function(*buffers)
-    torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    # Threads that write files wait for events of their own, which would invalidate a recording in the default mode.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        result = function(*buffers)
+    benchmark = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True  # the graph repeats cuDNN's choice: time the algorithms once
+    try:
+        with torch.cuda.stream(stream):
+            for _ in range(_NUM_WARMUP):
+                function(*buffers)
+        torch.cuda.current_stream(device).wait_stream(stream)
+        # Threads that write files wait for events of their own, which would invalidate a recording in the default mode.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            result = function(*buffers)
+    finally:
+        torch.backends.cudnn.benchmark = benchmark
+    return _Replay(graph, stream, result)
 
-    def replay() -> torch.Tensor:
-        graph.replay()
-        return result
 
-    return replay
+class _Replay:
+    """Replays a graph, and keeps its stream from being given to another one."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, result: torch.Tensor) -> None:
+        self._graph = graph
+        self._stream = stream
+        self._result = result
+
+    def __call__(self) -> torch.Tensor:
+        self._graph.replay()
+        return self._result
+
+
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return a stream that no living graph was recorded on.
+
+    It is one of high priority, since all other streams of this code have the default priority: work that is queued on
+    them never shares a workspace with a graph.
+    """
+    for _ in range(_POOL_SIZE):
+        stream = torch.cuda.Stream(device, priority=-1)
+        if stream not in _recording_streams:
+            _recording_streams.add(stream)
+            return stream
+    raise RuntimeError(
+        f"{_POOL_SIZE} CUDA graphs are in memory, as many as there are streams; drop some networks first"
+    )
 
 
 def record_plainly(function: Function, buffers: Sequence[torch.Tensor | None]) -> Callable[[], torch.Tensor]:
@@ -76,7 +127,7 @@ def record_plainly(function: Function, buffers: Sequence[torch.Tensor | None]) -
 
 
 class StaticCall:
-    """Calls `function` by replaying a recording, one for each combination of shapes.
+    """Calls `function` by replaying a recording, one for each combination of shapes; the last few are kept.
 
     The arguments must be tensors or None, and `function` must not depend on anything else that changes. The result is a
     copy that later calls do not overwrite. Calls from several CUDA streams wait for each other.
@@ -86,14 +137,22 @@ class StaticCall:
         self._function = function
         self._record = record
         self._last: torch.cuda.Event | None = None  # end of the last call
-        self._recorded: dict[tuple[object, ...], tuple[list[torch.Tensor | None], Callable[[], torch.Tensor]]] = {}
+        # By combination, least recently used first: buffers, and the function that replays.
+        self._recorded: OrderedDict[
+            tuple[object, ...], tuple[list[torch.Tensor | None], Callable[[], torch.Tensor]]
+        ] = OrderedDict()
 
     def __call__(self, *inputs: torch.Tensor | None) -> torch.Tensor:
         """Return function(*inputs)."""
         key = tuple(None if x is None else (x.shape, x.dtype, x.device) for x in inputs)
         if key not in self._recorded:
+            if len(self._recorded) == _MAX_RECORDINGS:
+                if self._last is not None:
+                    self._last.synchronize()  # it may be the one that runs
+                self._recorded.popitem(last=False)
             buffers = [None if x is None else x.clone(memory_format=torch.contiguous_format) for x in inputs]
             self._recorded[key] = buffers, self._record(self._function, buffers)
+        self._recorded.move_to_end(key)
         buffers, replay = self._recorded[key]
         stream = torch.cuda.current_stream(inputs[0].device) if inputs[0] is not None and inputs[0].is_cuda else None
         if stream is not None and self._last is not None:

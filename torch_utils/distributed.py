@@ -4,11 +4,12 @@ One process on a CPU is the normal case. Under torchrun, or any launcher that se
 code runs over NCCL on GPUs and over gloo elsewhere.
 """
 
+import contextlib
 import datetime
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -91,9 +92,22 @@ class World:
         return tensor
 
     def close(self) -> None:
-        """Leave the process group."""
+        """Leave the process group, together with all others: gloo may abort a process whose peer has left.
+
+        Call this only if no process has failed.
+        """
         if self.size > 1 and torch.distributed.is_initialized():
+            self.barrier()  # what was sent has arrived
+            self._meet("leaves", range(self.size))
             torch.distributed.destroy_process_group()
+            self._meet("left", range(self.size) if self.is_main else ())  # the main process may hold the store
+
+    def _meet(self, event: str, ranks: Iterable[int]) -> None:
+        """Tell all processes of an event, and wait until those of `ranks` have told of theirs."""
+        if self.store is not None:
+            with contextlib.suppress(RuntimeError):  # the process that held the store is gone
+                self.store.set(f"{event}/{self.rank}", "")
+                self.store.wait([f"{event}/{rank}" for rank in ranks])
 
 
 def resolve_device(name: str | None = None) -> torch.device:
@@ -130,6 +144,7 @@ def init(device: str | None = None, *, patience_hours: float = 0.5) -> World:
     resolved = resolve_device(device)
     if resolved.type == "cuda":
         torch.cuda.set_device(resolved)
+    _refuse_lone_srun()
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return World(device=resolved)
@@ -140,24 +155,33 @@ def init(device: str | None = None, *, patience_hours: float = 0.5) -> World:
     return World(rank=rank, size=size, device=resolved, store=store)
 
 
+def _refuse_lone_srun() -> None:
+    """Raise ConfigError in a process that srun started next to others, without torchrun to connect them.
+
+    SLURM_NTASKS does not tell: it is also set in the batch script, which is one process.
+    """
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if "WORLD_SIZE" not in os.environ and tasks.isdecimal() and int(tasks) > 1:
+        raise ConfigError(
+            f"srun started {tasks} processes that do not know of each other: start one torchrun on each machine"
+            " (docs/clusters.md), or set WORLD_SIZE=1 if each is to work alone"
+        )
+
+
 @contextmanager
 def joined(device: str | None = None, *, patience_hours: float = 0.5) -> Iterator[World]:
-    """Yield the World of `init`, closed at the end of the block.
-
-    If the block fails in one process, all end, and only the first cause is printed: see `failures.fail`.
-    """
+    """Yield the World of `init`, closed after the block; if one process fails in it, all end (see `failures.fail`)."""
     world = init(device, patience_hours=patience_hours)
     try:
         yield world
+        world.close()
     except BaseException as error:
         if world.size > 1:
             failures.fail(error, world.rank, world.store)
         raise
-    world.close()
 
 
 def _join(device: torch.device, timeout: datetime.timedelta) -> torch.distributed.Store:
-    """Create the default process group; return the store through which the processes met."""
     backend = "gloo"
     if device.type == "cuda":
         backend = "nccl"

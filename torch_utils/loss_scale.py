@@ -5,11 +5,20 @@ from typing import Any, Literal
 
 import torch
 
+from dnnlib.errors import ConfigError
 from torch_utils.distributed import World
 
 # The published constant, at which magnitude-preserving networks train. Starting higher loses a step at each overflow.
 _START = 1.0
 _GROWTH_STEPS = 2000
+
+
+def check_loss_scale(value: float | Literal["auto"], device: torch.device) -> None:
+    """Raise ConfigError if PyTorch cannot adapt a loss scale on `device`."""
+    if value == "auto" and device.type == "mps" and torch.__version__ < "2.8":
+        raise ConfigError(
+            f"--ls=auto on an Apple GPU needs PyTorch 2.8; this is {torch.__version__}: update it, or leave --ls out"
+        )
 
 
 class LossScale:

@@ -12,19 +12,13 @@ import functools
 import inspect
 import pickle
 import sys
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from dnnlib.errors import ConfigError
 from dnnlib.util import EasyDict
 
 C = TypeVar("C", bound=type)
-
-
-class Persistent(Protocol):
-    """An instance of a class decorated with `persistent_class`: it records its constructor arguments."""
-
-    _init_args: tuple[Any, ...]
-    _init_kwargs: dict[str, Any]
 
 
 VERSION = 6  # of the published layout
@@ -51,10 +45,14 @@ def persistent_class(cls: C) -> C:
         return _reconstruct_persistent_obj, (_describe(self),)
 
     cls.__reduce_ex__ = __reduce_ex__  # type: ignore[method-assign, assignment]
-    for name, getter in (("init_args", _init_args), ("init_kwargs", _init_kwargs)):
+    for name, kind in (("init_args", tuple), ("init_kwargs", EasyDict)):
         if not hasattr(cls, name):
-            setattr(cls, name, property(getter))
+            setattr(cls, name, property(functools.partial(_recorded, f"_{name}", kind)))
     return cls
+
+
+def _recorded(name: str, kind: Callable[[Any], Any], obj: Any) -> Any:
+    return kind(copy.deepcopy(getattr(obj, name)))
 
 
 def is_persistent(obj: Any) -> bool:
@@ -63,11 +61,7 @@ def is_persistent(obj: Any) -> bool:
 
 
 def _reconstruct_persistent_obj(meta: dict[str, Any]) -> Any:
-    """Make the object that `meta` describes, if its class was decorated in this process; see the module's docstring.
-
-    Pickle calls this function by its name, which is part of the file format. Raises ConfigError, and runs nothing, if
-    the embedded source is not that of a decorated class of this process.
-    """
+    """Make the object that `meta` describes, if its class is decorated here. The name is part of the file format."""
     if meta.get("type") != "class" or meta.get("version") != VERSION:
         raise ConfigError(
             f"a stored object has type {meta.get('type')!r}, version {meta.get('version')!r};"
@@ -93,7 +87,6 @@ def _reconstruct_persistent_obj(meta: dict[str, Any]) -> Any:
 
 
 def _module_source(cls: type) -> str | None:
-    """Return the text of the module that defines `cls`; None without a file, as in an interactive session."""
     try:
         return inspect.getsource(sys.modules[cls.__module__])
     except (OSError, TypeError, KeyError):
@@ -101,7 +94,6 @@ def _module_source(cls: type) -> str | None:
 
 
 def _record_arguments(cls: Any) -> None:
-    """Make the constructor of `cls` record its arguments in the instance."""
     construct = cls.__init__
 
     @functools.wraps(construct)
@@ -115,7 +107,6 @@ def _record_arguments(cls: Any) -> None:
 
 
 def _describe(obj: Any) -> dict[str, Any]:
-    """Return the dictionary that represents `obj` in a file."""
     cls = type(obj)
     source = _sources[cls]
     if source is None:
@@ -126,13 +117,3 @@ def _describe(obj: Any) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise pickle.PicklingError(f"class {cls.__name__} has no dictionary as its state (does it use __slots__?)")
     return {"type": "class", "version": VERSION, "module_src": source, "class_name": cls.__name__, "state": dict(state)}
-
-
-def _init_args(self: Persistent) -> tuple[Any, ...]:
-    """Positional arguments of the constructor call."""
-    return copy.deepcopy(self._init_args)
-
-
-def _init_kwargs(self: Persistent) -> dict[str, Any]:
-    """Keyword arguments of the constructor call."""
-    return EasyDict(copy.deepcopy(self._init_kwargs))

@@ -70,10 +70,7 @@ def cpu_threads(count: int) -> Iterator[None]:
 
 @contextmanager
 def unchanged_random_state(device: torch.device) -> Iterator[None]:
-    """Restore the global random states of Python, NumPy and PyTorch after the block.
-
-    Our own code uses none of them, but libraries that load a VAE or DINOv2, or report to a service, may.
-    """
+    """Restore the global random states after the block: libraries for a VAE, DINOv2 or logging may use them."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

@@ -8,14 +8,11 @@ from torch_utils.distributed import World
 
 
 class RunningMeans:
-    """Named means of all elements added since the last `collect`.
-
-    Sums stay on the device in float64 (float32 if the device has no float64), so that adding never synchronizes.
-    """
+    """Named means of all elements since the last `collect`; sums stay on the device, so adding never synchronizes."""
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self._dtype = torch.float32 if world.device.type == "mps" else torch.float64
+        self._dtype = torch.float32 if world.device.type == "mps" else torch.float64  # MPS has no float64
         self._moments: dict[str, torch.Tensor] = {}
 
     def add(self, name: str, values: torch.Tensor) -> None:
@@ -34,10 +31,7 @@ class RunningMeans:
         return means
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return sum and count since the last `collect` by name: [2], or [R, 2] for R processes.
-
-        Every process must call this.
-        """
+        """Sum and count since the last `collect`, [2], or [R, 2] for R processes, all of which must call this."""
         if self._world.size == 1:
             return dict(self._moments)
         rows = self._world.all_gather_objects({name: value.tolist() for name, value in self._moments.items()})

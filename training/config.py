@@ -16,6 +16,7 @@ import torch
 from dnnlib.download import is_remote
 from dnnlib.errors import ConfigError
 from dnnlib.fields import check_limits, option
+from torch_utils.compiling import missing_compiler
 from torch_utils.precision import PRECISIONS, Precision
 from training.metrics.metric_table import parse_metrics
 
@@ -145,6 +146,7 @@ class TrainingConfig:
         None, "Let the network see lowres:FACTOR (super-resolution) or inpaint[:MIN-MAX]", value="KIND", shown="none"
     )
     vae: str | None = None  # encode pixels with this VAE while training: hub name or local folder
+    encoder_precision: str | None = None  # of that VAE, one of ENCODER_PRECISIONS; None = tf32
     network: NetworkConfig = NetworkConfig()
     P_mean: float = option(-0.4, "Mean of ln(sigma)", shown="")
     P_std: float = option(1.0, "Standard deviation of ln(sigma)", shown="", above=0)
@@ -249,7 +251,11 @@ class TrainingConfig:
         return share, share // per_round
 
     def compiles_on(self, device: torch.device) -> bool:
-        """Return whether the network is compiled on `device`."""
+        """Return whether the network is compiled on `device`: if that is asked for, and a compiler is found."""
+        return self.asks_to_compile_on(device) and missing_compiler(device) is None
+
+    def asks_to_compile_on(self, device: torch.device) -> bool:
+        """Return whether the options ask for a compiled network on `device`."""
         return device.type == "cuda" if self.compile is None else self.compile
 
     def shards_over(self, num_ranks: int) -> bool:

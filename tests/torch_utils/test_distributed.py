@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing
+import torch.distributed
 
 from dnnlib.errors import ConfigError
+from tests.helpers.ranks import run_members
 from torch_utils import distributed
 from torch_utils.distributed import World, resolve_device
 from torch_utils.training_stats import RunningMeans
@@ -60,6 +61,37 @@ def _member(rank: int, folder: str) -> None:
 
 
 def test_two_processes_talk_to_each_other(tmp_path: Path):
-    # The claims are asserted in `_member`; a failed one in either process makes spawn raise.
-    torch.multiprocessing.spawn(_member, args=(str(tmp_path),), nprocs=2)
+    # The claims are asserted in `_member`; a failed one in either process makes this raise.
+    run_members(_member, str(tmp_path))
     assert (tmp_path / "done0").exists() and (tmp_path / "done1").exists()  # both came to the end of it
+
+
+def test_processes_that_srun_started_without_torchrun_are_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("SLURM_NTASKS", "4")  # in a batch script, which is one process
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    assert distributed.init("cpu").size == 1
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    with pytest.raises(ConfigError, match=r"srun started 4 processes .* start one torchrun on each machine"):
+        distributed.init("cpu")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert distributed.init("cpu").size == 1
+
+
+def _leaver(rank: int, folder: str, port: int) -> None:
+    import os
+    import time
+
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    with distributed.joined("cpu"):
+        if rank == 1:
+            time.sleep(0.5)
+            assert not Path(folder, "left").exists()
+    Path(folder, "left").touch()
+
+
+def test_no_process_leaves_before_the_others_are_done(tmp_path: Path):
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    run_members(_leaver, str(tmp_path), store.port)
+    assert (tmp_path / "left").exists()

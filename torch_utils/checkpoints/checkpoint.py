@@ -107,12 +107,6 @@ def checkpoint_bytes(data: Any) -> int:
     return 64
 
 
-def newest(folder: Path, prefix: str, suffix: str) -> Path | None:
-    """Return the file named prefix + digits + suffix in `folder` with the highest number, or None."""
-    found = numbered(folder, prefix, suffix)
-    return found[-1] if found else None
-
-
 def numbered(folder: Path, prefix: str, suffix: str) -> list[Path]:
     """List the files named prefix + digits + suffix in `folder`, the highest number last."""
     found = []
@@ -179,13 +173,10 @@ def _harmless() -> list[Any]:
 
 
 class DigestWriter:
-    """A file object for torch.save that writes to `file`; `finish` adds the digest.
-
-    torch.save may turn an OSError of its file into another error, so the original is kept in `failure`.
-    """
+    """A file object for torch.save that writes to `file`; `finish` adds the digest."""
 
     def __init__(self, file: IO[bytes]) -> None:
-        self.failure: OSError | None = None
+        self.failure: OSError | None = None  # of `file`: torch.save may turn it into another error
         self._file = file
         self._hash = hashlib.sha256()
         self._held = b""  # the last 22 bytes, which may be the last record

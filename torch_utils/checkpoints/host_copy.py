@@ -1,5 +1,6 @@
 """Copies of tensors in host memory, which can be written to a file while the originals change."""
 
+import math
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -8,28 +9,32 @@ import torch
 
 from torch_utils.checkpoints.stored import map_tensors
 
+Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype, bool]  # shape, strides, type, page-locked
+
+_SLAB_BYTES = 256 << 20  # a power of two
+_ALIGNMENT = 64
+
 
 class HostCopy:
     """Memory for a copy of nested dictionaries and lists of tensors, reused by the next copy of the same shapes.
 
     The copy has the values at the time of `take`, in the order of the device's work: later computations don't change
     it. On CUDA `take` does not wait, and the values are complete after `wait`.
+
+    The memory is a few large slabs. Page-locked memory comes in powers of two (PyTorch's CachingHostAllocator), and
+    each request stops the GPU's driver: one for each tensor would take half as much again, and many slow iterations.
     """
 
     def __init__(self) -> None:
-        self._buffers: list[torch.Tensor] = []
-        self._used = 0
+        self._layouts: list[Layout] = []
+        self._buffers: list[tuple[torch.Tensor, torch.Tensor]] = []  # views of slabs, and the same as `_alone`
         self._gpus: set[torch.device] = set()  # of the copied tensors; a process uses one at most
         self._copied: torch.cuda.Event | None = None
         self._reserving: threading.Thread | None = None
 
     def reserve(self, data: Any, *, dtype: torch.dtype | None = None) -> None:
-        """Start allocating the memory for `take` with the same arguments, in a thread.
-
-        The system takes several times longer to provide fresh memory than to fill it. With this, the first copy is as
-        fast as the later ones.
-        """
-        self._reserving = threading.Thread(target=self._all, args=(data, dtype, _zero))
+        """Allocate the memory for `take` in a thread: providing memory takes the system far longer than a copy."""
+        self._reserving = threading.Thread(target=self._all, args=(data, dtype, lambda buffer, _: buffer.zero_()))
         self._reserving.start()
 
     @torch.no_grad()
@@ -38,9 +43,9 @@ class HostCopy:
         if self._reserving is not None:
             self._reserving.join()
             self._reserving = None
-        self._copied = None
         self._gpus.clear()
         copied = self._all(data, dtype, self._fill)
+        self._copied = None
         for gpu in self._gpus:
             self._copied = torch.cuda.Event()
             self._copied.record(torch.cuda.current_stream(gpu))
@@ -58,36 +63,59 @@ class HostCopy:
             self._gpus.add(tensor.device)
 
     def _all(self, data: Any, dtype: torch.dtype | None, fill: Callable[[torch.Tensor, torch.Tensor], Any]) -> Any:
-        """Return `data` with a buffer, filled by `fill`, in place of each tensor."""
+        layouts: list[Layout] = []
+        map_tensors(lambda tensor: layouts.append(_layout(tensor, dtype)), data)
+        if layouts != self._layouts:
+            self.wait()
+            self._layouts, self._buffers = [], []  # first: there may be no room for both
+            self._buffers = [(view, _alone(view)) for view in _allocate(layouts)]
+            self._layouts = layouts
+        buffers = iter(self._buffers)
 
         def copied(tensor: torch.Tensor) -> torch.Tensor:
-            buffer = self._buffer(tensor.detach(), tensor.dtype if dtype is None else dtype)
-            fill(buffer, tensor.detach())
-            return buffer
+            view, alone = next(buffers)
+            fill(view, tensor.detach())
+            return alone
 
-        self._used = 0
-        copy = map_tensors(copied, data)
-        del self._buffers[self._used :]
-        return copy
-
-    def _buffer(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Return the next buffer if it fits the tensor, else a new one in its place."""
-        on_cuda = tensor.device.type == "cuda"
-        layout = _layout(torch.empty_like(tensor, dtype=dtype, device="meta"))
-        buffer = self._buffers[self._used] if self._used < len(self._buffers) else None
-        if buffer is None or _layout(buffer) != layout or buffer.is_pinned() != on_cuda:
-            buffer = torch.empty_like(tensor, dtype=dtype, device="cpu", pin_memory=on_cuda)
-            self._buffers[self._used : self._used + 1] = [buffer]
-        self._used += 1
-        return buffer
+        return map_tensors(copied, data)
 
 
-def _zero(buffer: torch.Tensor, tensor: torch.Tensor) -> None:
-    buffer.zero_()
+def _layout(tensor: torch.Tensor, dtype: torch.dtype | None) -> Layout:
+    """Return the layout of a copy of `tensor` in `dtype`, and whether its memory is page-locked: for a GPU's copies."""
+    like = torch.empty_like(tensor, dtype=dtype, device="meta")
+    return tuple(like.shape), like.stride(), like.dtype, tensor.device.type == "cuda"
 
 
-def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
-    return tensor.shape, tensor.stride(), tensor.dtype
+def _allocate(layouts: list[Layout]) -> list[torch.Tensor]:
+    """Return tensors of these layouts: views of slabs of at most _SLAB_BYTES, or of one tensor."""
+    slabs: list[tuple[int, bool]] = []  # bytes in use, and whether page-locked
+    places = []
+    for shape, _, dtype, pinned in layouts:
+        num_bytes = -(-math.prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+        fitting = (i for i, (used, kind) in enumerate(slabs) if kind == pinned and used + num_bytes <= _SLAB_BYTES)
+        index = next(fitting, len(slabs))
+        if index == len(slabs):
+            slabs.append((0, pinned))
+        places.append((index, slabs[index][0]))
+        slabs[index] = slabs[index][0] + num_bytes, pinned
+    memory = [torch.empty(num_bytes, dtype=torch.uint8, pin_memory=pinned) for num_bytes, pinned in slabs]
+    views = []
+    for (index, start), (shape, stride, dtype, _) in zip(places, layouts, strict=True):
+        flat = memory[index][start : start + math.prod(shape) * dtype.itemsize].view(dtype)
+        views.append(flat.as_strided(shape, stride))
+    return views
+
+
+def _alone(view: torch.Tensor) -> torch.Tensor:
+    """Return a tensor in the memory of `view` with a storage of its own: torch.save writes whole storages.
+
+    It keeps the slab alive. A GPU's copies go to `view`: the allocator watches over its own storages only, and does not
+    hand their memory out again before the copies to them are complete.
+    """
+    if view.numel() == 0:
+        return view.clone()
+    memory = view.as_strided((view.numel(),), (1,)).view(torch.uint8).numpy()
+    return torch.frombuffer(memory, dtype=view.dtype).as_strided(view.shape, view.stride())
 
 
 @torch.no_grad()

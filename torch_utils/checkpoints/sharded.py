@@ -33,7 +33,6 @@ from torch_utils.processes.together import everywhere, on_main
 
 _INDEX = ".metadata"  # DCP's
 _FORMAT = {"name": "edm2-sharded-training-state", "version": 1}
-_BLOCK_BYTES = 8 << 20
 
 _DCP = "torch.distributed.checkpoint."
 _INDEX_CLASSES = {
@@ -92,8 +91,12 @@ def open_sharded(path: str | os.PathLike[str], *, verify: bool = True) -> dict[s
             raise damaged(path)
         if verify and any(digest_of_file(path / name) != digest for name, digest in manifest["files"].items()):
             raise damaged(path)
-        index = _Reader(path).read_metadata().state_dict_metadata
-        result: dict[str, Any] = _joined(manifest["values"], lambda key: _stored(path, key, index[key]))
+        index: dict[str, Any] = _Reader(path).read_metadata().state_dict_metadata
+
+        def stored(key: str) -> StoredTensor:
+            return StoredTensor(path, key, tuple(index[key].size), index[key].properties.dtype)
+
+        result: dict[str, Any] = _joined(manifest["values"], stored)
     except FileNotFoundError as error:
         if not path.exists():
             raise ConfigError(f"{path} does not exist") from None
@@ -126,13 +129,10 @@ def read_into(data: Any, target: Any) -> None:
 
 def digest_of_file(path: Path, *, from_disk: bool = False) -> str:
     """SHA-256 of a file's content; `from_disk` bypasses the system's cache."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open(path, "rb", buffering=0) as file:
         if from_disk:
             forget_cached(file.fileno())
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class _Writer(dcp.FileSystemWriter):
@@ -145,7 +145,6 @@ class _Reader(dcp.FileSystemReader):
     """DCP's reader of a folder, with a safe reader of its index, which DCP would unpickle freely."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Read the index."""
         with open(Path(self.path) / _INDEX, "rb") as file:
             index = _IndexUnpickler(file).load()
         if not isinstance(index, Metadata):
@@ -159,7 +158,6 @@ class _Reader(dcp.FileSystemReader):
 
 class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        """Find the data classes, dtypes and paths of an index, and refuse everything else."""
         if name in _INDEX_CLASSES.get(module, ()):
             return super().find_class(module, name)
         if module.partition(".")[0] == "pathlib" and name in ("PosixPath", "WindowsPath"):
@@ -218,10 +216,6 @@ def _joined(values: Any, tensor: Callable[[str], StoredTensor]) -> Any:
         return tuple(_joined(value, tensor) for value in values["$tuple"])
     items = values["$items"] if "$items" in values else values.items()
     return {key: _joined(value, tensor) for key, value in items}
-
-
-def _stored(folder: Path, key: str, entry: Any) -> StoredTensor:
-    return StoredTensor(folder, key, tuple(entry.size), entry.properties.dtype)
 
 
 def _digest_of_text(manifest: dict[str, Any]) -> str:

@@ -24,10 +24,7 @@ class StoredTensor:
 
 
 def map_leaves(function: Callable[[str, Any], Any], data: Any, path: str = "") -> Any:
-    """Nested dictionaries, lists and tuples like `data`, with function(path, leaf) in place of each leaf.
-
-    A path is written as in optimizer/state/0/exp_avg.
-    """
+    """Copy of nested data with function(path, leaf) in place of leaves; a path is like optimizer/state/0/exp_avg."""
     if isinstance(data, dict):
         return {key: map_leaves(function, value, f"{path}/{key}") for key, value in data.items()}
     if isinstance(data, list | tuple):

@@ -4,8 +4,6 @@ Python's unpicklers look up and call what a file names, and are made safe by for
 is a word of a given vocabulary, never a Python object that could be called or changed, and any other global is refused.
 An allow-list in `pickle.Unpickler.find_class` would be shorter. But its C code allocates what a file announces, such as
 the place of a memo index or the length of a byte array, so that a few bytes can fill the memory.
-
-`torch_utils.pickles.values` has the vocabulary, `torch_utils.pickles.safe_pickle` reads files with it.
 """
 
 import os
@@ -36,14 +34,11 @@ class Word:
 
 @dataclass(eq=False)
 class StoredObject:
-    """An object of the file: the name of its class and its attributes, without the class.
-
-    `source` is the text of the module that came with it, None for torch's own containers.
-    """
+    """An object of the file: the name of its class and its attributes, without the class."""
 
     class_name: str
     state: dict[str, Any]
-    source: str | None = None
+    source: str | None = None  # text of the module that came with it; None for torch's own containers
 
     def __repr__(self) -> str:
         return f"<stored {self.class_name[:80]!r}>"
@@ -54,11 +49,7 @@ Vocabulary = Mapping[str, Callable[..., Any] | None]
 
 
 class Machine:
-    """Reads the pickles in a seekable file, one after the other.
-
-    `build(target, state)` gives an object its attributes. `resolve_persistent` resolves persistent ids; without it they
-    are refused.
-    """
+    """Reads the pickles of a seekable file. `build` gives an object its attributes; None refuses persistent ids."""
 
     def __init__(
         self,
@@ -124,9 +115,6 @@ class Machine:
         items = self._stack
         self._stack = self._marked.pop()
         return items
-
-    def _drop_mark(self, _: Any) -> None:
-        self._pop_mark()
 
     def _mark(self, _: Any) -> None:
         self._marked.append(self._stack)
@@ -296,12 +284,12 @@ _VALUES: dict[str, Callable[[Any], Any]] = {
 }
 
 # All other opcodes of plain data. Those that are missing, such as INST, OBJ, NEWOBJ_EX, EXT1, are refused.
-_ACTIONS: dict[str, Callable[[Machine, Any], None]] = {
+_ACTIONS: dict[str, Callable[[Machine, Any], Any]] = {
     "PROTO": lambda machine, _: None,
     "FRAME": Machine._frame,
     "MARK": Machine._mark,
     "POP": Machine._pop,
-    "POP_MARK": Machine._drop_mark,
+    "POP_MARK": lambda machine, _: machine._pop_mark(),
     "DUP": lambda machine, _: machine._stack.append(machine._stack[-1]),
     "TUPLE": lambda machine, _: machine._tuple(None),
     "TUPLE1": lambda machine, _: machine._tuple(1),

@@ -47,8 +47,6 @@ class Storage:
 
 @dataclass(frozen=True)
 class _Described:
-    """The description of a storage of `count` values in the file."""
-
     key: str
     dtype: torch.dtype
     count: int

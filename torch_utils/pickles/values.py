@@ -6,6 +6,7 @@ become `StoredObject`s. Nothing here calls anything that a file could choose.
 
 import math
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,6 @@ def build(target: Any, state: Any) -> None:
 
 
 def _reconstruct(meta: dict[str, Any]) -> StoredObject:
-    """Make an object of a project class; its source stays text."""
     kind, version, name = meta.get("type"), meta.get("version"), meta.get("class_name")
     source, state = meta.get("module_src"), meta.get("state")
     if type(kind) is not str or kind != "class" or type(version) is not int or version != 6:
@@ -110,7 +110,6 @@ def _empty_array(word: Any, shape: Any, code: Any) -> np.ndarray[Any, Any]:
 
 
 def _fill_array(target: np.ndarray[Any, Any], state: Any) -> None:
-    """Give the empty array `target` its shape, dtype and bytes."""
     _version, shape, dtype, fortran, data = state
     values = _array(data, dtype, shape, "F" if fortran else "C")
     # NumPy's way to complete an unpickled array. Safe here: the dtype is of plain numbers, the length is right.
@@ -119,7 +118,6 @@ def _fill_array(target: np.ndarray[Any, Any], state: Any) -> None:
 
 
 def _array(data: Any, dtype: Any, shape: Any, order: Any = "C") -> np.ndarray[Any, Any]:
-    """Make an array from a copy of `data`, in the machine's byte order."""
     if type(data) is not bytes or type(dtype) is not _Dtype or type(shape) is not tuple or order not in ("C", "F"):
         raise Refused("an array of unknown form")
     if len(shape) > _MAX_DIMS or any(type(n) is not int or n < 0 for n in shape):
@@ -134,27 +132,19 @@ def _scalar(dtype: Any, data: Any) -> Any:
     return _array(data, dtype, ())[()]
 
 
-def _container(name: str, *args: Any) -> StoredObject:
-    if args:
-        raise Refused("constructor arguments")
-    return StoredObject(name, {})
+def _empty(make: Callable[..., Any], *known: Any) -> Callable[..., Any]:
+    def made(*args: Any) -> Any:
+        if args:
+            raise Refused("constructor arguments")
+        return make(*known)
 
-
-def _mapping(cls: type[dict[str, Any]], *args: Any) -> dict[str, Any]:
-    if args:
-        raise Refused("constructor arguments")
-    return cls()
+    return made
 
 
 def _encode(text: Any, encoding: Any) -> bytes:
     if type(text) is not str or encoding not in ("latin1", "latin-1"):
         raise Refused("text in an encoding other than latin1")
     return text.encode("latin-1")
-
-
-def _no_bytes() -> bytes:
-    """Return empty bytes, which protocol 2 writes as a call of their type."""
-    return b""
 
 
 def _size(sizes: Any) -> tuple[int, ...]:
@@ -176,11 +166,12 @@ _MODULES += [("normalization", "GroupNorm"), ("normalization", "LayerNorm"), ("l
 _MODULES += [("linear", "Identity"), ("conv", "Conv2d"), ("sparse", "Embedding"), ("dropout", "Dropout")]
 
 VOCABULARY: Vocabulary = {
-    "dnnlib.util.EasyDict": lambda *args: _mapping(EasyDict, *args),
-    "collections.OrderedDict": lambda *args: _mapping(OrderedDict, *args),
+    "dnnlib.util.EasyDict": _empty(EasyDict),
+    "collections.OrderedDict": _empty(OrderedDict),
     "torch_utils.persistence._reconstruct_persistent_obj": _reconstruct,
     **{
-        f"torch.nn.modules.{place}.{name}": lambda *args, name=name: _container(name, *args) for place, name in _MODULES
+        f"torch.nn.modules.{place}.{name}": _empty(lambda name: StoredObject(name, {}), name)
+        for place, name in _MODULES
     },
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_tensor": _tensor,  # in files of PyTorch before 0.4
@@ -198,7 +189,7 @@ VOCABULARY: Vocabulary = {
     **{f"numpy.{core}.numeric._frombuffer": _array for core in ("core", "_core")},
     "_codecs.encode": _encode,
     **{f"{module}.set": plain_set for module in ("builtins", "__builtin__")},
-    **{f"{module}.bytes": _no_bytes for module in ("builtins", "__builtin__")},
+    **dict.fromkeys(("builtins.bytes", "__builtin__.bytes"), lambda: b""),  # protocol 2 writes empty bytes as a call
 }
 
 # The same list for reading shapes only: tensors are on the meta device.

@@ -14,10 +14,7 @@ _BATCHES_AGAIN = 4
 
 
 def split_batches(num_images: int, max_batch_size: int, world: World) -> list[np.ndarray]:
-    """Return this process's batches of positions 0 .. num_images-1: contiguous, near equal, dealt in turn.
-
-    All processes get the same number of batches. With few images some are empty; without images there are none.
-    """
+    """Return this process's batches of 0..num_images-1: contiguous, near equal, as many as others get, maybe empty."""
     return all_batches(num_images, max_batch_size, world.size)[world.rank :: world.size]
 
 

@@ -20,6 +20,8 @@ _FIRST_RANK_SEC = 0.5
 _PRINTING_SEC = 2.0
 # Time for a launcher to see the end of a killed process, so that it reports that one and not those that noticed.
 _LAUNCHER_SEC = 1.0
+# A worker is killed by this signal if its memory is less than promised, or PyTorch asks for it in vain.
+_SIGNS_OF_LITTLE_SHARED_MEMORY = ("killed by signal: Bus error", "unable to allocate shared memory")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +54,9 @@ def fail(error: BaseException, rank: int, store: torch.distributed.Store | None)
     if isinstance(error, SystemExit) and isinstance(error.code, int):
         code = error.code
     if (lost or isinstance(error, ConfigError)) and rank > 0:
-        _wait_for_a_failure(store, _FIRST_RANK_SEC)
+        end = time.monotonic() + _FIRST_RANK_SEC
+        while store is not None and first_failure(store) is None and time.monotonic() < end:
+            time.sleep(0.02)
     first = _record(Failure(rank=rank, code=code), store)
     atexit.register(_leave, first.code, _LAUNCHER_SEC if lost and first.rank == rank else 0.0)
     if first.rank != rank:
@@ -61,12 +65,13 @@ def fail(error: BaseException, rank: int, store: torch.distributed.Store | None)
     if isinstance(error, ConfigError):
         error.only_here = True
     elif lost:
-        raise LostContactError(f"another process of the run is gone or does not answer: {_first_line(error)}") from None
+        reason = str(error).strip().splitlines()[0].partition(". This is typically")[0]
+        raise LostContactError(f"another process of the run is gone or does not answer: {reason}") from None
 
 
 @contextlib.contextmanager
 def worker_errors() -> Iterator[None]:
-    """Restore the message of a ConfigError from a DataLoader's worker.
+    """Restore the message of a ConfigError from a DataLoader's worker, and explain a lack of shared memory.
 
     DataLoader raises it with the worker's traceback as its message, which ends with the original one.
     """
@@ -74,10 +79,19 @@ def worker_errors() -> Iterator[None]:
         yield
     except ConfigError as error:
         raise ConfigError(str(error).rpartition(f"{ConfigError.__name__}: ")[2].strip()) from None
+    except RuntimeError as error:
+        text = f"{error} {error.__cause__}"
+        if not any(sign in text for sign in _SIGNS_OF_LITTLE_SHARED_MEMORY):
+            raise
+        little = ConfigError(
+            "a loader process ran out of shared memory (/dev/shm); start a container with --ipc=host or --shm-size=8g,"
+            " or train with --workers=0"
+        )
+        little.only_here = True
+        raise little from None
 
 
 def _record(failure: Failure, store: torch.distributed.Store | None) -> Failure:
-    """Record `failure` if it is the first; return the first one."""
     if store is not None:
         with contextlib.suppress(RuntimeError):
             text = json.dumps({"rank": failure.rank, "code": failure.code})
@@ -85,22 +99,11 @@ def _record(failure: Failure, store: torch.distributed.Store | None) -> Failure:
     return failure
 
 
-def _wait_for_a_failure(store: torch.distributed.Store | None, seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while store is not None and first_failure(store) is None and time.monotonic() < end:
-        time.sleep(0.02)
-
-
 def _is_lost_contact(error: BaseException) -> bool:
-    """Return True if PyTorch reports by `error` that another process is silent or gone."""
     if isinstance(error, torch.distributed.DistError):
         return not isinstance(error, torch.distributed.DistBackendError) or "NCCL" in str(error)
     # Errors of gloo are plain RuntimeErrors that name its source file.
     return type(error) is RuntimeError and ("/gloo/" in str(error) or "Gloo" in str(error))
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0].partition(". This is typically")[0]
 
 
 def _leave(code: int, linger_sec: float) -> None:

@@ -28,10 +28,7 @@ def on_main(world: World, work: Callable[[], T], *, errors: Errors = ConfigError
 
 
 def everywhere(world: World, work: Callable[[], T], *, errors: Errors = ConfigError) -> T:
-    """Have every process do `work`; return this one's result, or raise in every process the first exception of any.
-
-    `errors` as in `on_main`. To be called by every process.
-    """
+    """Have every process do `work`; return this one's result, or raise in all the first error, as `on_main` does."""
     result, failure = _attempt(work, errors)
     failures = [each for each in world.all_gather_objects(_plain(failure)) if each is not None]
     if failures:

@@ -67,13 +67,11 @@ class InferenceBlock(nn.Module):
         return run_block(self.form, weights, x, scale)
 
 
-class InferencePrecond(nn.Module):
-    """The function of `net` in evaluation mode, on copies of its weights; `net` is not needed afterwards.
+class _Evaluation(nn.Module):
+    """The prepared weights, and the function that is compiled or recorded.
 
-    `dtype` is the type of the U-Net's activations and weights; everything else is float32. There are no gradients.
-    With `pack`, a network on the CPU has its weights in the layout of the CPU's convolutions, and can then be neither
-    moved nor compiled. `through` wraps `evaluate`, to compile or record it. `fixed_batch` tells callers to keep to one
-    batch size.
+    It is a module of its own because it must not refer to what was made of it: a cycle of references would keep the
+    weights, and the memory of a CUDA graph, until Python's next collection of cycles.
     """
 
     stem: torch.Tensor
@@ -84,24 +82,10 @@ class InferencePrecond(nn.Module):
     emb_label: torch.Tensor | None
     emb_scale: torch.Tensor
 
-    @torch.no_grad()
-    def __init__(
-        self,
-        net: Precond,
-        *,
-        dtype: torch.dtype = torch.float32,
-        pack: bool = True,
-        through: Callable[[Evaluate], Evaluate] | None = None,
-        fixed_batch: bool = False,
-    ) -> None:
+    def __init__(self, net: Precond, dtype: torch.dtype, *, pack: bool) -> None:
         super().__init__()
         unet = net.unet
-        self.img_resolution = net.img_resolution
-        self.img_channels = net.img_channels
-        self.label_dim = net.label_dim
-        self.cond_channels = net.cond_channels
         self.sigma_data = net.sigma_data
-        self.use_fp16 = dtype == torch.float16
         self.dtype = dtype
         self.concat_balance = unet.concat_balance
         self.takes_skip = unet.takes_skip()
@@ -132,35 +116,6 @@ class InferencePrecond(nn.Module):
         label_gain = label_share * math.sqrt(max(net.label_dim, 1))
         self.register_buffer("emb_label", None if unet.emb_label is None else _matrix(unet.emb_label, label_gain))
         self.register_buffer("emb_scale", torch.cat([_scale_matrix(block) for block in [*enc, *dec]]))  # [S, E]
-        self.fixed_batch = fixed_batch
-        self._evaluate: Evaluate = self.evaluate if through is None else through(self.evaluate)
-
-    def forward(
-        self,
-        x: torch.Tensor,
-        sigma: torch.Tensor | float,
-        class_labels: torch.Tensor | None = None,
-        cond_images: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Denoise like `Precond.forward`: [N, C, H, W] in float32."""
-        return self.bind(class_labels, cond_images)(x, sigma)
-
-    def bind(
-        self, class_labels: torch.Tensor | None, cond_images: torch.Tensor | None = None
-    ) -> Callable[[torch.Tensor, torch.Tensor | float], torch.Tensor]:
-        """Return the denoiser D(x, sigma) for fixed labels [N or 1, L] and, if the network is conditioned on images,
-        `cond_images` [N, cond_channels, H, W]. Everything that depends on these alone is computed here, once."""
-        label_emb = self._label_embedding(class_labels)
-        condition: tuple[torch.Tensor, ...] = ()
-        if self.cond_channels:
-            condition = (scaled_condition(cond_images, self.cond_channels, self.sigma_data).to(self.dtype),)
-
-        @torch.no_grad()
-        def denoise(x: torch.Tensor, sigma: torch.Tensor | float) -> torch.Tensor:
-            sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1)
-            return self._evaluate(x.to(torch.float32), sigma, label_emb, *condition)
-
-        return denoise
 
     @torch.no_grad()
     def evaluate(
@@ -190,15 +145,6 @@ class InferencePrecond(nn.Module):
         )
         return torch.addcmul(c_skip * x, c_out, raw.to(torch.float32))
 
-    @torch.no_grad()
-    def _label_embedding(self, class_labels: torch.Tensor | None) -> torch.Tensor | None:
-        if self.emb_label is None:
-            return None
-        if class_labels is None:
-            return torch.zeros([1, self.emb_label.shape[0]], device=self.emb_label.device)
-        labels = class_labels.to(self.emb_label.device, torch.float32).reshape(-1, self.label_dim)
-        return row_by_row(partial(F.linear, weight=self.emb_label), labels)
-
     def _noise_embedding(self, c_noise: torch.Tensor) -> torch.Tensor:
         """Map c_noise [N, 1] to [N, E]."""
         return F.linear(torch.addcmul(self.phases, c_noise, self.freqs).cos(), self.emb_noise)
@@ -206,6 +152,76 @@ class InferencePrecond(nn.Module):
     def _scales(self, emb: torch.Tensor) -> torch.Tensor:
         """Map the sum of the embeddings [N, E] to the modulations [N, S] of all blocks."""
         return (F.linear(F.silu(emb), self.emb_scale) + 1).to(self.dtype)
+
+
+class InferencePrecond(nn.Module):
+    """The function of `net` in evaluation mode, on copies of its weights; `net` is not needed afterwards.
+
+    `dtype` is the type of the U-Net's activations and weights; everything else is float32. There are no gradients.
+    With `pack`, a network on the CPU has its weights in the layout of the CPU's convolutions, and can then be neither
+    moved nor compiled. `through` wraps the evaluation, to compile or record it. `fixed_batch` tells callers to keep to
+    one batch size.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        net: Precond,
+        *,
+        dtype: torch.dtype = torch.float32,
+        pack: bool = True,
+        through: Callable[[Evaluate], Evaluate] | None = None,
+        fixed_batch: bool = False,
+    ) -> None:
+        super().__init__()
+        self.img_resolution = net.img_resolution
+        self.img_channels = net.img_channels
+        self.label_dim = net.label_dim
+        self.cond_channels = net.cond_channels
+        self.sigma_data = net.sigma_data
+        self.use_fp16 = dtype == torch.float16
+        self.dtype = dtype
+        self.fixed_batch = fixed_batch
+        self.evaluation = _Evaluation(net, dtype, pack=pack)
+        evaluate = self.evaluation.evaluate
+        self._evaluate: Evaluate = evaluate if through is None else through(evaluate)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        sigma: torch.Tensor | float,
+        class_labels: torch.Tensor | None = None,
+        cond_images: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Denoise like `Precond.forward`: [N, C, H, W] in float32."""
+        return self.bind(class_labels, cond_images)(x, sigma)
+
+    def bind(
+        self, class_labels: torch.Tensor | None, cond_images: torch.Tensor | None = None
+    ) -> Callable[[torch.Tensor, torch.Tensor | float], torch.Tensor]:
+        """Return the denoiser D(x, sigma) for fixed labels [N or 1, L] and, if the network is conditioned on images,
+        `cond_images` [N, cond_channels, H, W]. Everything that depends on these alone is computed here, once."""
+        label_emb = self._label_embedding(class_labels)
+        condition: tuple[torch.Tensor, ...] = ()
+        if self.cond_channels:
+            condition = (scaled_condition(cond_images, self.cond_channels, self.sigma_data).to(self.dtype),)
+
+        @torch.no_grad()
+        def denoise(x: torch.Tensor, sigma: torch.Tensor | float) -> torch.Tensor:
+            sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1)
+            return self._evaluate(x.to(torch.float32), sigma, label_emb, *condition)
+
+        return denoise
+
+    @torch.no_grad()
+    def _label_embedding(self, class_labels: torch.Tensor | None) -> torch.Tensor | None:
+        emb_label = self.evaluation.emb_label
+        if emb_label is None:
+            return None
+        if class_labels is None:
+            return torch.zeros([1, emb_label.shape[0]], device=emb_label.device)
+        labels = class_labels.to(emb_label.device, torch.float32).reshape(-1, self.label_dim)
+        return row_by_row(partial(F.linear, weight=emb_label), labels)
 
 
 def row_by_row(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:

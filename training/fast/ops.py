@@ -8,12 +8,19 @@ h heads, d channels per head.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from training.networks_edm2 import EPS
+
+# The attention kernels that PyTorch may choose from on CUDA devices: the first, in this order, that supports the input.
+# Newer versions prefer cuDNN's on some cards if they may, which plan every new shape on the host. Not measured yet:
+# check B6 of benchmarks/gpu_check says which is the fastest.
+ATTENTION_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def effective_weight(
@@ -24,8 +31,18 @@ def effective_weight(
     This is the weight that acts on the input, the differentiable half of the two normalizations, as `dtype` in the
     given memory format. For the backward pass it keeps one number per row and the weight, which is in memory anyway.
     """
-    result: torch.Tensor = _EffectiveWeight.apply(weight, gain, dtype)
+    result: torch.Tensor = _EffectiveWeight.apply(gain, dtype, weight)
     return result.contiguous(memory_format=layout) if result.ndim == 4 else result
+
+
+def stacked_weight(weights: Sequence[torch.Tensor], gains: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Effective weights of fully connected layers with one input, one above the other: [sum of O, I] in float32.
+
+    `gains` are scalars, one of each layer. Nothing of the stack's size is kept for the backward pass.
+    """
+    rows = [gain.expand(len(weight), 1) for weight, gain in zip(weights, gains, strict=True)]
+    result: torch.Tensor = _EffectiveWeight.apply(torch.cat(rows), torch.float32, *weights)
+    return result
 
 
 def balance(t: float) -> tuple[float, float]:
@@ -85,6 +102,21 @@ def packed(weight: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return result
 
 
+def double(x: torch.Tensor) -> torch.Tensor:
+    """Repeat every pixel of `x` [N, C, H, W] in a square of four: `resample` upward with its default filter.
+
+    The compiler turns the gradient of nearest interpolation into atomic additions to a float32 tensor in NCHW order,
+    which are slow and have other last bits in each run. The gradient of a broadcast is a sum of four values that is
+    fused with what comes before it. Eager mode has the right kernel for interpolation, and a slow one for the sum.
+    """
+    if not torch.compiler.is_compiling():
+        return F.interpolate(x, scale_factor=2, mode="nearest")
+    n, width, height, breadth = x.shape
+    pixels = x.permute(0, 2, 3, 1)[:, :, None, :, None]
+    squares = pixels.expand(n, height, 2, breadth, 2, width)
+    return squares.reshape(n, 2 * height, 2 * breadth, width).permute(0, 3, 1, 2)
+
+
 def add(a: torch.Tensor, b: torch.Tensor, factor: float = 1) -> torch.Tensor:
     """a + factor * b; overwrites `a` if gradients are off."""
     return torch.add(a, b, alpha=factor) if torch.is_grad_enabled() else a.add_(b, alpha=factor)
@@ -130,12 +162,20 @@ def cosine_attention(qkv: torch.Tensor, num_heads: int) -> torch.Tensor:
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Attention of q, k and v [N, h, S, d] by the fastest of PyTorch's kernels."""
     n, heads, positions, depth = q.shape
+    if q.device.type == "cuda":
+        return pinned_attention(q, k, v)
     if q.device.type != "cpu" or q.dtype != torch.bfloat16 or positions > 512 or torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v)
     # On CPUs the fused kernel in bfloat16 is slower as long as the S x S attention weights fit the caches.
     q, k, v = (t.reshape(n * heads, positions, depth) for t in (q, k, v))
     weights = torch.bmm(q * depth**-0.5, k.transpose(1, 2)).softmax(dim=2)
     return torch.bmm(weights, v).reshape(n, heads, positions, depth)
+
+
+def pinned_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Attention of q, k and v [N, h, S, d] by the first of ATTENTION_KERNELS that supports them."""
+    with sdpa_kernel(ATTENTION_KERNELS):
+        return F.scaled_dot_product_attention(q, k, v)
 
 
 def _magnitude(x: torch.Tensor, dim: int) -> torch.Tensor:
@@ -152,34 +192,46 @@ def head_order(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
 
 
 class _EffectiveWeight(torch.autograd.Function):
-    """w * gain / ((rms(w) + EPS) * sqrt(n)) for rows w of n elements, where autograd would keep several tensors."""
+    """w * gain / ((rms(w) + EPS) * sqrt(n)) for the rows w of n elements of all `weights`; `gain` may be one per row.
+
+    Autograd would keep several tensors of this size. With more than one weight, the rows are stacked again for the
+    backward pass.
+    """
 
     @staticmethod
-    def forward(ctx: Any, weight: torch.Tensor, gain: float | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        rows = weight.flatten(1)
+    def forward(ctx: Any, gain: float | torch.Tensor, dtype: torch.dtype, *weights: torch.Tensor) -> torch.Tensor:
+        rows = _stacked_rows(weights)
         root = math.sqrt(rows.shape[1])
         sum_dtype = torch.promote_types(rows.dtype, torch.float32)
         magnitude = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=sum_dtype) / root  # [O, 1]
         inverse = 1 / ((magnitude + EPS) * root)
         is_learned = isinstance(gain, torch.Tensor)
-        ctx.save_for_backward(weight, magnitude, *([gain] if is_learned else []))
+        ctx.save_for_backward(magnitude, gain if is_learned else None, *weights)
         ctx.gain = None if is_learned else gain
-        return (rows * (inverse * gain)).to(dtype).reshape(weight.shape)
+        return (rows * (inverse * gain)).to(dtype).reshape(-1, *weights[0].shape[1:])
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
-        weight, magnitude, *learned = ctx.saved_tensors
-        gain = learned[0] if learned else ctx.gain
-        rows = weight.flatten(1)
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        magnitude, learned, *weights = ctx.saved_tensors
+        gain = ctx.gain if learned is None else learned
+        rows = _stacked_rows(weights)
         count = rows.shape[1]
         upstream = grad.reshape(rows.shape).to(rows.dtype)
         dot = (upstream * rows).sum(dim=1, keepdim=True)  # [O, 1]
         inverse = 1 / ((magnitude + EPS) * math.sqrt(count))
         # The second term removes the gradient's part along the row. A row of zeros has no direction: 0, not 0 / 0.
         steepness = torch.where(magnitude > 0, dot * inverse / ((magnitude + EPS) * magnitude * count), 0)
-        grad_weight = torch.addcmul(upstream * (inverse * gain), rows, steepness * gain, value=-1)
-        grad_gain = (dot * inverse).sum().reshape(gain.shape) if learned else None
-        return grad_weight.reshape(weight.shape), grad_gain, None
+        grad_rows = torch.addcmul(upstream * (inverse * gain), rows, steepness * gain, value=-1)
+        grad_gain = None
+        if learned is not None:
+            grad_gain = dot * inverse if learned.ndim else (dot * inverse).sum()
+        parts = grad_rows.split([len(weight) for weight in weights])
+        return grad_gain, None, *(part.reshape(w.shape) for part, w in zip(parts, weights, strict=True))
+
+
+def _stacked_rows(weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The rows of all `weights` [O, ...] in one matrix; a view if there is one weight."""
+    return weights[0].flatten(1) if len(weights) == 1 else torch.cat([weight.flatten(1) for weight in weights])
 
 
 class _PixelNorm(torch.autograd.Function):

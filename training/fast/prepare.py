@@ -19,12 +19,16 @@ class PrepareNetwork:
 
     precision: Precision | None = None  # None = as published: float16 on CUDA if the network has use_fp16, else float32
     compile: bool = False
+    automatic: bool = False  # whether `compile` was chosen for the number of images
     announce: Callable[[str], None] | None = None  # called with notices for the user
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings that change images, in JSON types."""
-        return {"precision": self.precision, "compile": self.compile}
+        """The settings that change images, in JSON types.
+
+        Automatic compilation is not among them, so that --skip-existing takes images of more seeds or processes.
+        """
+        return {"precision": self.precision, "compile": self.compile and not self.automatic}
 
     def __call__(self, net: Any, device: torch.device) -> Any:
         """Return `net`, which is on `device`, in the form for sampling."""

@@ -27,11 +27,13 @@ from training.fast.ops import (
     clip,
     convolve,
     cosine_attention,
+    double,
     effective_weight,
     head_order,
     pixel_norm,
     scaled_cat,
     silu_convolve,
+    stacked_weight,
 )
 from training.networks_edm2 import (
     SILU_MAGNITUDE,
@@ -118,7 +120,11 @@ def run_block(
 
     `x` is never overwritten; if gradients are off, intermediate results are, to save memory.
     """
-    x = resample(x, f=form.resample_filter, mode=form.resample_mode)
+    first, *others = form.resample_filter
+    if form.resample_mode == "up" and others == [first]:
+        x = double(x)
+    else:
+        x = resample(x, f=form.resample_filter, mode=form.resample_mode)
     if not form.is_decoder:
         if weights.skip is not None:
             x = convolve(x, weights.skip)
@@ -168,7 +174,8 @@ def run_unet(
 class FastBlock(nn.Module):
     """One block of the U-Net (Figure 21) on the parameters of `block`.
 
-    Each call normalizes the block's weights, so that only one block's normalized weights are in memory at a time.
+    Each call normalizes the block's convolutions, so that only one block's normalized weights are in memory at a time.
+    The caller applies its embedding layer.
     """
 
     def __init__(self, block: nn.Module) -> None:
@@ -177,12 +184,10 @@ class FastBlock(nn.Module):
         self.block = block
         self.form = BlockForm.of(block)
 
-    def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
-        """Map `x` [N, C, H, W] and `emb` [N, E] to [N, C', H', W']."""
-        block = self.block
-        weights = block_weights(block, x.dtype, activation_layout(x.device))
-        scale = fully_connect(emb, block.emb_linear, block.emb_gain) + 1
-        return run_block(self.form, weights, x, scale.to(x.dtype), self.form.dropout if self.training else 0)
+    def forward(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """Map `x` [N, C, H, W] and the channels' `scale` [N, C'], of x's dtype, to [N, C', H', W']."""
+        weights = block_weights(self.block, x.dtype, activation_layout(x.device))
+        return run_block(self.form, weights, x, scale, self.form.dropout if self.training else 0)
 
 
 class FastPrecond(nn.Module):
@@ -250,22 +255,34 @@ class FastPrecond(nn.Module):
     def _unet(self, x: torch.Tensor, emb: torch.Tensor, cond_images: torch.Tensor | None) -> torch.Tensor:
         unet = self.net.unet
         layout = activation_layout(x.device)
+        fast = [*self.enc, *self.dec]
+        layers = [
+            partial(self._run, block, scale=scale)
+            for block, scale in zip(fast, self._scales(emb, x.dtype), strict=True)
+        ]
         return run_unet(
             x,
             effective_weight(self.stem.weight, 1, x.dtype, layout),
-            [partial(self._run, block, emb=emb) for block in self.enc],
-            [partial(self._run, block, emb=emb) for block in self.dec],
+            layers[: len(self.enc)],
+            layers[len(self.enc) :],
             effective_weight(unet.out_conv.weight, unet.out_gain, x.dtype, layout),
             takes_skip=self.takes_skip,
             concat_balance=unet.concat_balance,
             cond_images=cond_images,
         )
 
-    def _run(self, block: nn.Module, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+    def _scales(self, emb: torch.Tensor, dtype: torch.dtype) -> Sequence[torch.Tensor]:
+        """Map `emb` [N, E] to the modulations [N, C'] of every block, with one product for all blocks."""
+        blocks = [fast.get_submodule("block") for fast in (*self.enc, *self.dec)]
+        weights = [block.get_submodule("emb_linear").get_parameter("weight") for block in blocks]
+        scales = F.linear(emb, stacked_weight(weights, [block.get_parameter("emb_gain") for block in blocks])) + 1
+        return scales.to(dtype).split([len(weight) for weight in weights], dim=1)
+
+    def _run(self, block: nn.Module, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         if self.recompute and self.training:
-            result: torch.Tensor = torch.utils.checkpoint.checkpoint(block, x, emb, use_reentrant=False)
+            result: torch.Tensor = torch.utils.checkpoint.checkpoint(block, x, scale, use_reentrant=False)
             return result
-        return block(x, emb)
+        return block(x, scale)
 
 
 def fully_connect(x: torch.Tensor, layer: MPConv, gain: float | torch.Tensor = 1) -> torch.Tensor:

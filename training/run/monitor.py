@@ -5,8 +5,9 @@ each level of encoder and decoder. Here a magnitude is the root of the mean squa
 of the blocks in the network, e.g. enc.16x16_block0.
 
 The training does not change, not even in the last bit. Gradients are only read. Activations come from an extra forward
-pass after the step, without gradients, in evaluation mode (which neither normalizes weights nor draws dropout masks),
-outside torch.compile and DistributedDataParallel. Only `collect` waits for the device.
+pass after the step over a few images, without gradients, in evaluation mode (which neither normalizes weights nor draws
+dropout masks), outside torch.compile and DistributedDataParallel, in the number format of the training. Only `collect`
+waits for the device.
 """
 
 import contextlib
@@ -19,6 +20,7 @@ import torch
 from torch_utils.distributed import World
 
 _PREFIX = "Monitor/"
+_MAX_IMAGES = 32  # of a process: the extra pass needs memory next to that of the training
 Loss = Callable[..., torch.Tensor]  # as EDM2Loss
 
 
@@ -28,17 +30,24 @@ class Monitor:
     `arm` selects the next iteration. In it, the training step passes its inputs and gradients by `see_inputs` and
     `see_gradients`, which cost nothing in other iterations. `collect` then returns the figures. With `everything` these
     are all of --monitor; otherwise it only checks that gradients are finite. If the weights are sharded, `replica`
-    (FastPrecond) is called in place of `net`.
+    (FastPrecond) is called in place of `net`. `dtype` is that of the activations.
     """
 
     def __init__(
-        self, net: torch.nn.Module, world: World, *, everything: bool, replica: torch.nn.Module | None = None
+        self,
+        net: torch.nn.Module,
+        world: World,
+        *,
+        everything: bool,
+        replica: torch.nn.Module | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.everything = everything
         self.lost: list[str] = []  # parameters whose gradients had no finite element at the last `collect`
         self._net = net
         self._world = world
         self._replica = replica
+        self._dtype = dtype
         self._loss_scale: float | torch.Tensor = 1.0
         self._armed = False
         self._inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
@@ -49,9 +58,10 @@ class Monitor:
         self._armed = True
 
     def see_inputs(self, *args: Any, **kwargs: Any) -> None:
-        """Take the arguments of the loss besides the network; the first round of an iteration is kept."""
+        """Take the arguments of the loss besides the network; the first images of an iteration are kept."""
         if self._armed and self.everything and self._inputs is None:
-            self._inputs = args, kwargs
+            few = {name: tensor[:_MAX_IMAGES] for name, tensor in kwargs.items()}
+            self._inputs = tuple(tensor[:_MAX_IMAGES] for tensor in args), few
 
     @torch.no_grad()
     def see_gradients(self, loss_scale: float | torch.Tensor = 1.0) -> None:
@@ -78,13 +88,30 @@ class Monitor:
             args, kwargs = self._inputs
             with torch.no_grad():
                 net = self._net if self._replica is None else self._replica
-                sums = _activations(net, self._computing_blocks(), lambda: loss_fn(net, *args, **kwargs))
+                with self._number_format():
+                    sums = _activations(net, self._computing_blocks(), lambda: loss_fn(net, *args, **kwargs))
                 sums |= _weights(self._net)
             table = self._world.all_reduce_sum(torch.stack(list(sums.values())))
             for name, (count, squares) in zip(sums, table.tolist(), strict=True):
                 stats[f"{_PREFIX}{name}"] = (squares / count) ** 0.5
         self._armed, self._inputs, self._gradients = False, None, None
         return stats if self.everything else {}
+
+    @contextlib.contextmanager
+    def _number_format(self) -> Iterator[None]:
+        """Let the plain network compute in the format of the run's activations, which follow those of the input."""
+        if self._replica is not None:  # it does so
+            yield
+            return
+
+        def convert(module: torch.nn.Module, args: Any) -> Any:
+            return (args[0].to(self._dtype), *args[1:])
+
+        hook = self._net.get_submodule("unet").register_forward_pre_hook(convert)
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def _computing_blocks(self) -> list[tuple[str, torch.nn.Module]]:
         """Return the module called for each part of the U-Net, with the part's name.

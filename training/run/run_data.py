@@ -127,12 +127,15 @@ def load_encoder(config: TrainingConfig, dataset: ImageDataset, folder: RunFolde
     if config.vae is None:
         return encoder
     assert isinstance(encoder, StabilityVAEEncoder)
+    tf32 = config.encoder_precision != "fp32"
+    encoder = encoder.with_encoder(tf32=tf32)
     if config.vae != PUBLISHED_VAE:
         if world.is_main and not folder.encoder_file.is_file():
             make_folder(folder.path)
             write_text(folder.encoder_file, json.dumps(encoder_entry(measured_encoder(encoder, dataset, world.device))))
         world.barrier()
         encoder = read_encoder_file(folder.encoder_file)
+    encoder = encoder.with_encoder(tf32=tf32, compile=config.compiles_on(world.device))
     encoder.init(world.device)
     return encoder
 

@@ -11,6 +11,7 @@ from dnnlib.errors import ConfigError
 from torch_utils.precision import numerics, unchanged_random_state
 from training.config import MetricsConfig, TrainingConfig
 from training.dataset.contract import ImageDataset
+from training.fast.prepare import PrepareNetwork
 from training.metrics.available import plan_metrics
 from training.metrics.evaluate import evaluate_images
 from training.metrics.metric_table import best_of
@@ -112,6 +113,7 @@ class TrainingMetrics:
             seeds=range(c.num),
             max_batch_size=c.batch,
             world=self._world,
+            prepare=PrepareNetwork(),
             num_steps=c.steps,
             **self._conditioning,
         )

@@ -1,5 +1,7 @@
 """The network of a run: made for its data, started from a snapshot, and in the form that a training step calls."""
 
+import itertools
+import os
 import warnings
 from typing import Any
 
@@ -7,7 +9,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from dnnlib.errors import ConfigError
-from torch_utils.cuda import keep_compiled_code
+from torch_utils.compiling import keep_compiled_code
 from torch_utils.distributed import World
 from torch_utils.precision import compute_dtype
 from training.config import TrainingConfig
@@ -17,6 +19,14 @@ from training.networks_edm2 import Precond
 from training.run.run_data import condition_of, network_shape
 from training.run.sharding import shard_network
 from training.snapshot import load_snapshot
+
+# Of torch.compile for the training network. Activations are in channels-last order by the network's own hand. The
+# compiler's search for layouts would add float32 copies of all convolutions' weights, kept until the backward pass.
+COMPILE_OPTIONS: dict[str, Any] = {"layout_optimization": False}
+
+# Gradients that are summed over the processes in one call. Small ones are sent early; large ones take fewer calls.
+_BUCKET_MB = 25
+_LARGE_BUCKET_MB = 128
 
 
 def make_network(config: TrainingConfig, dataset: ImageDataset) -> Precond:
@@ -79,12 +89,15 @@ def make_replica(net: Precond, config: TrainingConfig, world: World) -> torch.nn
     It computes with the parameters of `net`. With more than one process, its backward pass leaves the mean gradients of
     all processes in them; for sharded parameters see training/run/sharding.py.
     """
-    device = world.device
+    device, bucket_mb = world.device, _BUCKET_MB
     replica = FastPrecond(net, dtype=compute_dtype(config.network.precision, device), recompute=config.recompute)
     if config.compiles_on(device):
         keep_compiled_code()
-        if world.size == 1:
-            replica.compile(fullgraph=True, dynamic=False)
+        # The compiler's own way to cut the network at full buckets would cut it inside blocks.
+        torch._dynamo.config.optimize_ddp = False
+        if compiles_as_one(config, world):
+            replica.compile(fullgraph=True, dynamic=False, options=COMPILE_OPTIONS)
+            bucket_mb = _LARGE_BUCKET_MB
         else:
             _compile_blocks(replica)
     if config.shards_over(world.size):
@@ -98,25 +111,44 @@ def make_replica(net: Precond, config: TrainingConfig, world: World) -> torch.nn
             replica,
             device_ids=[device.index] if device.type == "cuda" else None,
             broadcast_buffers=False,
+            bucket_cap_mb=bucket_mb,
             gradient_as_bucket_view=True,
             # A static graph cannot leave the exchange out of some rounds of accumulation.
             static_graph=config.share_of(world.size)[1] == 1,
         )
 
 
+def compiles_as_one(config: TrainingConfig, world: World) -> bool:
+    """Return whether a compiled network is one graph, rather than a graph for each block.
+
+    One graph fuses across blocks and costs the host less, but its gradients are all sent at its end. That pays where
+    sending takes little of a step: between GPUs of one machine that reach each other's memory, as over NVLink. A
+    sharded network gathers and frees its weights block by block.
+    """
+    if world.size == 1:
+        return True
+    return not config.shards_over(world.size) and world.device.type == "cuda" and _share_memory(world.size)
+
+
+def _share_memory(num_ranks: int) -> bool:
+    """Return whether all processes are on this machine, each with a GPU that reaches the memory of all others."""
+    if os.environ.get("LOCAL_WORLD_SIZE") != str(num_ranks) or torch.cuda.device_count() < num_ranks:
+        return False
+    pairs = itertools.permutations(range(num_ranks), 2)
+    return all(torch.cuda.can_device_access_peer(one, other) for one, other in pairs)
+
+
 def _compile_blocks(replica: FastPrecond) -> None:
     """Compile each block on its own, whole; blocks of one shape share code.
 
     Gradients of a block are sent while those of the previous one are computed, and rows of weights come and go between
-    blocks. A network compiled as one has all its gradients at the end. The compiler's own way around that cuts the
-    network wherever 25 MB of weights are full, which is inside blocks, so it is switched off.
+    blocks. A network compiled as one has all its gradients at the end.
     """
     blocks = [*replica.enc, *replica.dec]
     options: Any = torch._dynamo.config
-    options.optimize_ddp = False
     # Every kind of block is another version of the same code. The second name is from before PyTorch 2.7.
     limit = "recompile_limit" if hasattr(options, "recompile_limit") else "cache_size_limit"
     setattr(options, limit, max(getattr(options, limit), 2 * len(blocks)))
     for block in blocks:
         # Not block.compile(): that would include the hooks that gather the rows.
-        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
+        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False, options=COMPILE_OPTIONS)

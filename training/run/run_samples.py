@@ -18,6 +18,7 @@ from training.condition.conditioning import Conditioning, conditioning_of
 from training.condition.source_images import RepeatedImages
 from training.config import SamplesConfig, TrainingConfig
 from training.dataset.contract import ImageDataset
+from training.fast.prepare import PrepareNetwork
 from training.images.sheet import SHEET_GAP, write_sheet
 from training.presets import GENERATION
 from training.run.batch_inputs import shown_images
@@ -143,6 +144,7 @@ class RunSamples:
                 class_idx=classes or None,
                 max_batch_size=self._config.batch,
                 world=self._world,
+                prepare=PrepareNetwork(),
                 num_steps=self._config.steps,
                 **condition_kwargs,
             ):

@@ -10,7 +10,7 @@ It acts on the local module: a network of the same names that has this process's
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -29,7 +29,8 @@ def shard_network(replica: FastPrecond, world: World, *, group: int) -> None:
     averaged over all (HSDP).
 
     The parameters of `net` become DTensors on the run's device. Scalars (gains) stay whole in every process, since
-    `fully_shard` accepts none: see `scatter_gradients`.
+    `fully_shard` accepts none: see `scatter_gradients`. The embedding layers of all blocks, which the network applies
+    in one product, are gathered with what belongs to no block.
     """
     # Imported here: most runs do not need it, and it takes a third as long as importing torch.
     from torch.distributed.device_mesh import init_device_mesh
@@ -44,9 +45,12 @@ def shard_network(replica: FastPrecond, world: World, *, group: int) -> None:
         if param.ndim == 0:
             param.data = param.data.to(world.device)
     replica.register_forward_hook(_with_own_memory)
-    for module in (*replica.enc, *replica.dec, replica):
-        with _sharded_or_scalar_hidden(module):
-            fully_shard(module, mesh=mesh)
+    blocks = [*replica.enc, *replica.dec]
+    for block in blocks:
+        with _hidden(block, lambda name, param: _left_whole(param) or name == "block.emb_linear.weight"):
+            fully_shard(block, mesh=mesh)
+    with _hidden(replica, lambda name, param: _left_whole(param)):
+        fully_shard(replica, mesh=mesh)
 
 
 def _with_own_memory(module: nn.Module, args: Any, output: Any) -> Any:
@@ -54,18 +58,24 @@ def _with_own_memory(module: nn.Module, args: Any, output: Any) -> Any:
     return tuple(x.clone() if x._is_view() else x for x in output) if isinstance(output, tuple) else output
 
 
-@contextlib.contextmanager
-def _sharded_or_scalar_hidden(module: nn.Module) -> Iterator[None]:
-    """Temporarily detach parameters that `fully_shard` must skip.
+def _left_whole(param: torch.Tensor) -> bool:
+    """Return whether `fully_shard` must skip a parameter.
 
     These are scalars (`ignored_params` needs PyTorch > 2.6) and parameters already sharded, which are reachable a
     second time through the fast network's reference to the original.
     """
-    hidden = []
-    for owner in module.modules():
-        for name, param in owner._parameters.items():
-            if param is not None and (param.ndim == 0 or _is_spread(param)):
-                hidden.append((owner, name, param))
+    return param.ndim == 0 or _is_spread(param)
+
+
+@contextlib.contextmanager
+def _hidden(module: nn.Module, which: Callable[[str, torch.Tensor], bool]) -> Iterator[None]:
+    """Temporarily detach the parameters for which which(name, parameter) is true."""
+    hidden = [
+        (owner, name, param)
+        for prefix, owner in module.named_modules()
+        for name, param in owner._parameters.items()
+        if param is not None and which(f"{prefix}.{name}", param)
+    ]
     for owner, name, _ in hidden:
         owner._parameters[name] = None
     try:

@@ -11,6 +11,7 @@ from dnnlib.errors import ConfigError
 from torch_utils.checkpoints.stored import has_stored, read_whole
 from torch_utils.distributed import World
 from torch_utils.loss_scale import LossScale
+from torch_utils.precision import compute_dtype
 from training.config import TrainingConfig
 from training.dataset.contract import ImageDataset
 from training.encoders import Encoder, StabilityVAEEncoder
@@ -24,10 +25,13 @@ from training.run.sharding import copy_rows, gathered, local_module, scatter_gra
 from training.run.streams import NoiseStream, Purpose, derive_seed
 from training.run.update import (
     clear_nonfinite,
+    flat_gradients,
     learning_rate_schedule,
     make_optimizer,
-    normalize_weights,
+    normalize_rows,
+    pack_weights,
     start_moments,
+    weights_of,
     with_fused_adam,
 )
 
@@ -68,14 +72,21 @@ class TrainingState:
             self.uninitialized, self.has_new_condition_input = copy_weights(
                 config.init, self.net, partial=config.init_partial
             )
+        if not self.sharded:
+            pack_weights(self.net)
         self.loss_fn = EDM2Loss(P_mean=config.P_mean, P_std=config.P_std, sigma_data=self.net.sigma_data)
         self.replica = make_replica(self.net, config, world)
         self.local = local_module(self.net) if self.sharded else self.net  # what this process steps and averages
+        self._params, self._weights = list(self.local.parameters()), weights_of(self.local)
         self.optimizer = make_optimizer(self.local.parameters(), lr=config.lr)
         self.loss_scale = LossScale(config.ls, world.device, shared=world if self.sharded else None)
         self.ema = PowerFunctionEMA(self.local, stds=list(config.ema_stds))
         self.monitor = Monitor(
-            self.net, world, everything=config.monitor, replica=self.replica if self.sharded else None
+            self.net,
+            world,
+            everything=config.monitor,
+            replica=self.replica if self.sharded else None,
+            dtype=compute_dtype(config.network.precision, world.device),
         )
         self._noise = NoiseStream(config.seed, world.device)
 
@@ -98,14 +109,14 @@ class TrainingState:
 
         `images` [N, C, H, W] as the data set holds them, `labels` [N, L] float32, both on the run's device.
         """
-        normalize_weights(self.local)
+        normalize_rows(self._weights)
         loss = self.accumulate_gradients(images, labels)
         self.monitor.see_gradients(self.loss_scale.factor)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
         if self.sharded:
             scatter_gradients(self.net, self.local, self.world)
-        gradients = [param.grad for param in self.local.parameters() if param.grad is not None]
+        gradients = flat_gradients(self._params)
         self.loss_scale.unscale_(gradients)
         clear_nonfinite(gradients)
         self.optimizer.found_inf = self.loss_scale.overflow  # type: ignore[attr-defined]  # read by fused Adam

@@ -4,7 +4,7 @@ Source: Karras et al., arXiv 2312.02696, Eq. 47, 66 and 67, Section 2.3, Table 6
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -50,17 +50,84 @@ def with_fused_adam(state: dict[str, Any]) -> dict[str, Any]:
     return {**state, "param_groups": groups}
 
 
-@torch.no_grad()
-def normalize_weights(net: torch.nn.Module) -> None:
-    """Scale every row of every weight to unit magnitude in place (Eq. 66): once before a step's forward passes.
+def pack_weights(net: torch.nn.Module) -> None:
+    """Move the weights of `net`: those with rows of the same length follow one another in memory.
 
-    Row magnitudes take one call per weight, the rest one call for all weights.
+    `normalize_weights` then needs a few kernels for all of them, instead of two for each.
     """
-    weights = [module.weight.flatten(1) for module in net.modules() if isinstance(module, MPConv)]
-    norms = [torch.linalg.vector_norm(rows, dim=1, keepdim=True) for rows in weights]
-    torch._foreach_mul_(norms, [1 / math.sqrt(rows.shape[1]) for rows in weights])
+    groups: dict[int, list[torch.nn.Parameter]] = {}
+    for weight in weights_of(net):
+        groups.setdefault(weight.shape[1:].numel(), []).append(weight)
+    for weights in groups.values():
+        packed = torch.cat([weight.detach().flatten() for weight in weights])
+        for weight, part in zip(weights, packed.split([weight.numel() for weight in weights]), strict=True):
+            weight.data = part.view(weight.shape)
+
+
+def weights_of(net: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """List the weights of `net` that are normalized."""
+    return [module.weight for module in net.modules() if isinstance(module, MPConv)]
+
+
+def normalize_weights(net: torch.nn.Module) -> None:
+    """Scale every row of every weight to unit magnitude in place (Eq. 66): once before a step's forward passes."""
+    normalize_rows(weights_of(net))
+
+
+@torch.no_grad()
+def normalize_rows(weights: Sequence[torch.Tensor]) -> None:
+    """Do the work of `normalize_weights` for the result of `weights_of`.
+
+    Weights that `pack_weights` has put together take one call for their magnitudes and one for the division.
+    """
+    by_length: dict[int, list[torch.Tensor]] = {}
+    for weight in weights:
+        by_length.setdefault(weight.shape[1:].numel(), []).append(weight)
+    rows = [part.view(-1, length) for length, group in by_length.items() for part in joined(group)]
+    norms = [torch.linalg.vector_norm(part, dim=1, keepdim=True) for part in rows]
+    torch._foreach_mul_(norms, [1 / math.sqrt(part.shape[1]) for part in rows])
     torch._foreach_add_(norms, EPS)
-    torch._foreach_div_(weights, norms)
+    for part, norm in zip(rows, norms, strict=True):  # _foreach_div_ would do the same: the shapes differ
+        part.div_(norm)
+
+
+@torch.no_grad()
+def flat_gradients(params: Iterable[torch.nn.Parameter]) -> list[torch.Tensor]:
+    """Return the gradients as a few flat tensors in the same memory, for work on all elements.
+
+    Buckets of DistributedDataParallel are flat already. Gradients that lie alone in memory are moved together, since a
+    copy of all costs less than a kernel for each.
+    """
+    owners = [param for param in params if param.grad is not None]
+    gradients = [param.grad for param in owners if param.grad is not None]
+    if all(gradient.is_contiguous() for gradient in gradients):
+        flat = joined(gradients)
+        if 4 * len(flat) <= len(gradients):
+            return flat
+    if not gradients:
+        return []
+    moved = torch.cat([gradient.flatten() for gradient in gradients])
+    for param, part in zip(owners, moved.split([gradient.numel() for gradient in gradients]), strict=True):
+        param.grad = part.view(param.shape)
+    return [moved]
+
+
+def joined(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the elements of contiguous `tensors` as flat tensors in the same memory, one for each unbroken stretch."""
+    placed = sorted(
+        ((x.untyped_storage()._cdata, x.storage_offset(), x.numel(), x) for x in tensors if x.numel()),
+        key=lambda place: place[:2],
+    )
+    stretches: list[tuple[torch.Tensor, int]] = []
+    end = None
+    for storage, offset, num, tensor in placed:
+        if (storage, offset) == end:
+            first, length = stretches.pop()
+            stretches.append((first, length + num))
+        else:
+            stretches.append((tensor, num))
+        end = (storage, offset + num)
+    return [first.detach().as_strided((length,), (1,)) for first, length in stretches]
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import torch
 
 from dnnlib.errors import ConfigError
 from tests.helpers.tiny import assert_same_state
-from torch_utils.checkpoints.checkpoint import load_checkpoint, newest, save_checkpoint
+from torch_utils.checkpoints.checkpoint import load_checkpoint, numbered, save_checkpoint
 
 
 class Exploit:
@@ -65,7 +65,7 @@ def test_nothing_from_the_file_is_run(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_the_newest_has_the_highest_number(tmp_path: Path):
-    assert newest(tmp_path / "missing", "state-", ".pt") is None
+    assert numbered(tmp_path / "missing", "state-", ".pt") == []
     for name in (
         "state-0000009.pt",
         "state-10000000.pt",
@@ -75,4 +75,4 @@ def test_the_newest_has_the_highest_number(tmp_path: Path):
         "state-9.tmp",
     ):
         (tmp_path / name).touch()
-    assert newest(tmp_path, "state-", ".pt") == tmp_path / "state-10000000.pt"
+    assert numbered(tmp_path, "state-", ".pt")[-1] == tmp_path / "state-10000000.pt"

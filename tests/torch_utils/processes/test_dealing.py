@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing
+import torch.distributed
 
+from tests.helpers.ranks import run_members
 from torch_utils.distributed import World
 from torch_utils.processes.dealing import (
     all_batches,
@@ -91,7 +92,7 @@ def _member(rank: int, folder: str) -> None:
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
 def test_a_slow_process_gets_fewer_batches_and_a_failed_one_holds_nobody_up(tmp_path: Path):
-    torch.multiprocessing.spawn(_member, (str(tmp_path),), nprocs=2)
+    run_members(_member, str(tmp_path))
     (fast, left), (slow, lost) = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert (len(fast), len(slow)) == (BATCHES - 1, 1)
     expected = [[i, batch.tolist()] for i, batch in enumerate(all_batches(3 * BATCHES - 1, 3, 1))]

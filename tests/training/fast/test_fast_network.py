@@ -6,43 +6,24 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers import oracle
-from training.fast.ops import effective_weight, head_order, pixel_norm
+from tests.helpers.small_network import OPTIONS, SMALL, small_network, worst
+from training.fast.ops import (
+    ATTENTION_KERNELS,
+    cosine_attention,
+    effective_weight,
+    head_order,
+    pinned_attention,
+    pixel_norm,
+    stacked_weight,
+)
 from training.fast.training_network import FastPrecond
 from training.loss import EDM2Loss
 from training.networks_edm2 import Precond, normalize
-from training.run.update import normalize_weights
-
-SMALL: dict[str, Any] = {
-    "img_resolution": 16,
-    "img_channels": 3,
-    "label_dim": 5,
-    "model_channels": 8,
-    "channel_mult": [1, 2],
-    "num_blocks": 1,
-    "channels_per_head": 8,
-    "attn_resolutions": [8],
-}
-OPTIONS: list[dict[str, Any]] = [
-    {},
-    {"label_dim": 0, "img_channels": 8},
-    {"channel_mult": [1, 1, 2], "attn_resolutions": [16, 8], "channels_per_head": 4},
-    {"channel_mult_noise": 2, "channel_mult_emb": 3, "label_balance": 0.3, "concat_balance": 0.7},
-    {"resample_filter": [1, 3, 3, 1], "res_balance": 0.5, "attn_balance": 0.2, "clip_act": 1.0},
-    {"num_blocks": 2, "clip_act": None, "sigma_data": 0.7, "logvar_channels": 32},
-]
-
-
-def small_network(**options: Any) -> Precond:
-    """A network whose gains are away from zero and whose weights have unit magnitude."""
-    torch.manual_seed(0)
-    net = Precond(**(SMALL | options), use_fp16=False).train()
-    with torch.no_grad():
-        for param in net.parameters():
-            param.fill_(0.6) if param.ndim == 0 else param.mul_(2)
-    normalize_weights(net)
-    return net
+from training.presets import TRAINING
 
 
 def gradients(forward: Any, net: Any, num_images: int = 4) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -56,12 +37,6 @@ def gradients(forward: Any, net: Any, num_images: int = 4) -> tuple[torch.Tensor
     loss = EDM2Loss()(forward, images, labels, rnd_normal=rnd_normal, unit_noise=noise)
     loss.sum().backward()
     return loss.detach(), {name: param.grad.clone() for name, param in net.named_parameters()}
-
-
-def worst(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
-    """Largest relative distance of two gradients of the same name."""
-    assert set(ours) == set(theirs)
-    return max(float((ours[k] - theirs[k]).norm() / theirs[k].norm()) for k in theirs)
 
 
 @pytest.mark.parametrize("name", ["cond", "uncond"])
@@ -188,3 +163,82 @@ def test_compiled_by_the_default_backend_it_trains_as_in_eager_mode():
     loss, grads = gradients(torch.compile(FastPrecond(net), fullgraph=True), net)
     torch.testing.assert_close(loss, expected_loss, rtol=1e-4, atol=1e-5)
     assert worst(grads, expected) < 1e-4
+
+
+def test_the_stack_of_embedding_layers_has_the_rows_and_gradients_of_each_layer():
+    torch.manual_seed(0)
+    weights = [torch.randn(rows, 5, requires_grad=True) for rows in (2, 3, 4)]
+    gains = [torch.tensor(gain, requires_grad=True) for gain in (0.5, 1.0, -2.0)]
+    each = [effective_weight(w, g, torch.float32, torch.contiguous_format) for w, g in zip(weights, gains, strict=True)]
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        stack = stacked_weight(weights, gains)
+    assert torch.equal(stack, torch.cat(each))
+    assert {t.data_ptr() for t in saved if t.shape[1:] == (5,)} == {weight.data_ptr() for weight in weights}
+    up = torch.randn(9, 5)
+    ours, theirs = (torch.autograd.grad(x, [*weights, *gains], up) for x in (stack, torch.cat(each)))
+    for left, right in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(left, right)
+
+
+def test_attention_is_eligible_for_fused_kernels_at_every_width_of_the_presets(monkeypatch):
+    """Flash attention and cuDNN need contiguous vectors of a fit length, aligned to 16 bytes, and no mask."""
+    plain, calls = F.scaled_dot_product_attention, []
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args: calls.append(args) or plain(*args))
+    networks = [config.network for name, config in TRAINING.items() if name.startswith("edm2-img")]
+    for channels in sorted({network.channels * mult for network in networks for mult in network.channel_mult}):
+        qkv = torch.randn(2, 3 * channels, 2, 4, dtype=torch.float16).contiguous(memory_format=torch.channels_last)
+        cosine_attention(qkv.requires_grad_(), channels // 64)
+        for vectors in calls.pop():
+            assert vectors.shape == (2, channels // 64, 8, 64) and vectors.dtype == torch.float16
+            assert vectors.stride(3) == 1
+            assert all(number % 8 == 0 for number in (*vectors.stride()[:3], vectors.storage_offset()))
+        assert not calls
+
+
+def test_the_attention_kernels_are_pinned_in_eager_and_in_compiled_code(monkeypatch):
+    plain, allowed = F.scaled_dot_product_attention, []
+    backends = torch.backends.cuda
+
+    def recorded(*args):
+        allowed.append((backends.flash_sdp_enabled(), backends.math_sdp_enabled(), backends.cudnn_sdp_enabled()))
+        return plain(*args)
+
+    q, k, v = torch.randn(3, 1, 2, 8, 16)
+    names: list[str] = []
+
+    def backend(graph, example_inputs):
+        names.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    compiled = torch.compile(pinned_attention, fullgraph=True, backend=backend)(q, k, v)
+    assert any("sdpa_kernel" in name for name in names)
+    before = backends.cudnn_sdp_enabled()
+    monkeypatch.setattr(F, "scaled_dot_product_attention", recorded)
+    torch.testing.assert_close(pinned_attention(q, k, v), compiled)
+    assert allowed == [(True, True, False)] and backends.cudnn_sdp_enabled() == before
+    assert ATTENTION_KERNELS[0].name == "FLASH_ATTENTION"
+
+
+class Types(TorchDispatchMode):
+    """Records the types of the inputs of convolutions, matrix products and attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[str, set[torch.dtype]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        kind = next((kind for kind in ("convolution", "mm", "attention") if kind in name), None)
+        if kind is not None:
+            tensors = [x for x in args if isinstance(x, torch.Tensor) and x.ndim > 1 and x.is_floating_point()]
+            self.found.setdefault(kind, set()).update(x.dtype for x in tensors if x.ndim != 3)
+        return func(*args, **(kwargs or {}))
+
+
+def test_convolutions_and_attention_are_in_half_precision_and_embeddings_in_float32():
+    net = small_network()
+    for dtype in (torch.bfloat16, torch.float16):
+        with Types() as types:
+            gradients(FastPrecond(net, dtype=dtype), net)
+        assert types.found == {"convolution": {dtype}, "attention": {dtype}, "mm": {torch.float32}}

@@ -1,7 +1,9 @@
 """The network for sampling against published numbers and the network that it was made of; images and their batches."""
 
 import copy
+import gc
 import json
+import weakref
 from typing import Any
 
 import numpy as np
@@ -9,8 +11,9 @@ import pytest
 import torch
 
 from tests.helpers.paths import GOLDEN_DIR
-from tests.training.fast.test_fast_network import OPTIONS, small_network
-from tests.training.sampling.test_sampler import CASES, golden_network
+from tests.helpers.sampling import CASES, golden_network
+from tests.helpers.small_network import OPTIONS, small_network
+from torch_utils.cuda import StaticCall, record_plainly
 from torch_utils.precision import cpu_threads
 from training.fast.inference_network import InferencePrecond
 from training.fast.ops import packed
@@ -223,6 +226,25 @@ def test_one_graph_serves_every_noise_level_and_class():
         with torch.no_grad():
             torch.testing.assert_close(ours(x, sigma, labels), net(x, sigma, labels), rtol=1e-4, atol=1e-4)
     assert len(graphs) == 1
+
+
+def traced(evaluate: Any) -> Any:
+    return torch.compile(evaluate, fullgraph=True, dynamic=False, backend="eager")
+
+
+@pytest.mark.parametrize("through", [None, traced, lambda evaluate: StaticCall(evaluate, record_plainly)])
+def test_a_dropped_network_is_gone_at_once(through):
+    """On a GPU its weights and the memory of its graph would stay until a collection of cycles happens to run."""
+    net = InferencePrecond(small_network().eval(), pack=through is None, through=through)
+    gc.collect()
+    gc.disable()
+    try:
+        edm_sampler(net, torch.randn(2, 3, 16, 16), torch.eye(5)[:2], num_steps=2)
+        parts = [weakref.ref(part) for part in (net, *net.modules(), *net.buffers())]
+        del net
+        assert [part() for part in parts if part() is not None] == []
+    finally:
+        gc.enable()
 
 
 @pytest.mark.slow

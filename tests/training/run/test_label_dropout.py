@@ -9,8 +9,8 @@ import torch
 
 from dnnlib.errors import ConfigError
 from tests.helpers.tiny import tiny_config, write_labels
-from tests.scripts.test_train_edm2 import SHORT, run
-from tests.training.run.test_training_state import RGB, batch_of, make_state, wake
+from tests.helpers.train_command import SHORT, run
+from tests.helpers.training_step import RGB, batch_of, make_state, wake
 from torch_utils.distributed import World
 from training.run.batch_inputs import drop_labels
 from training.run.run_folder import RunFolder

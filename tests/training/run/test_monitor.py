@@ -113,6 +113,26 @@ def test_magnitudes_are_root_mean_squares_of_blocks_and_levels(
     assert found["weights/enc.8x8_conv"] == pytest.approx(1, abs=1e-2)  # what forced weight normalization keeps them at
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_few_images_are_enough_in_the_number_format_of_the_run(
+    precision: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run = make_run(tiny_config(data, precision=precision, batch=40, status=40, duration=40, monitor=True), tmp_path)
+    found = []
+    forward = Block.forward
+
+    def recorded(block: Block, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+        out = forward(block, x, emb)
+        if not block.training:
+            found.append((len(out), out.dtype))
+        return out
+
+    monkeypatch.setattr(Block, "forward", recorded)
+    stats_of(run)
+    assert set(found) == {(32, torch.bfloat16 if precision == "bf16" else torch.float32)}
+    assert not run.state.net.unet._forward_pre_hooks
+
+
 def test_what_several_processes_hold_is_counted_once(monkeypatch: pytest.MonkeyPatch):
     """Twice the sums, as of two processes that hold all of it: the same norm, share and names."""
     net = torch.nn.Linear(3, 2)

@@ -1,18 +1,19 @@
 """Runs that go on with another number of processes, and what several processes agree on."""
 
+import gc
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
+import torch.distributed
 
 from dnnlib.errors import ConfigError
-from tests.helpers.paths import ROOT
+from tests.helpers.ranks import run_members
 from tests.helpers.tiny import assert_same_state, tiny_config, write_dataset
+from torch_utils import distributed
 from torch_utils.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from torch_utils.distributed import World
 from torch_utils.processes.together import everywhere, on_main
@@ -24,20 +25,6 @@ from training.run.run_folder import RunFolder
 from training.training_loop import Saved, Status, TrainingRun
 
 NUM = 20  # images
-
-# Trains parts of runs, and tells which images were read, for what losses, with what notes.
-PROGRAM = """
-import gc, json, sys
-from pathlib import Path
-from tests.training.run.test_resuming import train_part
-from torch_utils import distributed
-world = distributed.init("cpu")
-out = Path(sys.argv[1])
-told = [train_part(out / name, int(stop), world) for name, stop in (a.split("=") for a in sys.argv[2:])]
-(out / f"told-{world.rank}.json").write_text(json.dumps(told))
-gc.collect()  # a DistributedDataParallel that outlives the process group may end the process in an ugly way
-world.close()
-"""
 
 
 def train_part(folder: Path, stop: int, world: World) -> dict:
@@ -65,18 +52,21 @@ def train_part(folder: Path, stop: int, world: World) -> dict:
     return {"begin": begin, "read": read, "losses": losses, "notes": run.notes}
 
 
-def train_on_two(out: Path, *parts: str) -> list[list[dict]]:
-    """What the two processes tell of each part NAME=STOP."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python"]
-    ended = subprocess.run(
-        [*command, sys.executable, "-c", PROGRAM, str(out), *parts],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "."},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert ended.returncode == 0, ended.stderr
+def _member(rank: int, out: Path, parts: list[tuple[str, int]]) -> None:
+    """Train parts of runs, and write which images were read, for what losses, with what notes."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+    store = torch.distributed.FileStore(str(out / f"store-{len(parts)}"), 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    world = distributed.init("cpu")
+    told = [train_part(out / name, stop, world) for name, stop in parts]
+    (out / f"told-{rank}.json").write_text(json.dumps(told))
+    gc.collect()  # a DistributedDataParallel that outlives the process group may end the process in an ugly way
+    world.close()
+
+
+def train_on_two(out: Path, *parts: tuple[str, int]) -> list[list[dict]]:
+    """What the two processes tell of each part (name, stop)."""
+    run_members(_member, out, parts)
     return [json.loads((out / f"told-{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -93,9 +83,9 @@ def positions(parts: list[dict], share: int) -> dict[int, int]:
 @pytest.mark.slow
 def test_two_processes_then_one_then_two_see_every_image_of_every_epoch_once(tmp_path: Path):
     write_dataset(tmp_path / "data.zip", num=NUM)
-    first = train_on_two(tmp_path, "moves=24", "whole=64", "cut=24", "cut=64")
+    first = train_on_two(tmp_path, ("moves", 24), ("whole", 64), ("cut", 24), ("cut", 64))
     middle = train_part(tmp_path / "moves", 56, World())
-    last = train_on_two(tmp_path, "moves=80")
+    last = train_on_two(tmp_path, ("moves", 80))
 
     seen = positions([rank[0] for rank in first], 4)
     assert sorted(seen) == list(range(24))

@@ -2,28 +2,26 @@
 
 import dataclasses
 import json
-import os
 import random
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import PIL.Image
 import pytest
 import torch
 
 import dnnlib.cli
 import train_edm2 as script
 from dnnlib.errors import ConfigError
+from tests.helpers.ranks import run_ranks
+from tests.helpers.sample_grid import cells
 from tests.helpers.tiny import assert_same_state, global_random_states, tiny_config, train, write_dataset
 from torch_utils.distributed import World
 from training import encoders
 from training.config import SamplesConfig, TrainingConfig
-from training.presets import REPOSITORY_DIR
+from training.fast.prepare import PrepareNetwork
 from training.run import run_samples
 from training.run.run_folder import RunFolder
 from training.run.run_samples import check_samples, grid_rows, preferred_std
@@ -45,19 +43,6 @@ def sampled(data: Path, **changes: Any) -> TrainingConfig:
 
 def make_run(config: TrainingConfig, folder: Path) -> TrainingRun:
     return TrainingRun(config, RunFolder(folder), world=World())
-
-
-def cells(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
-    """The images of a grid, uint8 [rows, columns, H, W, C], cut out as its record says, and the record."""
-    with PIL.Image.open(path) as image:
-        about, pixels = json.loads(image.info["edm2"]), np.asarray(image)
-    channels, height, width = about["image"]
-    pixels, gap = pixels.reshape(*pixels.shape[:2], channels), about["gap"]
-    rows, columns = len(about["classes"]), len(about["seeds"][0])
-    assert pixels.shape[:2] == (gap + rows * (height + gap), gap + columns * (width + gap))
-    tops = [gap + row * (height + gap) for row in range(rows)]
-    lefts = [gap + column * (width + gap) for column in range(columns)]
-    return np.stack([[pixels[t : t + height, x : x + width] for x in lefts] for t in tops]), about
 
 
 def test_the_result_and_the_random_state_are_bitwise_those_of_a_run_without(data, tmp_path, monkeypatch):
@@ -95,7 +80,8 @@ def test_a_grid_shows_what_its_snapshot_gives_for_the_seeds_in_its_record(data, 
         assert event.path.name == f"samples-{event.nimg // 1000:07d}.png"
         assert (about["nimg"], about["ema_std"], about["classes"]) == (event.nimg, 0.1, [0, 1, 2])
         for row, (label, seeds) in enumerate(zip(about["classes"], about["seeds"], strict=True)):
-            (batch,) = generate_images(snapshot.net, seeds=seeds, class_idx=label, num_steps=about["steps"])
+            options = {"class_idx": label, "num_steps": about["steps"], "prepare": PrepareNetwork()}
+            (batch,) = generate_images(snapshot.net, seeds=seeds, **options)
             np.testing.assert_array_equal(found[row], batch.images.permute(0, 2, 3, 1).numpy())
         records.append({**about, "nimg": 0})
     assert records[0] == records[1]
@@ -232,13 +218,9 @@ def test_the_command_draws_them_and_a_run_may_go_on_without(data, tmp_path, caps
 def test_one_and_two_processes_draw_the_same(data, tmp_path):
     found = []
     for ranks in (1, 2):
-        launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         args = ["--batch=512", "--duration=1Ki", "--snapshot=1Ki", "--checkpoint=0", "--status=0", f"--data={data}"]
         args += ["--samples=3", "--samples-steps=2", "--samples-batch=2", f"--outdir={tmp_path / str(ranks)}"]
-        words = [sys.executable, *launcher, "train_edm2.py", *TINY, *args]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        result = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300, cwd=REPOSITORY_DIR)
-        assert result.returncode == 0, result.stderr
+        run_ranks("train_edm2.py", *TINY, *args, num=ranks)
         found.append(cells(tmp_path / str(ranks) / "samples-0000001.png"))
     assert found[0][1] == found[1][1]
     np.testing.assert_allclose(found[0][0].astype(int), found[1][0].astype(int), atol=1)

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing
+import torch.distributed
 
 from dnnlib.errors import ConfigError
+from tests.helpers.ranks import run_members
 from tests.helpers.tiny import assert_same_state, tiny_config, train, write_dataset
 from torch_utils import distributed
 from torch_utils.distributed import World
@@ -203,5 +204,5 @@ def _member(rank: int, folder: str, data: str) -> None:
 
 
 def test_two_processes_end_together_and_refuse_to_differ(data: Path, tmp_path: Path):
-    torch.multiprocessing.spawn(_member, args=(str(tmp_path), str(data)), nprocs=2)  # raises if a member does
+    run_members(_member, str(tmp_path), str(data))  # raises if a member does
     assert (tmp_path / "done0").exists() and (tmp_path / "done1").exists()

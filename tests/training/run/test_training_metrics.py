@@ -1,11 +1,10 @@
 """Metrics during training: the right numbers, of files that are there, and no trace in what is learned."""
 
 import dataclasses
+import gc
 import json
-import os
 import random
-import subprocess
-import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,16 +16,18 @@ import torch
 import dnnlib.cli
 import train_edm2 as script
 from dnnlib.errors import ConfigError
+from tests.helpers.ranks import run_ranks
 from tests.helpers.stand_in_detector import StandInDetector, images
 from tests.helpers.tiny import assert_same_state, global_random_states, tiny_config, train, write_dataset
 from torch_utils.distributed import World
 from training import encoders
 from training.config import MetricsConfig, TrainingConfig
+from training.fast.inference_network import InferencePrecond
+from training.fast.prepare import PrepareNetwork
 from training.metrics import available as plan
-from training.metrics.detectors import DetectorOutput
+from training.metrics.detectors.common import DetectorOutput
 from training.metrics.evaluate import StatsPass, evaluate_images
 from training.metrics.reference import load_stats, save_stats
-from training.presets import REPOSITORY_DIR
 from training.run import session
 from training.run.run_folder import RunFolder
 from training.run.run_metrics import Measured, TrainingMetrics, check_metrics
@@ -122,8 +123,9 @@ def test_a_score_is_the_one_of_the_snapshot_file(data, reference, tmp_path):
             snapshot = load_snapshot(
                 tmp_path / "run" / f"network-snapshot-{status.nimg // 1000:07d}{suffix}.safetensors"
             )
+            options = {"max_batch_size": 5, "num_steps": 3, "prepare": PrepareNetwork()}
             scores = evaluate_images(
-                generate_images(snapshot.net, encoder=snapshot.encoder, seeds=range(12), max_batch_size=5, num_steps=3),
+                generate_images(snapshot.net, encoder=snapshot.encoder, seeds=range(12), **options),
                 metrics=NAMES,
                 detectors={"efflite0": StandInDetector()},
                 reference=load_stats(reference),
@@ -142,6 +144,25 @@ def best_by_hand(found: list[Status], name: str, choose: Any) -> str:
     }
     nimg, suffix = choose(scores, key=scores.__getitem__)
     return f"network-snapshot-{nimg // 1000:07d}{suffix}.safetensors"
+
+
+def test_each_average_is_prepared_and_its_memory_is_free_before_the_next(data, reference, tmp_path, monkeypatch):
+    made: list[Any] = []
+    living: list[int] = []
+
+    def prepare(self: PrepareNetwork, net: Any, device: torch.device) -> InferencePrecond:
+        living.append(sum(net() is not None for net in made))
+        made.append(weakref.ref(prepared := InferencePrecond(net)))
+        return prepared
+
+    monkeypatch.setattr(PrepareNetwork, "__call__", prepare)
+    gc.collect()
+    gc.disable()
+    try:
+        statuses(make_run(measured(data, reference), tmp_path / "run"))
+        assert living == [0] * 6 and all(net() is None for net in made)
+    finally:
+        gc.enable()
 
 
 def test_the_best_snapshot_is_named_in_each_direction_and_is_there(data, reference, tmp_path, monkeypatch):
@@ -305,27 +326,14 @@ def test_the_command_tells_the_scores_and_the_best_snapshot(data, reference, tmp
 
 @pytest.mark.slow
 def test_one_and_two_processes_measure_the_same(data, tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-    def launch(*command: Any, ranks: int = 1) -> None:
-        launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        result = subprocess.run(
-            [sys.executable, *launcher, *map(str, command)],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            cwd=REPOSITORY_DIR,
-        )
-        assert result.returncode == 0, result.stderr
-
     ref = tmp_path / "ref.safetensors"
-    launch("calculate_metrics.py", "ref", f"--data={data}", f"--dest={ref}", "--metrics=fd_efflite0", "--device=cpu")
+    options = ["--metrics=fd_efflite0", "--device=cpu"]
+    run_ranks("calculate_metrics.py", "ref", f"--data={data}", f"--dest={ref}", *options, num=1)
     args = [*TINY, "--batch=16", "--duration=16", f"--data={data}", "--snapshot=16", "--metrics=fd_efflite0"]
     args += [f"--metrics-ref={ref}", "--metrics-num=14", "--metrics-batch=4", "--metrics-steps=3"]
     found = []
     for ranks in (1, 2):
-        launch("train_edm2.py", *args, f"--outdir={tmp_path / str(ranks)}", ranks=ranks)
+        run_ranks("train_edm2.py", *args, f"--outdir={tmp_path / str(ranks)}", num=ranks)
         (line,) = (tmp_path / str(ranks) / "stats.jsonl").read_text().splitlines()
         found.append({key: value for key, value in json.loads(line).items() if key.startswith("Metrics/fd")})
     assert len(found[0]) == 2
