@@ -121,7 +121,9 @@ def inspect(path: Path, grid: Path | None, json_file: Path | None) -> None:
     report = inspection.report
     click.echo(describe(report))
     if json_file is not None:
-        write_text(json_file, json.dumps({**dataclasses.asdict(report), "accepted": report.accepted}, indent=2) + "\n")
+        kind = "pictures" if report.kind == "images" else report.kind  # programs know the kind by this word
+        record = {**dataclasses.asdict(report), "kind": kind, "accepted": report.accepted}
+        write_text(json_file, json.dumps(record, indent=2) + "\n")
     if grid is not None:
         write_sheet(grid, inspection.sample(), num_columns=8)
     if not report.accepted:
@@ -159,7 +161,16 @@ def transcode_options(command: Any) -> Any:
 @click.option(
     "--pixel-min", metavar="FLOAT", type=float, default=0, show_default=True, help="Black for the VAE: 0 or -1"
 )
-def encode(model_url: str | None, measure: bool | None, pixel_min: float, **options: Any) -> None:
+@click.option(
+    "--encoder-precision",
+    type=click.Choice(["tf32", "fp32"]),
+    default="tf32",
+    show_default=True,
+    help="Convolutions of the VAE on NVIDIA GPUs; tf32 as for published latents",
+)
+def encode(
+    model_url: str | None, measure: bool | None, pixel_min: float, encoder_precision: str, **options: Any
+) -> None:
     """Encode the images of a data set as raw VAE latents: mean and standard deviation for each latent pixel.
 
     The published networks were trained on latents of the default VAE, for pixels from 0 to 1. Other VAEs that diffusers
@@ -176,8 +187,12 @@ def encode(model_url: str | None, measure: bool | None, pixel_min: float, **opti
     """
     from training.dataset.latents import PUBLISHED_VAE, vae_encoder
 
+    def make_encoder(source: Any, batch: int) -> Any:
+        encoder = vae_encoder(source, model_url or PUBLISHED_VAE, batch_size=batch, pixel_min=pixel_min)
+        return encoder.with_encoder(tf32=encoder_precision == "tf32")
+
     run_transcoding(
-        lambda source, batch: vae_encoder(source, model_url or PUBLISHED_VAE, batch_size=batch, pixel_min=pixel_min),
+        make_encoder,
         to_latents=True,
         measure=model_url not in (None, PUBLISHED_VAE) if measure is None else measure,
         **options,
@@ -207,6 +222,7 @@ def run_transcoding(
     device: str | None,
     shards: int | None,
     grid: Path | None,
+    to_latents: bool,
     **options: Any,
 ) -> None:
     """Encode or decode: check, load the VAE, run, and draw the contact sheet."""
@@ -222,8 +238,10 @@ def run_transcoding(
     if grid is not None:
         require_sheet(grid)
     with distributed.joined(device, patience_hours=PATIENCE_HOURS) as world:
+        num_images = min(len(dataset), options["max_images"] or len(dataset))
+        encoder = transcode.compiled_for(encoder, num_images, world, to_latents=to_latents, announce=click.echo)
         work = transcode.Transcoding(
-            dataset, dest, encoder, source_path=source, world=world, num_shards=shards, **options
+            dataset, dest, encoder, source_path=source, world=world, num_shards=shards, to_latents=to_latents, **options
         )
         if not work.finished or grid is not None:
             encoder.init(world.device)

@@ -9,7 +9,7 @@ import tqdm
 import dnnlib.cli
 from dnnlib.disk import make_folder, require_file_place
 from dnnlib.errors import ConfigError
-from edm2.options.metrics import COUNT, STD_LIST, batch_option, detector_options, given_weights, measuring_options
+from edm2.options.metrics import COUNT, STD_LIST, Measuring, batch_option, detector_options, measuring_options
 from edm2.options.sampling import NUMBERS, sampling_options_without
 from torch_utils import distributed
 from torch_utils.distributed import World
@@ -49,8 +49,9 @@ def cmdline(
     outkimg: int | None,
     outstd: list[float],
     guidance: tuple[float, ...],
-    json_path: Path | None,
     plot: Path | None,
+    batch: int,
+    build: int,
     **options: Any,
 ) -> None:
     """Measure a training run over EMA lengths, guidance weights, or pairs of them.
@@ -73,25 +74,17 @@ def cmdline(
         --gnet=guide.pkl --guidance=1,1.2,1.4,1.6 --json=sweep.json --plot=sweep.png \\
         --ref=https://nvlabs-fi-cdn.nvidia.com/edm2/dataset-refs/img512.pkl
     """
-    _require_paths(json_path, plot)
+    given = Measuring.take(options)
+    _require_paths(given.json_path, plot)
     inputs = list_input_pickles(indir, in_prefix=inprefix, in_std=instd)
     nimg, inputs = choose_inputs(inputs, None if outkimg is None else nimg_from_kimg(outkimg))
-    measuring = {name: options.pop(name) for name in _MEASURING}
     requests = [resolve_sampling(net="", guidance=weight, **options) for weight in sorted(set(guidance))]
     lists = None if instd is None else ",".join(f"{std:g}" for std in instd)
     origin = {"indir": indir, "inprefix": inprefix, "instd": lists, "outkimg": outkimg}
-    _sweep(inputs, nimg, outstd, requests, origin, json_path=json_path, plot=plot, **measuring)
-
-
-# The options that `_sweep` takes as they are.
-_MEASURING = (
-    "ref", "metrics", "num", "seed", "repeat", "batch", "build", "device",
-    "inception_weights", "dinov2_weights", "efflite0_weights",
-)  # fmt: skip
+    _sweep(inputs, nimg, outstd, requests, origin, given, plot=plot, batch=batch, build=build)
 
 
 def _require_paths(json_path: Path | None, plot: Path | None) -> None:
-    """Raise ConfigError, before anything is computed, if the results cannot be written."""
     for path in (json_path, plot):
         if path is not None:
             require_file_place(path)
@@ -105,32 +98,27 @@ def _sweep(
     stds: list[float],
     requests: list[SamplingRequest],
     origin: dict[str, Any],
+    given: Measuring,
     *,
-    ref: str | None,
-    metrics: str,
-    num: int,
-    seed: int,
-    repeat: int,
+    plot: Path | None,
     batch: int,
     build: int,
-    json_path: Path | None,
-    plot: Path | None,
-    device: str | None,
-    **weights: str | None,
 ) -> None:
+    num, json_path = given.num, given.json_path
+    images = {"num": num, "seed": given.seed, "repeat": given.repeat}
     if num < 2:
         raise ConfigError(f"--num={num} must be 2 or more")
     ema_sweep.check_guides(inputs, requests)
-    reference = None if ref is None else load_stats(ref)
-    with distributed.joined(device) as world:
-        plan = plan_metrics(metrics, reference, device=world.device, weights=given_weights(weights))
-        settings = ema_sweep.settings_of(inputs, nimg, requests, plan, ref=ref, num=num, seed=seed, repeat=repeat)
+    reference = None if given.ref is None else load_stats(given.ref)
+    with distributed.joined(given.device) as world:
+        plan = plan_metrics(given.metrics, reference, device=world.device, weights=given.weights)
+        settings = ema_sweep.settings_of(inputs, nimg, requests, plan, ref=given.ref, **images)
         points: list[Point] = []
         if json_path is not None:  # the main process reads the file, since it is the one that writes it
             points = on_main(world, lambda: ema_sweep.read_points(json_path, settings))
         work = Sweep(
-            inputs, stds, requests, out_nimg=nimg, plan=plan, reference=reference, world=world, num=num, seed=seed,
-            repeat=repeat, batch=batch, build=build, done=frozenset(point.key for point in points),
+            inputs, stds, requests, out_nimg=nimg, plan=plan, reference=reference, world=world,
+            **images, batch=batch, build=build, done=frozenset(point.key for point in points),
         )  # fmt: skip
         if world.is_main:
             for line in results.notes(plan.skipped, plan.detectors):
@@ -142,7 +130,7 @@ def _sweep(
                     make_folder(path.parent)
         _measure(work, points, settings, plan, json_path, world)
         if world.is_main:
-            _report(points, requests, plan, origin, nimg, range(seed, seed + num))
+            _report(points, requests, plan, origin, nimg, range(given.seed, given.seed + num))
             if plot is not None:
                 plot_sweep(plot, points, plan.metrics, title=f"{len(inputs)} snapshots, {num} images a point")
         world.barrier()
@@ -151,7 +139,6 @@ def _sweep(
 def _measure(
     work: Sweep, points: list[Point], settings: dict[str, Any], plan: Plan, json_path: Path | None, world: World
 ) -> None:
-    """Measure what is left, add it to `points`, and keep the file up to date."""
     extra = {"device": str(world.device), "processes": world.size}
     bar = tqdm.tqdm(total=len(work), unit="batch", dynamic_ncols=True, disable=not world.is_main or not len(work))
     with bar, numerics(cudnn_benchmark=False):
@@ -171,7 +158,6 @@ def _measure(
 def _report(
     points: list[Point], requests: list[SamplingRequest], plan: Plan, origin: dict[str, Any], nimg: int, seeds: range
 ) -> None:
-    """Print the best point of each metric, and the commands for its network and its images."""
     for metric in plan.metrics:
         best = ema_sweep.best_point(points, metric)
         if best is None:

@@ -102,8 +102,15 @@ class StabilityVAEEncoder(Encoder):
         self.pixel_min = float(pixel_min)
         self._vae: Any = None
 
-    # How to decode, see `with_decoder`. Class attributes, which are not stored: decoding is the program's choice.
+    # How to encode, see `with_encoder`. Class attributes, which are not stored: this is the program's choice.
+    _encoder_tf32: bool = True
+    _encoder_compile: bool = False
+    _encoder_vae: Any = None  # encodes in place of `_vae`, on a GPU
+
+    # How to decode, see `with_decoder`.
     _decoder_dtype: torch.dtype = torch.float32
+    _decoder_tf32: bool = False
+    _decoder_compile: bool = False
     _decoder_tile: int | None = None
     _decoder_batch: int | None = None
     _decoder_vae: Any = None  # decodes in place of `_vae`, if that is changed
@@ -111,17 +118,24 @@ class StabilityVAEEncoder(Encoder):
 
     def __getstate__(self) -> dict[str, Any]:
         """The state to store, without the VAE's weights."""
-        return {**{key: value for key, value in self.__dict__.items() if not key.startswith("_decoder_")}, "_vae": None}
+        ours = ("_encoder_", "_decoder_")
+        return {**{key: value for key, value in self.__dict__.items() if not key.startswith(ours)}, "_vae": None}
 
     def init(self, device: torch.device | str) -> None:
         """Load the VAE, from the hub's cache if possible. Raises ConfigError if that fails."""
         if self._vae is None:
             self._vae = _load_vae(self.vae_name).eval().requires_grad_(False)
         self._vae.to(device)
+        if self._encoder_vae is not None:
+            self._encoder_vae.to(device)
+        changed = self._decoder_dtype != torch.float32 or self._decoder_tf32 or self._decoder_compile
         if self._decoder_vae is not None:
             self._decoder_vae.to(device)
-        elif self._decoder_dtype != torch.float32 or self._decoder_tile is not None:
-            self._decoder_vae = _decoding_copy(self._vae, self._decoder_dtype, self._decoder_tile)
+        elif changed or self._decoder_tile is not None:
+            names, compiles = ("post_quant_conv", "decoder"), self._decoder_compile
+            self._decoder_vae = _working_copy(self._vae, names, self._decoder_dtype, compiles=compiles)
+            if self._decoder_tile is not None:
+                _set_tile(self._decoder_vae, self._decoder_tile)
 
     def encode_pixels(self, x: torch.Tensor) -> torch.Tensor:
         """uint8 [N, 3, H, W] to raw latents, float32."""
@@ -130,10 +144,15 @@ class StabilityVAEEncoder(Encoder):
             pixels = part.to(torch.float32) / 255
             if self.pixel_min:
                 pixels = torch.lerp(torch.full_like(pixels, self.pixel_min), torch.ones_like(pixels), pixels)
-            distribution = self._vae.encode(pixels)["latent_dist"]
+            if self._encoder_vae is None and x.is_cuda:
+                names, compiles = ("encoder", "quant_conv"), self._encoder_compile
+                self._encoder_vae = _working_copy(self._vae, names, torch.float32, compiles=compiles)
+            vae = self._vae if self._encoder_vae is None else self._encoder_vae
+            distribution = vae.encode(pixels)["latent_dist"]
             return torch.cat([distribution.mean, distribution.std], dim=1)
 
-        return self._in_batches(run, x)
+        with _CudnnTF32(self._encoder_tf32):
+            return self._in_batches(run, x, one_size=x.is_cuda and self._encoder_compile)
 
     def encode_latents(self, x: torch.Tensor, eps: torch.Tensor | None = None) -> torch.Tensor:
         """Draw a sample from the distributions that the raw latents describe, and scale it."""
@@ -152,7 +171,8 @@ class StabilityVAEEncoder(Encoder):
     def decode(self, x: torch.Tensor) -> torch.Tensor:
         """Final latents to uint8 [N, 3, H, W]."""
         x = (x.to(torch.float32) - self._per_channel(self.bias, x)) / self._per_channel(self.scale, x)
-        pixels = self._in_batches(self._decoded, x, self._decoder_batch or self.batch_size)
+        with _CudnnTF32(True if self._decoder_tf32 else None):
+            pixels = self._in_batches(self._decoded, x, self._decoder_batch, one_size=self._decoder_compile)
         if self.pixel_min:
             pixels = (pixels - self.pixel_min) / (1 - self.pixel_min)
         return (pixels.clamp(0, 1) * 255).to(torch.uint8)
@@ -171,13 +191,41 @@ class StabilityVAEEncoder(Encoder):
         return pixels
 
     def _in_batches(
-        self, run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, batch_size: int | None = None
+        self,
+        run: Callable[[torch.Tensor], torch.Tensor],
+        x: torch.Tensor,
+        batch_size: int | None = None,
+        *,
+        one_size: bool = False,
     ) -> torch.Tensor:
+        """Return run(x), computed in batches; with `one_size`, the last one is filled up by its last image."""
         self.init(x.device)
-        return torch.cat([run(part) for part in x.split(batch_size or self.batch_size)])
+        size = batch_size or self.batch_size
+        padding = -len(x) % size if one_size else 0
+        padded = torch.cat([x, x[-1:].expand(padding, *x.shape[1:])]) if padding else x
+        return torch.cat([run(part) for part in padded.split(size)])[: len(x)]
+
+    def with_encoder(self, *, tf32: bool = True, compile: bool = False) -> StabilityVAEEncoder:
+        """Return the same encoder with another way of encoding on GPUs. On a CPU neither changes anything.
+
+        tf32:    convolutions round their factors to TF32, as by PyTorch's default, with which published latents were
+                 made; else they compute in float32.
+        compile: compile the encoder network when it is first used, which takes minutes.
+        """
+        if (tf32, compile) == (self._encoder_tf32, self._encoder_compile):
+            return self
+        other = self._copy()
+        other._encoder_tf32, other._encoder_compile, other._encoder_vae = tf32, compile, None
+        return other
 
     def with_decoder(
-        self, dtype: torch.dtype = torch.float32, *, tile: int | None = None, batch_size: int | None = None
+        self,
+        dtype: torch.dtype = torch.float32,
+        *,
+        tile: int | None = None,
+        batch_size: int | None = None,
+        tf32: bool = False,
+        compile: bool = False,
     ) -> StabilityVAEEncoder:
         """Return the same encoder with another way of decoding. Loaded weights are shared as far as possible.
 
@@ -185,20 +233,29 @@ class StabilityVAEEncoder(Encoder):
         tile:       images with sides above this many pixels are decoded in overlapping square tiles, which are blended.
                     This limits memory and changes images slightly, since the VAE decodes one tile at a time.
         batch_size: images that go through the decoder at once (default: that of the encoder).
+        tf32:       with float32 on GPUs: convolutions round their factors to TF32; else as PyTorch is set.
+        compile:    compile the decoder network when it is first used, which takes minutes.
         """
-        if (dtype, tile, batch_size) == (self._decoder_dtype, self._decoder_tile, self._decoder_batch):
+        ours = (self._decoder_dtype, self._decoder_tile, self._decoder_batch, self._decoder_tf32, self._decoder_compile)
+        if (dtype, tile, batch_size, tf32, compile) == ours:
             return self
+        other = self._copy()
+        other._decoder_dtype, other._decoder_tile, other._decoder_batch = dtype, tile, batch_size
+        other._decoder_tf32, other._decoder_compile = tf32, compile
+        other._decoder_vae, other._decoder_tried = None, False
+        return other
+
+    def _copy(self) -> StabilityVAEEncoder:
         other: StabilityVAEEncoder = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
-        other._decoder_dtype, other._decoder_tile, other._decoder_batch = dtype, tile, batch_size
-        other._decoder_vae, other._decoder_tried = None, False
         return other
 
     def with_statistics(self, raw_mean: Sequence[float], raw_std: Sequence[float]) -> StabilityVAEEncoder:
         """Return an encoder of the same VAE for latents of these statistics, to mean 0 and standard deviation 0.5."""
-        return StabilityVAEEncoder(
+        other = StabilityVAEEncoder(
             self.vae_name, raw_mean, raw_std, batch_size=self.batch_size, pixel_min=self.pixel_min
         )
+        return other.with_encoder(tf32=self._encoder_tf32, compile=self._encoder_compile)
 
     @staticmethod
     def _per_channel(values: list[float], x: torch.Tensor) -> torch.Tensor:
@@ -207,23 +264,46 @@ class StabilityVAEEncoder(Encoder):
         return torch.cat(filled, dim=1)
 
 
-def _decoding_copy(vae: Any, dtype: torch.dtype, tile: int | None) -> Any:
-    """Copy `vae` with a decoder in `dtype` that decodes in tiles of `tile` pixels; the rest is shared."""
+class _CudnnTF32:
+    """Sets cuDNN's TF32 switch while the block runs; None leaves it. Without a GPU it has no effect."""
+
+    def __init__(self, allowed: bool | None) -> None:
+        self._allowed = allowed
+
+    def __enter__(self) -> None:
+        self._before = torch.backends.cudnn.allow_tf32
+        if self._allowed is not None:
+            torch.backends.cudnn.allow_tf32 = self._allowed
+
+    def __exit__(self, *error: object) -> None:
+        if self._allowed is not None:
+            torch.backends.cudnn.allow_tf32 = self._before
+
+
+def _working_copy(vae: Any, names: Sequence[str], dtype: torch.dtype, *, compiles: bool) -> Any:
+    """Copy the modules `names` of `vae` in `dtype`, on a GPU in cuDNN's own layout; the rest is shared."""
     result = copy.copy(vae)
     result.__dict__["_modules"] = dict(vae._modules)
-    for name, module in vae._modules.items():
-        if name in ("post_quant_conv", "decoder") and module is not None:
+    for name in names:
+        module = vae._modules.get(name)
+        if module is not None:
             module = copy.deepcopy(module).to(dtype)
-            on_gpu = any(parameter.is_cuda for parameter in module.parameters())
-            result._modules[name] = module.to(memory_format=torch.channels_last) if on_gpu else module
-    if tile is not None:
-        downscale = 1 << (len(vae.config["block_out_channels"]) - 1)
-        # Tiles overlap by a quarter, which must be whole pixels of latents.
-        if tile < 1 or tile % (4 * downscale):
-            raise _user_error(f"decoder tiles of {tile} pixels must be a multiple of {4 * downscale} for this VAE")
-        result.use_tiling = True
-        result.tile_sample_min_size, result.tile_latent_min_size = tile, tile // downscale
+            if any(parameter.is_cuda for parameter in module.parameters()):
+                module = module.to(memory_format=torch.channels_last)
+            if compiles and name in ("encoder", "decoder"):
+                module.compile(dynamic=False)
+            result._modules[name] = module
     return result
+
+
+def _set_tile(vae: Any, tile: int) -> None:
+    """Let `vae` decode in tiles of `tile` pixels."""
+    downscale = 1 << (len(vae.config["block_out_channels"]) - 1)
+    # Tiles overlap by a quarter, which must be whole pixels of latents.
+    if tile < 1 or tile % (4 * downscale):
+        raise _user_error(f"decoder tiles of {tile} pixels must be a multiple of {4 * downscale} for this VAE")
+    vae.use_tiling = True
+    vae.tile_sample_min_size, vae.tile_latent_min_size = tile, tile // downscale
 
 
 def _load_vae(name: str) -> Any:

@@ -22,7 +22,9 @@ from edm2.diffusers.scheduler import EDM2HeunScheduler
 from edm2.diffusers.unet import EDM2UNet
 from training.condition.conditioning import Conditioning, conditioning_of, require_same_condition
 from training.encoders import Encoder, StabilityVAEEncoder
-from training.sampling.denoisers import SELF, WithoutLabels, as_list, conditioned
+from training.fast.prepare import PrepareNetwork
+from training.networks_edm2 import Precond
+from training.sampling.denoisers import SELF, WithoutLabels, as_list, conditioned, map_networks
 from training.sampling.guidance import Guidance
 from training.sampling.networks import require_label_dropout, require_matching_guide
 from training.snapshot import load_snapshot
@@ -43,14 +45,27 @@ class _Denoiser:
     """An EDM2UNet called as D = net(x, sigma, labels), like a Precond but through its hooks."""
 
     def __init__(self, network: EDM2UNet) -> None:
-        self._network = network
+        self.network = network
         self.cond_channels = network.cond_channels
 
     def __call__(
         self, x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor | None, **condition: torch.Tensor
     ) -> torch.Tensor:
-        result: torch.Tensor = self._network(x, sigma, labels, return_dict=False, **condition)[0]
+        result: torch.Tensor = self.network(x, sigma, labels, return_dict=False, **condition)[0]
         return result
+
+
+def _prepared(network: Any, device: torch.device) -> Any:
+    """Return `network` prepared for sampling; as it is, if it is of another kind or hooks may change its weights."""
+    inner = network.network if isinstance(network, _Denoiser) else network
+    if type(inner) is EDM2UNet and not _has_hooks(inner):
+        inner = inner.denoiser
+    return PrepareNetwork()(inner, device) if type(inner) is Precond and not _has_hooks(inner) else network
+
+
+def _has_hooks(network: torch.nn.Module) -> bool:
+    parts = network.modules()
+    return any(hasattr(part, "_hf_hook") or part._forward_hooks or part._forward_pre_hooks for part in parts)
 
 
 class EDM2Pipeline(DiffusionPipeline):
@@ -142,6 +157,7 @@ class EDM2Pipeline(DiffusionPipeline):
             guides, guidance = [], Guidance()
         net = _Denoiser(self.unet)
         networks = [net, *(self._guide(item, net, device) for item in guides)]
+        networks = map_networks(lambda network: _prepared(network, device), networks)  # for this call only
         if conditioning is not None:
             networks = conditioned(networks, conditioning.images(range(num_images), device))
         noise, classes = self._draw(generator, latents, class_labels, num_images, device)
@@ -187,7 +203,6 @@ class EDM2Pipeline(DiffusionPipeline):
         )
 
     def _guide(self, source: Any, net: _Denoiser, device: torch.device) -> Any:
-        """Return the network that guides, on `device` unless hooks move it there."""
         if isinstance(source, str) and source == SELF:
             info = (self.unet.config.snapshot or {}).get("info")
             require_label_dropout(self.unet.label_dim, info or {}, "this pipeline's network", "guide='self'")
@@ -219,7 +234,6 @@ class EDM2Pipeline(DiffusionPipeline):
         return noise, classes if class_labels is None else self._labels(class_labels, num_images, device)
 
     def _labels(self, given: Any, num_images: int, device: torch.device) -> torch.Tensor:
-        """Return given classes as [N], or given weights as [N, L]."""
         num_classes = self.unet.label_dim
         if not num_classes:
             raise ConfigError("the network is unconditional and takes no class; leave out class_labels")
@@ -281,7 +295,6 @@ class _PlacedVAE:
 
 
 def _fetch(source: str, revision: str | None) -> Path:
-    """Return the folder of a repository in the cache; missing files are downloaded."""
     name = hub.parse_hub_url(source) if hub.is_hub_url(source) else hub.parse_repository(source)
     if name is None:
         raise ConfigError(f"'{source}' is neither a folder nor a name on the hub, such as user/name")

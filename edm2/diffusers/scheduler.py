@@ -114,7 +114,6 @@ class EDM2HeunScheduler(SchedulerMixin, ConfigMixin):
         return original_samples + noise * sigma.reshape(-1, *[1] * (original_samples.ndim - 1))
 
     def _index_of(self, timestep: float) -> int:
-        """Return the evaluation that begins a step at this noise level."""
         begins = [0, *range(2, len(self.timesteps), 2)]
         levels = self.timesteps.tolist()
         matches = [index for index in begins if levels[index] == timestep]

@@ -71,17 +71,18 @@ class Measuring:
     seed: int
     repeat: int
     json_path: Path | None
-    skip_existing: bool
+    skip_existing: bool = False
     device: str | None
     weights: dict[str, str]  # by detector
 
     @classmethod
     def take(cls, options: dict[str, Any]) -> Self:
         """Take the fields out of a command's `options`."""
-        weights = _take_weights(options)
-        return cls(
-            **{field.name: options.pop(field.name) for field in fields(cls) if field.name != "weights"}, weights=weights
-        )
+        weights = given_weights(options)
+        for name in _WEIGHTS:
+            del options[f"{name}_weights"]
+        own = {field.name: options.pop(field.name) for field in fields(cls) if field.name in options}
+        return cls(**own, weights=weights)
 
 
 def measuring_options(command: F) -> F:
@@ -105,13 +106,6 @@ def batch_option(default: int) -> Callable[[F], F]:
 def given_weights(options: Mapping[str, Any]) -> dict[str, str]:
     """Return the paths of the weights options in use, by detector."""
     return {name: options[f"{name}_weights"] for name in _WEIGHTS if options[f"{name}_weights"] is not None}
-
-
-def _take_weights(options: dict[str, Any]) -> dict[str, str]:
-    weights = given_weights(options)
-    for name in _WEIGHTS:
-        del options[f"{name}_weights"]
-    return weights
 
 
 def weights_options(command: F) -> F:

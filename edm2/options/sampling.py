@@ -46,7 +46,6 @@ def _either(names: Sequence[str]) -> str:
 
 
 def _heun_options() -> dict[str, dict[str, Any]]:
-    """Return an option for each field of HeunOptions."""
     return {
         field.metadata["flag"] or field.name: {
             "name": field.name,
@@ -86,10 +85,11 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     },
     "compile": {
         "is_flag": True,
-        "help": "Compile the networks: takes minutes the first time, worth it for thousands of images",
+        "default": None,
+        "help": "Compile the networks, which takes minutes at first [default: on CUDA from 5000 images per process]",
     },
     "decoder-tile": {"metavar": "PIXELS", "type": int, "help": "Decode larger images in tiles [default: whole]"},
-    "decoder-precision": {"metavar": "NAME", "help": "fp32, fp16 or bf16 [default: fp16 on CUDA, else fp32]"},
+    "decoder-precision": {"metavar": "NAME", "help": "fp32, tf32, fp16 or bf16 [default: fp16 on CUDA, else fp32]"},
     "source": {
         "metavar": "PATH",
         "type": _PATH,
@@ -136,5 +136,6 @@ def _add(options: dict[str, dict[str, Any]], command: F) -> F:
     for flag, keywords in reversed(options.items()):
         name = keywords.get("name", flag.replace("-", "_"))
         rest = {key: value for key, value in keywords.items() if key != "name"}
-        command = click.option(f"--{flag}", name, **rest)(command)
+        switch = f"--{flag}/--no-{flag}" if "default" in rest and rest["default"] is None else f"--{flag}"
+        command = click.option(switch, name, **rest)(command)
     return command

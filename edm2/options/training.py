@@ -13,7 +13,7 @@ from dnnlib.fields import option_name, option_text
 from edm2.options.metrics import STD_LIST, given_weights, weights_options
 from training.condition.spec import parse_condition
 from training.config import MetricsConfig, NetworkConfig, SamplesConfig, TrainingConfig
-from training.dataset.latents import PUBLISHED_VAE
+from training.dataset.latents import ENCODER_PRECISIONS, PUBLISHED_VAE
 from training.presets import locate, training_preset
 from training.run.run_samples import preferred_std
 
@@ -60,6 +60,11 @@ _PAGE: tuple[str | Callable[[Any], Any], ...] = (
         "--model-url",
         metavar="NAME|DIR",
         help=f"VAE for that: hub name or diffusers folder  [default: {PUBLISHED_VAE}]",
+    ),
+    click.option(
+        "--encoder-precision",
+        type=click.Choice(ENCODER_PRECISIONS),
+        help="Convolutions of the VAE on GPUs, as in dataset_tool.py encode  [default: tf32]",
     ),
     "init",
     "batch_gpu",
@@ -128,6 +133,9 @@ def configure(preset: str, options: dict[str, Any], base: TrainingConfig | None 
     encode, vae = options["encode_on_the_fly"], options["model_url"]
     if vae is not None and not encode:
         raise ConfigError(f"--model-url={vae} needs --encode-on-the-fly; stored latents need no VAE")
+    precision = options.get("encoder_precision")
+    if precision is not None and not encode:
+        raise ConfigError(f"--encoder-precision={precision} needs --encode-on-the-fly; stored latents need no VAE")
     if "condition" in given:
         given["condition"] = str(parse_condition(given["condition"]))  # with all that was left out
     given |= {name: part for name, part in parts.items() if part is not None}
@@ -136,19 +144,15 @@ def configure(preset: str, options: dict[str, Any], base: TrainingConfig | None 
         raise ConfigError(f"--data is missing; --preset={preset} brings no data set of its own")
     data = options["data"] or locate(config.data)  # a preset's own data set is in the repository
     buffer = config.shuffle_images if is_remote(data) else None
-    return dataclasses.replace(config, data=data, shuffle_buffer=buffer, vae=(vae or PUBLISHED_VAE) if encode else None)
+    vae = (vae or PUBLISHED_VAE) if encode else None
+    return dataclasses.replace(config, data=data, shuffle_buffer=buffer, vae=vae, encoder_precision=precision)
 
 
 def _option_fields(owner: Any = TrainingConfig, prefix: str = "") -> Iterator[tuple[Any, str, dataclasses.Field[Any]]]:
     """Yield the fields that are options, each with its class and the name of its value among those of the command."""
-    parts = {
-        "network": (NetworkConfig, ""),
-        "metrics": (MetricsConfig, "metrics_"),
-        "samples": (SamplesConfig, "samples_"),
-    }
     for item in dataclasses.fields(owner):
-        if owner is TrainingConfig and item.name in parts:
-            yield from _option_fields(*parts[item.name])
+        if owner is TrainingConfig and item.name in _PARTS:
+            yield from _option_fields(*_PARTS[item.name])
         elif item.metadata.get("help") is not None:
             yield owner, prefix + item.name, item
 
@@ -170,14 +174,12 @@ def _click_option(owner: Any, name: str, item: dataclasses.Field[Any]) -> Callab
 
 
 def _given(owner: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of `owner` whose options were given."""
     names = {item.name: name for each, name, item in _option_fields() if each is owner}
     given = {field: options[name] for field, name in names.items() if options[name] is not None}
     return {field: tuple(value) if isinstance(value, list) else value for field, value in given.items()}
 
 
 def _given_fp16(options: dict[str, Any]) -> dict[str, str]:
-    """Return the precision that --fp16 stands for, if it is given. Raises ConfigError if --precision differs."""
     fp16, precision = options["fp16"], options["precision"]
     if fp16 is None:
         return {}
@@ -188,7 +190,6 @@ def _given_fp16(options: dict[str, Any]) -> dict[str, str]:
 
 
 def _given_metrics(options: dict[str, Any]) -> MetricsConfig | None:
-    """Return what to measure, None without --metrics. Raises ConfigError for options that need it."""
     given, weights = _given(MetricsConfig, options), given_weights(options)
     names = given.pop("names", None)
     if names is not None:
@@ -199,10 +200,7 @@ def _given_metrics(options: dict[str, Any]) -> MetricsConfig | None:
 
 
 def _given_samples(options: dict[str, Any], *, std: float) -> SamplesConfig | None:
-    """Return which grids to draw, from the EMA length `std` by default; None without --samples, or with 0.
-
-    Raises ConfigError for options that need --samples.
-    """
+    """Return which grids to draw, with the default EMA length `std`; None without --samples, or with 0."""
     given = _given(SamplesConfig, options)
     if given.get("num"):
         return SamplesConfig(**{"std": std, **given})

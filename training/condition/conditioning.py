@@ -74,7 +74,6 @@ class Conditioning:
             self._read(int(index))
 
     def _read(self, index: int) -> "SourceImage":
-        """Return source image `index` if it fits the network. Raises ConfigError."""
         image = self.sources.read(index)
         found, full = (f"{width}x{height}" for height, width in (image.size, self.size))
         if isinstance(self.condition, LowRes):
@@ -97,7 +96,6 @@ class Conditioning:
         return image
 
     def _network_input(self, image: "SourceImage", device: torch.device | str) -> torch.Tensor:
-        """Return [K, H, W]."""
         pixels = torch.from_numpy(image.pixels).to(device)[None].to(torch.float32) / 127.5 - 1
         if isinstance(self.condition, LowRes):
             return self.condition.enlarge(pixels if image.size != self.size else self.condition.reduce(pixels))[0]
@@ -152,7 +150,6 @@ def conditioning_of(
 
 
 def _condition_of(net: Any, condition: str | None) -> Condition:
-    """Return the condition of a network that is conditioned on images. Raises ConfigError if it does not fit."""
     if condition is None:
         raise ConfigError(
             f"the network is conditioned on images of {net.cond_channels} channels, and its file does not say of which"
@@ -178,10 +175,7 @@ def require_same_condition(net: Any, condition: str | None, gnet: Any, guide_con
 
 
 def with_sources(images: Sequence[np.ndarray], conditioning: Conditioning) -> tuple[list[np.ndarray], int]:
-    """Return the tiles [C, H, W] of a contact sheet and its columns: each source image, then what was made from it.
-
-    If there are many source images, several stand in a row.
-    """
+    """Return the tiles [C, H, W] of a contact sheet and its columns: each source image, then what was made from it."""
     num_sources = min(len(conditioning.sources), len(images))
     width = 1 + -(-len(images) // num_sources)
     tiles: list[np.ndarray] = []

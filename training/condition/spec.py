@@ -105,10 +105,7 @@ Condition = LowRes | Inpaint
 
 
 def parse_condition(text: str) -> Condition:
-    """Return the condition that `text` names: lowres:FACTOR, inpaint or inpaint:MIN-MAX. Raises ConfigError.
-
-    `str` of a condition returns its text with the defaults filled in.
-    """
+    """Parse lowres:FACTOR, inpaint or inpaint:MIN-MAX; `str` of the result is its full text. Raises ConfigError."""
     if match := re.fullmatch(r"lowres:(\d{1,9})", text):
         return LowRes(factor=int(match[1]))
     if text == "inpaint":

@@ -20,6 +20,7 @@ from training.encoders import Encoder, StabilityVAEEncoder, StandardRGBEncoder
 from training.snapshot.parts import build_encoder, described, plain
 
 PUBLISHED_VAE = "stabilityai/sd-vae-ft-mse"  # the VAE of the published networks, whose latents' statistics are known
+ENCODER_PRECISIONS = ("tf32", "fp32")  # of a VAE's convolutions on GPUs that have TF32
 ENCODER_KEY = "encoder"  # in dataset.json, next to the labels
 
 # Number of images from which `measured_encoder` measures latent statistics: all would take too long.

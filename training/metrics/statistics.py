@@ -8,6 +8,8 @@ import torch
 
 from torch_utils.distributed import World
 
+_PIECE_BYTES = 64 << 20  # of a process's rows, in one exchange
+
 
 def accumulation_device(device: torch.device) -> torch.device:
     """Return the device of float64 sums: `device`, or the CPU for MPS, which lacks float64."""
@@ -50,13 +52,16 @@ class Moments:
         shares = world.all_gather_objects((self.count, None if self._shift is None else self._shift.cpu()))
         total = sum(count for count, _ in shares)
         shift = next((shift for _, shift in shares if shift is not None), torch.zeros(0, dtype=torch.float64))
-        shift = shift.to(accumulation_device(world.device))
-        own_mean = torch.zeros_like(shift) if self._shift is None else self._mean + (self._shift - shift)
+        device = accumulation_device(world.device)  # sums over processes are taken there
+        shift = shift.to(device)
+        own_mean = torch.zeros_like(shift)
+        if self._shift is not None:
+            own_mean = self._mean.to(device) + (self._shift.to(device) - shift)
         mean = world.all_reduce_sum(own_mean * (self.count / max(total, 1)))
         between = (own_mean - mean) * self.count**0.5
         scatter = between[:, None] * between
         if self._shift is not None:
-            scatter += self._scatter
+            scatter += self._scatter.to(device)
         covariance = world.all_reduce_sum(scatter) / max(total - 1, 1)
         return total, (mean + shift).cpu().numpy(), covariance.cpu().numpy()
 
@@ -75,10 +80,20 @@ class Rows:
             self._rows.append(rows.to("cpu", torch.float32).numpy())
 
     def merge(self, world: World) -> np.ndarray:
-        """Return the rows of all processes sorted by position, in each process: float32 [M, F]."""
-        own = (np.concatenate(self._keys), np.concatenate(self._rows)) if self._keys else None
-        shares = [share for share in world.all_gather_objects(own) if share is not None]
-        if not shares:
+        """Return the rows of all processes sorted by position, in each process: float32 [M, F].
+
+        They are exchanged in pieces, which pass through the GPU's memory, those of all processes at once.
+        """
+        keys = np.concatenate(self._keys) if self._keys else np.zeros(0, dtype=np.int64)
+        rows = np.concatenate(self._rows) if self._rows else np.zeros([0, 0], dtype=np.float32)
+        num = max(_PIECE_BYTES // max(rows[:1].nbytes, 1), 1)
+        shares: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in range(world.size)]
+        for index in range(max(world.all_gather_objects(-(-len(keys) // num)))):
+            part = slice(index * num, (index + 1) * num)
+            for share, piece in zip(shares, world.all_gather_objects((keys[part], rows[part])), strict=True):
+                share.append(piece)
+        pieces = [piece for share in shares for piece in share if len(piece[0])]
+        if not pieces:
             return np.zeros([0, 0], dtype=np.float32)
-        order = np.argsort(np.concatenate([keys for keys, _ in shares]), kind="stable")
-        return np.concatenate([rows for _, rows in shares])[order]
+        order = np.argsort(np.concatenate([keys for keys, _ in pieces]), kind="stable")
+        return np.concatenate([rows for _, rows in pieces])[order]

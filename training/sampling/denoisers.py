@@ -100,16 +100,21 @@ def conditioned(networks: Iterable[Any], images: torch.Tensor) -> list[Any]:
 
 def map_networks(change: Callable[[Any], Any], networks: Iterable[Any]) -> list[Any]:
     """Return all networks changed. One that occurs twice, or also without labels, is changed once."""
-    changed: dict[int, Any] = {}
+    networks = list(networks)
+    inner = {id(net): net for net in (_without_views(network) for network in networks)}
+    changed = {key: change(net) for key, net in inner.items()}
+    # Not by a function that calls itself: that is a cycle of references, which would keep the networks in memory.
+    return [_with_views(network, changed[id(_without_views(network))]) for network in networks]
 
-    def one(network: Any) -> Any:
-        if isinstance(network, WithoutLabels):
-            return WithoutLabels(one(network.net))
-        if id(network) not in changed:
-            changed[id(network)] = change(network)
-        return changed[id(network)]
 
-    return [one(network) for network in networks]
+def _without_views(network: Any) -> Any:
+    while isinstance(network, WithoutLabels):
+        network = network.net
+    return network
+
+
+def _with_views(network: Any, inner: Any) -> Any:
+    return WithoutLabels(_with_views(network.net, inner)) if isinstance(network, WithoutLabels) else inner
 
 
 def as_list(gnet: Any) -> list[Any]:

@@ -73,7 +73,7 @@ def generate_images(
         of `edm_sampler` as one value.
     trust_code: see `load_snapshot`.
     prepare: applied to `net` and each guide before use (see `Prepare`). Its attribute `settings`, a dictionary, if it
-        has one, goes into the files' records.
+        has one, goes into the files' records; with a true attribute `compile`, the decoder is compiled too, on CUDA.
     skip_existing: images whose files are in `outdir` stay, and the others are dealt evenly (see `remaining_batches`).
         Files whose records differ are refused.
     on_demand: a batch goes to whichever process is free, so that batch_idx, num_batches and the length count those of
@@ -105,7 +105,9 @@ def generate_images(
     if conditioning is not None:
         class_idx = _class_of_sources(conditioning, class_idx, loaded.net, len(seeds), makes_pixels=makes_pixels)
     classes = ClassChoice.of(class_idx, len(seeds), loaded.net.label_dim)
-    encoder, decoder_record = (decoder or DecoderOptions()).apply(encoder, world.device, encoder_batch_size)
+    encoder, decoder_record = (decoder or DecoderOptions()).apply(
+        encoder, world.device, encoder_batch_size, compile=getattr(prepare, "compile", False)
+    )
     encoder.init(world.device)
 
     files = None

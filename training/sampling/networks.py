@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from dnnlib.errors import ConfigError
+from torch_utils.compiling import missing_compiler
 from training.condition.conditioning import require_same_condition
 from training.encoders import Encoder, StabilityVAEEncoder, StandardRGBEncoder
 from training.images.png import require_png_channels
@@ -20,7 +21,7 @@ from training.snapshot.code import TrustCode
 # label_dim. If it has a true attribute `fixed_batch`, it only gets batches of one size.
 Prepare = Callable[[Any, torch.device], Any]
 
-DECODER_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DECODER_DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +123,7 @@ def require_writable_images(net: Any, encoder: Encoder | None) -> None:
 class DecoderOptions:
     """Precision and tiles of the VAE's decoder. Raises ConfigError for unknown values."""
 
-    precision: str = "auto"  # fp32, fp16 or bf16; auto = fp16 on CUDA, fp32 elsewhere
+    precision: str = "auto"  # fp32, tf32, fp16 or bf16; auto = fp16 on CUDA, fp32 elsewhere
     tile: int | None = None  # side in pixels of the tiles that larger images are decoded in; None = whole images
 
     def __post_init__(self) -> None:
@@ -138,17 +139,27 @@ class DecoderOptions:
         precision = {} if self.precision == "auto" else {"decoder_precision": self.precision}
         return precision | ({} if self.tile is None else {"decoder_tile": self.tile})
 
-    def apply(self, encoder: Encoder, device: torch.device, batch_size: int) -> tuple[Encoder, dict[str, Any]]:
+    def apply(
+        self, encoder: Encoder, device: torch.device, batch_size: int, *, compile: bool = False
+    ) -> tuple[Encoder, dict[str, Any]]:
         """Return the encoder that decodes like this, `batch_size` images at once, and what PNG files note of it.
 
-        Encoders without a network, and foreign ones, stay as they are.
+        With `compile`, the decoder is compiled on CUDA, unless it decodes in tiles, which are of many sizes. Encoders
+        without a network, and foreign ones, stay as they are.
         """
         if not isinstance(encoder, StabilityVAEEncoder):
             return encoder, {}
         name = self.precision
         if name == "auto":
             name = "fp16" if device.type == "cuda" else "fp32"
-        encoder = encoder.with_decoder(DECODER_DTYPES[name], tile=self.tile, batch_size=batch_size)
+        on_gpu = device.type == "cuda"
+        encoder = encoder.with_decoder(
+            DECODER_DTYPES[name],
+            tile=self.tile,
+            batch_size=batch_size,
+            tf32=on_gpu and name == "tf32",
+            compile=on_gpu and compile and self.tile is None and missing_compiler(device) is None,
+        )
         return encoder, {"decoder": None if name == "fp32" else name, "decoder_tile": self.tile}
 
 

@@ -140,6 +140,8 @@ class Sweep:
             for request in self._todo[std]:
                 gnets = [WithoutLabels(net) if path == SELF else guides[path] for path in request.gnets]
                 yield from self._measure(std, request, net, gnets, encoder, snapshot.info)
+                del gnets
+            del net  # with its CUDA graph, before the next one is recorded
             snapshot.net.to("cpu")  # frees the device while the others of its pass are measured
 
     def _measure(
@@ -217,10 +219,7 @@ def settings_of(
 
 
 def read_points(path: Path, settings: Mapping[str, Any]) -> list[Point]:
-    """Return the points in the file of an earlier sweep; none if it does not exist.
-
-    Raises ConfigError if it is another file, or if its settings differ from `settings`, with the differences.
-    """
+    """Return the points in the file of an earlier sweep; none if missing. Raises ConfigError for other settings."""
     if not path.exists():
         return []
     try:

@@ -1,7 +1,9 @@
 """The diffusers pipeline: the same seed gives the same image as generate_images.py, whatever the way it was loaded."""
 
+import gc
 import json
 import sys
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +20,8 @@ from edm2.diffusers import EDM2HeunScheduler, EDM2Pipeline, EDM2UNet
 from tests.helpers.fake_hub import FakeHub, serve_hub
 from tests.helpers.paths import GOLDEN_DIR
 from training.encoders import StabilityVAEEncoder
+from training.fast.inference_network import InferencePrecond
+from training.fast.prepare import PrepareNetwork
 from training.sampling.generation import generate_images
 from training.sampling.options import HeunOptions
 from training.sharing.write_folder import save_folder
@@ -34,7 +38,9 @@ def generators(seeds: list[int] = SEEDS) -> list[torch.Generator]:
 
 
 def reference(net: Any = NET, **options: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    (batch,) = generate_images(net, seeds=options.pop("seeds", SEEDS), num_steps=STEPS, device="cpu", **options)
+    """What generate_images.py makes."""
+    options = {"seeds": SEEDS, "num_steps": STEPS, "device": "cpu", "prepare": PrepareNetwork(), **options}
+    (batch,) = generate_images(net, **options)
     assert batch.images is not None
     return batch.images, batch.labels
 
@@ -138,7 +144,7 @@ def test_kinds_of_output_are_the_same_images(pipeline: EDM2Pipeline) -> None:
 
 
 def test_given_noise_and_a_callback(pipeline: EDM2Pipeline) -> None:
-    (batch,) = generate_images(NET, seeds=SEEDS, class_idx=1, num_steps=STEPS, device="cpu")
+    (batch,) = generate_images(NET, seeds=SEEDS, class_idx=1, num_steps=STEPS, device="cpu", prepare=PrepareNetwork())
     seen = []
 
     def callback(pipe: EDM2Pipeline, index: int, sigma: torch.Tensor, state: dict[str, torch.Tensor]) -> dict:
@@ -298,22 +304,54 @@ def test_a_pipeline_comes_from_the_hub(server: FakeHub, folder: Path, monkeypatc
 def test_with_accelerate_parts_are_placed_and_offloaded(latent_folder: Path) -> None:
     accelerate = pytest.importorskip("accelerate")
     images, _ = reference(latent_folder)
+    plain, _ = reference(latent_folder, prepare=None)  # hooks move the network's own parameters
+
+    def expected(unet: EDM2UNet) -> torch.Tensor:
+        return plain if any(hasattr(part, "_hf_hook") for part in unet.modules()) else images
+
     assert torch.equal(sample(EDM2Pipeline.from_pretrained(latent_folder, low_cpu_mem_usage=True)), images)
     mapped = EDM2Pipeline.from_pretrained(latent_folder, device_map="cpu")
-    assert torch.equal(sample(mapped), images)
+    assert torch.equal(sample(mapped), expected(mapped.unet))
     model = EDM2UNet.from_pretrained(latent_folder, subfolder="unet", device_map={"": "cpu"})
-    assert torch.equal(sample(EDM2Pipeline(model, EDM2HeunScheduler(), mapped.vae)), images)
+    assert torch.equal(sample(EDM2Pipeline(model, EDM2HeunScheduler(), mapped.vae)), expected(model))
     pipeline = EDM2Pipeline.from_network(latent_folder)
     pipeline.enable_model_cpu_offload(device="cpu")
     assert hasattr(pipeline.unet, "_hf_hook") and hasattr(pipeline.vae, "_hf_hook")
     for _ in range(2):  # hooks are put back after the first call
-        assert torch.equal(sample(pipeline), images)
+        assert torch.equal(sample(pipeline), plain)
     # What enable_sequential_cpu_offload does to each part; that itself wants a device other than the CPU.
     apart = EDM2Pipeline.from_pretrained(latent_folder)
     for part in (apart.unet, apart.vae):
         accelerate.cpu_offload(part, torch.device("cpu"), offload_buffers=True)
         assert all(parameter.is_meta for parameter in part.parameters())
-    assert torch.equal(sample(apart), images)
+    assert torch.equal(sample(apart), plain)
+
+
+def test_a_call_prepares_each_network_and_frees_it(pipeline: EDM2Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    def prepare(self: PrepareNetwork, net: Any, device: torch.device) -> InferencePrecond:
+        made.append(weakref.ref(prepared := InferencePrecond(net)))
+        return prepared
+
+    monkeypatch.setattr(PrepareNetwork, "__call__", prepare)
+    gc.collect()
+    gc.disable()
+    try:
+        guided = sample(pipeline, guide=GUIDE, guidance_scale=1.7)
+        assert [prepared() for prepared in made] == [None, None]
+    finally:
+        gc.enable()
+    assert torch.equal(guided, reference(gnet=GUIDE, guidance=1.7)[0])
+
+
+def test_a_network_with_hooks_is_called_itself() -> None:
+    pipeline = EDM2Pipeline.from_network(NET)
+    pipeline.set_progress_bar_config(disable=True)
+    calls = []
+    pipeline.unet.unet.register_forward_hook(lambda *args: calls.append(args))
+    assert torch.equal(sample(pipeline), reference(prepare=None)[0])
+    assert len(calls) == 2 * STEPS - 1
 
 
 def test_without_diffusers_it_says_which_extra_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

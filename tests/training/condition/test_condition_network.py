@@ -7,7 +7,7 @@ import torch
 
 from tests.helpers import oracle
 from tests.helpers.paths import GOLDEN_DIR
-from tests.training.fast.test_fast_network import SMALL, small_network, worst
+from tests.helpers.small_network import SMALL, small_network, worst
 from torch_utils.cuda import StaticCall, record_plainly
 from training.fast.inference_network import InferencePrecond
 from training.fast.prepare import PrepareNetwork

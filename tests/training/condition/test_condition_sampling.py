@@ -20,9 +20,9 @@ import train_edm2
 from dnnlib.errors import ConfigError
 from edm2.report.next_commands import commands_for
 from edm2.report.record import read_run
+from tests.helpers.small_network import small_network
 from tests.helpers.stand_in_detector import StandInDetector
 from tests.helpers.tiny import tiny_config, train, write_dataset
-from tests.training.fast.test_fast_network import small_network
 from torch_utils.distributed import World
 from training.condition.source_images import FileImages
 from training.fast.prepare import PrepareNetwork
@@ -330,11 +330,7 @@ def test_metrics_sweeps_and_reports_of_a_conditioned_run(tmp_path, monkeypatch, 
     first = result["results"]["fd_efflite0"]["values"][0]
     assert point["values"]["fd_efflite0"][0] == pytest.approx(first, rel=1e-3)
 
-    told = [
-        line.text
-        for line in commands_for(read_run(indir))
-        if "generate_images.py" in line.text or " sweep.py" in line.text
-    ]
+    told = [text for _, text in commands_for(read_run(indir)) if "generate_images.py" in text or " sweep.py" in text]
     assert len(told) == 3 and all("--source=IMAGES" in text and "--masks" not in text for text in told)
 
 
@@ -360,8 +356,8 @@ def test_the_diffusers_pipeline_gives_the_same_images(nets, tmp_path):
     card = (tmp_path / "shared" / "README.md").read_text(encoding="utf-8")
     assert 'image="images", mask_image="masks"' in card and "--source=images --masks=masks" in card
     expected = {
-        "lowres": made(nets["lowres"], [3, 5, 8], source=folder, class_idx=1, prepare=None),
-        "inpaint": made(nets["inpaint"], [3, 5, 8], source=folder, masks=tmp_path / "mask.png", prepare=None),
+        "lowres": made(nets["lowres"], [3, 5, 8], source=folder, class_idx=1),
+        "inpaint": made(nets["inpaint"], [3, 5, 8], source=folder, masks=tmp_path / "mask.png"),
     }
     for name, source in (("lowres", nets["lowres"]), ("inpaint", nets["inpaint"]), ("inpaint", tmp_path / "shared")):
         pipeline = diffusers.EDM2Pipeline.from_network(source)

@@ -16,9 +16,9 @@ import torch
 from dnnlib.errors import ConfigError
 from edm2.report import sample_grids as report_pictures
 from edm2.report.record import Grid
+from tests.helpers.sample_grid import cells
 from tests.helpers.stand_in_detector import StandInDetector
 from tests.helpers.tiny import assert_close, assert_same_state, flat_state, tiny_config, train, write_dataset
-from tests.training.run.test_run_samples import cells
 from torch_utils.distributed import World
 from training.condition.source_images import DatasetImages
 from training.config import MetricsConfig, SamplesConfig, TrainingConfig

@@ -1,18 +1,23 @@
 """Statistics over batches and processes: exact values, a large common offset, and one pass through the detectors."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing
+import torch.distributed
 
 from dnnlib.errors import ConfigError
+from tests.helpers.ranks import run_members
 from tests.helpers.stand_in_detector import NUM_FEATURES, StandInDetector, images
 from torch_utils.distributed import World
 from torch_utils.processes.dealing import split_batches
 from training.dataset.image_set import ImageSetBatch
+from training.metrics import statistics
 from training.metrics.evaluate import StatsPass, compute_scores, evaluate_images
 from training.metrics.metric_table import METRICS
 from training.metrics.reference import load_stats
@@ -132,7 +137,7 @@ def _member(rank: int, folder: str) -> None:
 
 
 def test_two_processes_give_what_one_gives_at_any_batch_size(tmp_path):
-    torch.multiprocessing.spawn(_member, args=(str(tmp_path),), nprocs=2)
+    run_members(_member, str(tmp_path))
     assert (tmp_path / "done0").exists() and (tmp_path / "done1").exists()
 
 
@@ -182,3 +187,31 @@ def test_the_scores_tell_images_that_are_alike_from_others():
         assert near[name].value > far[name].value + 0.2
     assert near["kid_inception"].error > 0 and near["fid"].error is None
     assert StandInDetector().num_features == NUM_FEATURES
+
+
+def test_rows_are_exchanged_in_pieces_of_bounded_size(monkeypatch: pytest.MonkeyPatch):
+    """Three processes: one has more pieces than the others, and one has nothing."""
+    monkeypatch.setattr(statistics, "_PIECE_BYTES", 4 * 5 * 2)  # two rows
+    values = torch.arange(35.0).view(7, 5)
+    shares = [Rows(), Rows(), Rows()]
+    shares[0].add(np.array([6, 0, 3]), values[[6, 0, 3]])
+    shares[0].add(np.array([2, 5]), values[[2, 5]])
+    shares[2].add(np.array([4, 1]), values[[4, 1]])
+    results: list[list[Any]] = [[] for _ in shares]  # what each process of the others has sent so far
+    barrier, largest = threading.Barrier(3), []
+
+    class Thread(World):
+        def all_gather_objects(self, value):
+            if isinstance(value, tuple):
+                largest.append(len(value[1]))
+            results[self.rank] = value
+            barrier.wait(60)
+            gathered = list(results)
+            barrier.wait(60)
+            return gathered
+
+    with ThreadPoolExecutor(3) as pool:
+        merged = list(pool.map(lambda rank: shares[rank].merge(Thread(rank=rank, size=3)), range(3)))
+    assert max(largest) == 2
+    for rows in merged:
+        np.testing.assert_array_equal(rows, values.numpy())

@@ -15,25 +15,17 @@ import torch
 
 from dnnlib.errors import ConfigError
 from tests.helpers.paths import GOLDEN_DIR, Golden
+from tests.helpers.sampling import collect, tiny_network
 from torch_utils.distributed import World
 from torch_utils.processes.dealing import split_batches
 from training.images.png_files import ImageWriter, write_png
 from training.images.sheet import contact_sheet
 from training.networks_edm2 import Precond
-from training.sampling.generation import GeneratedImages, generate_images
+from training.sampling.generation import generate_images
 
 NET = GOLDEN_DIR / "snapshots" / "rgb-cond.pkl"
 GUIDE = GOLDEN_DIR / "snapshots" / "rgb-cond-guide.pkl"
 CPU = {"device": "cpu"}
-
-
-def tiny_network(label_dim: int = 3, channels: int = 3, resolution: Any = 4) -> Precond:
-    torch.manual_seed(0)
-    net = Precond(
-        resolution, channels, label_dim, model_channels=4, channel_mult=[1], num_blocks=1, channels_per_head=4
-    )
-    torch.nn.init.constant_(net.unet.out_gain, 1)
-    return net.eval().requires_grad_(False)
 
 
 def identity_sampler(net, noise, labels, gnet, randn_like, **kwargs):
@@ -43,10 +35,6 @@ def identity_sampler(net, noise, labels, gnet, randn_like, **kwargs):
         if labels is None
         else torch.cat([noise[..., 1:], labels.argmax(1)[:, None, None, None] / 10 + 0 * noise[..., :1]], -1)
     )
-
-
-def collect(images: GeneratedImages) -> np.ndarray:
-    return np.concatenate([batch.images.cpu().numpy() for batch in images if batch.images is not None])
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dnnlib.errors import ConfigError
-from tests.training.sampling.test_sampler import GaussianDenoiser
+from tests.helpers.sampling import GaussianDenoiser
 from training.sampling.denoisers import bind_labels
 from training.sampling.guidance import Guidance, extrapolate
 from training.sampling.options import HeunOptions

@@ -2,14 +2,16 @@
 
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from dnnlib.errors import ConfigError
-from tests.training.sampling.test_generation import tiny_network
+from tests.helpers.sampling import tiny_network
 from training.encoders import StabilityVAEEncoder, StandardRGBEncoder
+from training.sampling import networks
 from training.sampling.generation import generate_images
 from training.sampling.networks import DECODER_DTYPES, DecoderOptions
 
@@ -45,7 +47,8 @@ def encoder_of(vae: str) -> StabilityVAEEncoder:
 def applied(encoder: StabilityVAEEncoder, **options: Any) -> tuple[StabilityVAEEncoder, dict[str, Any]]:
     """The encoder that decodes as `options` say, on `device` and `batch_size` at once, and what is noted."""
     device, batch_size = options.pop("device", CPU), options.pop("batch_size", 4)
-    result, noted = DecoderOptions(**options).apply(encoder, device, batch_size)
+    compile = options.pop("compile", False)
+    result, noted = DecoderOptions(**options).apply(encoder, device, batch_size, compile=compile)
     assert isinstance(result, StabilityVAEEncoder)
     return result, noted
 
@@ -137,12 +140,105 @@ def test_the_default_is_half_precision_on_cuda_only_and_pixels_have_no_decoder(v
     assert DecoderOptions(precision="fp16", tile=8).apply(rgb, CPU, 4) == (rgb, {})
 
 
+class Switch:
+    """Stands for the VAE; notes whether cuDNN may use TF32 while it works."""
+
+    def __init__(self) -> None:
+        self.allowed: list[bool] = []
+
+    def to(self, device: Any) -> "Switch":
+        return self
+
+    def encode(self, x: torch.Tensor) -> Any:
+        self.allowed.append(torch.backends.cudnn.allow_tf32)
+        return {"latent_dist": SimpleNamespace(mean=x[:, :1], std=x[:, :1])}
+
+    def decode(self, x: torch.Tensor) -> Any:
+        self.allowed.append(torch.backends.cudnn.allow_tf32)
+        return {"sample": x[:, :3]}
+
+
+def test_encoding_uses_tf32_as_published_and_decoding_where_asked(vae: str, monkeypatch: pytest.MonkeyPatch):
+    pixels = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    for set_before in (False, True):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", set_before)
+        for make, expected in (
+            (lambda e: e, [True, set_before]),
+            (lambda e: e.with_encoder(tf32=False), [False, set_before]),
+            (lambda e: e.with_encoder(tf32=False).with_statistics([0.0] * 4, [1.0] * 4), [False, set_before]),
+            (lambda e: applied(e, precision="tf32", device=torch.device("cuda"))[0], [True, True]),
+        ):
+            encoder, switch = make(encoder_of(vae)), Switch()
+            encoder._vae = switch
+            encoder._decoder_vae = switch if encoder._decoder_tf32 else None
+            encoder.encode_pixels(pixels)
+            encoder.decode(latents(num=1))
+            assert switch.allowed == expected and torch.backends.cudnn.allow_tf32 is set_before
+
+
+@torch.no_grad()
+def test_on_a_cpu_tf32_and_compilation_change_no_bit(vae: str):
+    plain = encoder_of(vae)
+    pixels = plain.decode(latents())
+    tf32, noted = applied(encoder_of(vae), precision="tf32")
+    assert noted["decoder"] == "tf32" and torch.equal(tf32.decode(latents()), pixels)
+    expected = plain.encode_pixels(pixels)
+    for options in ({}, {"tf32": False}, {"compile": True}):
+        assert torch.equal(encoder_of(vae).with_encoder(**options).encode_pixels(pixels), expected)
+    assert applied(encoder_of(vae), compile=True)[0]._decoder_compile is False
+
+
+@torch.no_grad()
+def test_a_compiled_decoder_sees_one_batch_size(vae: str, monkeypatch: pytest.MonkeyPatch):
+    compiled: list[tuple[str, dict[str, Any]]] = []
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda module, **options: compiled.append((type(module).__name__, options))
+    )
+    plain = encoder_of(vae)
+    other = plain.with_decoder(batch_size=4, compile=True)
+    other.init("cpu")
+    assert compiled == [("Decoder", {"dynamic": False})]
+    seen = sizes_seen(other)
+    pixels = other.decode(latents(num=6))
+    assert [shape[0] for shape in seen] == [4, 4] and len(pixels) == 6
+    assert (pixels.int() - plain.decode(latents(num=6)).int()).abs().max() <= 1
+    assert not plain._vae.decoder._forward_pre_hooks  # a copy was compiled
+
+
+def test_the_decoder_is_compiled_with_the_networks_on_cuda_only(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(networks, "missing_compiler", lambda device: None)
+    on_gpu = {"device": torch.device("cuda"), "compile": True}
+    encoder = StabilityVAEEncoder()
+    assert applied(encoder, **on_gpu)[0]._decoder_compile
+    assert not applied(encoder, **on_gpu, tile=512)[0]._decoder_compile  # tiles are of many sizes
+    assert not applied(encoder, **{**on_gpu, "device": CPU})[0]._decoder_compile
+    monkeypatch.setattr(networks, "missing_compiler", lambda device: "no compiler was found")
+    assert not applied(encoder, **on_gpu)[0]._decoder_compile
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_on_a_gpu_every_way_to_encode_and_decode_is_close(vae: str):
+    plain = encoder_of(vae)
+    pixels = plain.decode(latents())
+    expected = plain.encode_pixels(pixels)
+    for options in ({}, {"tf32": False}, {"compile": True}):
+        actual = encoder_of(vae).with_encoder(**options).encode_pixels(pixels.cuda()).cpu()
+        torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)
+    for precision in ("fp32", "tf32", "fp16"):
+        for compile in (False, True):
+            device = torch.device("cuda")
+            other, _ = applied(encoder_of(vae), precision=precision, device=device, compile=compile)
+            assert (other.decode(latents().cuda()).cpu().int() - pixels.int()).abs().max() <= 2
+
+
 def test_how_to_decode_is_no_part_of_a_snapshot(vae: str):
     encoder = encoder_of(vae).with_decoder(torch.float16, tile=32, batch_size=2)
+    encoder = encoder.with_encoder(tf32=False)
     encoder.init("cpu")
     clone = pickle.loads(pickle.dumps(encoder))
     assert clone.__dict__.keys() == encoder_of(vae).__dict__.keys()
-    assert clone._decoder_dtype == torch.float32 and clone._decoder_vae is None
+    assert clone._decoder_dtype == torch.float32 and clone._decoder_vae is None and clone._encoder_tf32
 
 
 def test_generation_decodes_as_it_is_told(vae: str, tmp_path: Path):

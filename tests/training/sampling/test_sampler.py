@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
@@ -12,33 +11,11 @@ import torch
 
 from dnnlib.errors import ConfigError
 from tests.helpers.paths import Golden
-from training.networks_edm2 import Precond
+from tests.helpers.sampling import CASES, GaussianDenoiser, golden_network
 from training.sampling.denoisers import bind_labels
 from training.sampling.options import HeunOptions, SamplerOptions
 from training.sampling.sampler import StackedRandomGenerator, edm_sampler
 from training.sampling.solvers import result_of
-
-CASES = ["plain_32", "heun_8", "guid_cond", "guid_uncond", "guid_below_1", "range", "churn", "f64", "two_steps"]
-
-
-@dataclass
-class GaussianDenoiser:
-    """The exact denoiser of data distributed as N(mean, std^2), called like a network; counts its calls."""
-
-    mean: float = 0.0
-    std: float = 0.5
-    calls: list[float] = field(default_factory=list)
-
-    def __call__(self, x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-        self.calls.append(float(sigma))
-        return (self.std**2 * x + sigma**2 * self.mean) / (self.std**2 + sigma**2)
-
-
-def golden_network(tensors: dict[str, torch.Tensor], config: str, name: str) -> Precond:
-    net = Precond(**json.loads(config)).eval().requires_grad_(False)
-    prefix = f"{name}."
-    net.load_state_dict({key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)})
-    return net
 
 
 @pytest.mark.parametrize("case", CASES)

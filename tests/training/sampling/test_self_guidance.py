@@ -18,10 +18,10 @@ import sweep
 from dnnlib.errors import ConfigError
 from edm2.diffusers import EDM2Pipeline
 from tests.helpers.paths import GOLDEN_DIR
+from tests.helpers.small_network import small_network
 from tests.helpers.stand_in_detector import StandInDetector
 from tests.helpers.tiny import tiny_config, train
 from tests.helpers.two_brightnesses import MEANS, SPREAD, write_flat_pictures
-from tests.training.fast.test_fast_network import small_network
 from torch_utils.distributed import World
 from training.fast.inference_network import InferencePrecond
 from training.fast.prepare import PrepareNetwork
@@ -289,7 +289,9 @@ def test_the_diffusers_pipeline_guides_by_its_own_network(net: Path, tmp_path: P
     save_folder(load_snapshot(net), tmp_path / "folder")
     pipeline = EDM2Pipeline.from_pretrained(tmp_path / "folder")
     pipeline.set_progress_bar_config(disable=True)
-    (batch,) = generate_images(str(net), "self", seeds=range(3), device="cpu", num_steps=3, guidance=2)
+    (batch,) = generate_images(
+        str(net), "self", seeds=range(3), device="cpu", num_steps=3, guidance=2, prepare=PrepareNetwork()
+    )
     options: dict[str, Any] = {"num_inference_steps": 3, "output_type": "pt", "guidance_scale": 2, "guide": "self"}
     made = pipeline(generator=[torch.Generator().manual_seed(i) for i in range(3)], **options).images
     assert torch.equal((made * 255).round().to(torch.uint8), batch.images)

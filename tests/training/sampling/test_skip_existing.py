@@ -19,7 +19,7 @@ import dnnlib.cli
 import generate_images as script
 from dnnlib.errors import ConfigError
 from tests.helpers.paths import GOLDEN_DIR
-from tests.training.sampling.test_generation import collect, tiny_network
+from tests.helpers.sampling import collect, tiny_network
 from torch_utils.distributed import World
 from training.presets import REPOSITORY_DIR
 from training.sampling.generation import generate_images

@@ -1,12 +1,11 @@
 """Sweeps over EMA lengths and guidance weights: their scores, their figure, and that they can be taken up again."""
 
 import dataclasses
+import gc
 import json
 import math
-import os
 import shlex
-import subprocess
-import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,16 @@ import dnnlib.cli
 import generate_images
 import reconstruct_phema
 import sweep as script
+from tests.helpers.ranks import run_ranks
 from tests.helpers.stand_in_detector import StandInDetector
 from tests.helpers.tiny import tiny_config, train, write_dataset
 from torch_utils.distributed import World
 from training import phema
+from training.fast.inference_network import InferencePrecond
+from training.fast.prepare import PrepareNetwork
 from training.metrics import available as plan
 from training.metrics.reference import load_stats
 from training.posthoc.inputs import list_input_pickles
-from training.presets import REPOSITORY_DIR
 from training.run.run_folder import RunFolder
 from training.sampling.request import resolve_sampling
 from training.sweep.ema_sweep import Point, Sweep, at_the_edge, best_point, read_points
@@ -212,6 +213,38 @@ def test_a_sweep_is_as_long_as_it_says_and_leaves_out_what_is_done(tiny, referen
     assert all((s.point is not None) == (i % 6 == 5) for i, s in enumerate(steps))
 
 
+def test_a_networks_memory_is_free_before_the_next_one_is_prepared(tiny, monkeypatch):
+    """On a GPU a network that is left keeps the memory of its graph. The guide stays."""
+    made: list[Any] = []
+    living: list[int] = []
+
+    def prepare(self: PrepareNetwork, net: Any, device: torch.device) -> Any:
+        living.append(sum(net() is not None for net in made))
+        prepared = InferencePrecond(net)
+        made.append(weakref.ref(prepared))
+        return prepared
+
+    monkeypatch.setattr(PrepareNetwork, "__call__", prepare)
+    request = resolve_sampling(net="unused", gnet=[str(guide_of(tiny))], guidance=1.5, num_steps=2)
+    work = Sweep(
+        list_input_pickles(str(tiny / "run")),
+        [0.06, 0.07, 0.10],
+        [request],
+        plan=plan.plan_metrics(["is"], None, device=torch.device("cpu"), weights={}),
+        reference=None,
+        world=World(),
+        num=4,
+        batch=4,
+    )
+    gc.collect()
+    gc.disable()
+    try:
+        assert len(list(work)) == len(work) == 3
+    finally:
+        gc.enable()
+    assert living == [0, 1, 1, 1]
+
+
 def test_points_of_other_settings_are_refused_by_name(tiny, reference, tmp_path, capsys):
     path = tmp_path / "s.json"
     sweeping(tiny, reference, "--outstd=0.05", f"--json={path}")
@@ -328,21 +361,14 @@ def test_a_value_that_is_no_number_survives_the_file(tiny, reference, tmp_path):
 
 @pytest.mark.slow
 def test_one_and_two_processes_find_the_same(tiny, tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-    def launch(*command: Any, ranks: int = 1) -> None:
-        launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        words = [sys.executable, *launcher, *map(str, command), "--device=cpu", "--metrics=fd_efflite0"]
-        result = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300, cwd=REPOSITORY_DIR)
-        assert result.returncode == 0, result.stderr
-
+    options = ["--device=cpu", "--metrics=fd_efflite0"]
     ref = tmp_path / "ref.safetensors"
-    launch("calculate_metrics.py", "ref", f"--data={tiny / 'data.zip'}", f"--dest={ref}")
+    run_ranks("calculate_metrics.py", "ref", f"--data={tiny / 'data.zip'}", f"--dest={ref}", *options, num=1)
     found = []
     for ranks in (1, 2):
         path = tmp_path / f"{ranks}.json"
         args = [f"--indir={tiny / 'run'}", "--outstd=0.06,0.12", f"--ref={ref}", "--num-images=11", "--steps=3"]
-        launch("sweep.py", *args, "--batch=4", f"--json={path}", ranks=ranks)
+        run_ranks("sweep.py", *args, "--batch=4", f"--json={path}", *options, num=ranks)
         found.append(torch.tensor(list(scores_in(path).values())))
     assert found[0].shape == (2, 1)
     torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=0)

@@ -6,22 +6,11 @@ import torch
 
 from dnnlib.errors import ConfigError
 from torch_utils.distributed import World
-from training.metrics.detectors.common import Detector, DetectorOutput
+from training.metrics.detectors.common import Detector
 from training.metrics.detectors.dinov2 import DINOv2Detector
 from training.metrics.detectors.efflite0 import EfficientNetLite0Detector
 from training.metrics.detectors.inception import InceptionV3Detector
 from training.metrics.metric_table import METRICS, parse_metrics
-
-__all__ = [
-    "DETECTORS",
-    "DINOv2Detector",
-    "Detector",
-    "DetectorOutput",
-    "EfficientNetLite0Detector",
-    "InceptionV3Detector",
-    "get_detector",
-    "make_detector",
-]
 
 DETECTORS: dict[str, type[InceptionV3Detector | DINOv2Detector | EfficientNetLite0Detector]] = {
     cls.name: cls for cls in (InceptionV3Detector, DINOv2Detector, EfficientNetLite0Detector)
@@ -29,10 +18,7 @@ DETECTORS: dict[str, type[InceptionV3Detector | DINOv2Detector | EfficientNetLit
 
 
 def make_detector(name: str, device: torch.device | str, weights: str | Path | None = None) -> Detector:
-    """Make the detector `name` on `device`, with the published weights or those at the path `weights`.
-
-    Raises ConfigError for an unknown name and for weights that are missing or do not fit the network.
-    """
+    """Make a detector on `device`, with the published weights or those at the path `weights`. Raises ConfigError."""
     if name not in DETECTORS:
         raise ConfigError(f"unknown detector {name!r}; choose from {', '.join(DETECTORS)}")
     return DETECTORS[name](weights=weights).to(device)

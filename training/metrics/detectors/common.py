@@ -203,10 +203,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def filled(network: Callable[[], Net], tensors: Mapping[str, torch.Tensor], source: Path, what: str) -> Net:
-    """Build a network by `network()` that takes over `tensors`, without drawing random numbers.
-
-    Raises ConfigError unless names and shapes are exactly the network's; `source` and `what` are for its text.
-    """
+    """Build a network by `network()` with exactly these `tensors`, drawing no random numbers. Raises ConfigError."""
     with torch.device("meta"):
         net = network()
     own = net.state_dict()

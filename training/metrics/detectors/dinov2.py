@@ -92,8 +92,14 @@ class DINOv2Detector(Detector):
 
     def _compute(self, images: torch.Tensor) -> DetectorOutput:
         x = _resize_pil(images) if self.resize_mode == "pil" else resize_antialiased(images, SIZE, "bicubic")
-        mean, std = (torch.tensor(values, device=x.device).reshape(1, 3, 1, 1) for values in (MEAN, STD))
-        return DetectorOutput(self._net(pixel_values=(x / 255 - mean) / std).pooler_output)
+        return DetectorOutput(self._net(pixel_values=normalized(x)).pooler_output)
+
+
+def normalized(x: torch.Tensor) -> torch.Tensor:
+    """Map float32 pixels 0..255 [N, 3, H, W] to the mean and deviation that the network was trained with."""
+    # Filled on the device, since a copy from the host would wait for all work in flight.
+    mean, std = (torch.stack([x.new_full((1, 1), value) for value in values]) for values in (MEAN, STD))  # [3, 1, 1]
+    return (x / 255 - mean) / std
 
 
 def _resize_pil(images: torch.Tensor) -> torch.Tensor:
@@ -133,7 +139,6 @@ def _from_hub() -> Path:
 
 
 def _local_file(path: Path) -> Path:
-    """Return the weights file for a file or folder that the user gave."""
     if path.is_dir():
         absent = [name for name in FILES if not (path / name).is_file()]
         if absent:
@@ -175,10 +180,7 @@ def _load(path: Path) -> Any:
 def to_transformers(
     tensors: Mapping[str, torch.Tensor], source: Path
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Convert torch.hub's tensors to arguments of transformers' Dinov2Config and to tensors under its names.
-
-    `source` names the file in errors.
-    """
+    """Convert torch.hub's tensors to arguments of transformers' Dinov2Config and to tensors under its names."""
     missing = [name for name in (*_HUB_NAMES, "blocks.0.mlp.fc1.weight") if name not in tensors]
     if missing:
         raise ConfigError(f"{source} does not hold weights of torch.hub's DINOv2: {missing[0]} is missing")
@@ -201,7 +203,6 @@ def to_transformers(
 
 
 def _settings_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """Read the network's settings off the shapes."""
     width, _, patch, _ = tensors["patch_embed.proj.weight"].shape
     layers = {name.split(".")[1] for name in tensors if name.startswith("blocks.")}
     return {
@@ -215,7 +216,6 @@ def _settings_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
-    """Read the SETTINGS in config.json."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

