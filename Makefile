@@ -3,17 +3,20 @@
 # make docs    the documentation as a site, in out/site; make docs SERVE=1 shows it in a browser while you write
 # make test    env, check, then the whole suite
 # make faults  the long fault suite: a hundred kills and other faults of a run, with counts; about half an hour
+# make gpu     checks a machine with an NVIDIA GPU in about eight minutes (docs/gpu.md); report in out/gpu.json
 # make demo    images of the shipped network, then of one trained here in about two minutes, in out/demo
 # make clean   removes what the above made, .venv included
 #
 # PYTHON=python3.12      which Python makes the environment (3.11 or newer)
 # PIP_ARGS="..."         more options for pip, e.g. the --extra-index-url of PyTorch's CPU builds (see pytorch.org),
 #                        which saves a download of several gigabytes on a Linux machine without a GPU
+# GPU_ARGS="..."         more options for make gpu, e.g. --minutes=30 or --only=A0,B1
 # PYTEST_ARGS="..."      more options for pytest, e.g. -k sampler
 
 PYTHON ?= python3
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+GPU_ARGS ?=
 
 BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 RUN := $(BIN)/python
@@ -22,7 +25,7 @@ DEMO := out/demo
 # The theme tells of its successor at every build.
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help env check docs test faults demo clean
+.PHONY: help env check docs test faults gpu demo clean
 .DELETE_ON_ERROR:
 
 help:
@@ -57,6 +60,10 @@ test: check
 # One at a time: the moments of the kills are meant for a run that has the machine to itself.
 faults: env
 	EDM2_FAULTS=long $(RUN) -m pytest -m faults --capture=no --verbose $(PYTEST_ARGS)
+
+gpu: env
+	@mkdir -p out
+	$(RUN) -m benchmarks.gpu_check --minutes=8 --out=out/gpu.json $(GPU_ARGS)
 
 demo: env
 	@rm -rf $(DEMO)

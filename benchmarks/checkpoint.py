@@ -35,13 +35,16 @@ from training.run.saving import RunSaver
 from training.run.state import TrainingState
 
 
-def make_state(folder: Path, batch: int, channels: int, device: str | None) -> tuple[TrainingState, TrainingConfig]:
+def make_state(
+    folder: Path, batch: int, channels: int, device: str | None, *, compiled: bool | None = None
+) -> tuple[TrainingState, TrainingConfig]:
     """Return the training state of the network, for random latents written to the folder."""
     data = folder / "data"
     data.mkdir()
     np.save(data / "0.npy", np.random.default_rng(0).standard_normal([8, 64, 64], dtype=np.float32))
     (data / "dataset.json").write_text('{"labels": [["0.npy", 999]]}', encoding="utf-8")
-    config = TrainingConfig(data=str(data), network=NetworkConfig(channels=channels), batch=batch, bench=False)
+    network = NetworkConfig(channels=channels)
+    config = TrainingConfig(data=str(data), network=network, batch=batch, bench=False, compile=compiled)
     world = World(device=resolve_device(device))
     return TrainingState(config, open_dataset(config), world, resumed=False), config
 

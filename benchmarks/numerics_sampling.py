@@ -14,6 +14,7 @@ import click
 import numpy as np
 import torch
 
+from torch_utils.distributed import resolve_device
 from torch_utils.precision import PRECISIONS, numerics, precision_note
 from training.fast.prepare import PrepareNetwork
 from training.sampling.generation import Prepare, generate_images
@@ -59,11 +60,11 @@ def table(num: int, device: torch.device, compiled: bool, **options: Any) -> Ite
 
 @click.command()
 @click.option("--num", default=100, show_default=True, help="Images")
-@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
+@click.option("--device", default=None, help="[default: the best of this machine]")
 @click.option("--compiled/--no-compiled", default=False, show_default=True, help="Compiled networks too")
-def main(num: int, device: str, compiled: bool) -> None:
+def main(num: int, device: str | None, compiled: bool) -> None:
     """Print the table."""
-    place = torch.device(device)
+    place = resolve_device(device)
     machine = torch.cuda.get_device_name(place) if place.type == "cuda" else platform.machine()
     click.echo(f"{datetime.date.today()}, {machine}, torch {torch.__version__}, {num} images, from 0 to 255")
     for line in table(num, place, compiled):

@@ -6,6 +6,8 @@ The reference is the plain implementation in tests/helpers/oracle.py, in float32
 the CPU: slowly, and with the CPU's own order of sums.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import click
@@ -31,12 +33,29 @@ def flat(gradients: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat([gradient.flatten() for gradient in gradients])
 
 
-@click.command()
-@click.option("--num", default=64, show_default=True, help="Images of the batch")
-@click.option("--loss-scale", default=1.0, show_default=True, help="For float16")
-def numerics_training(num: int, loss_scale: float) -> None:
-    """Print a row for each mode."""
-    device = resolve_device()
+@dataclass(frozen=True, kw_only=True)
+class FormatError:
+    """Differences of one number format from the plain network in float32."""
+
+    mode: str
+    loss: float  # relative
+    mean_loss: float
+    gradient: float  # relative
+    degrees: float  # between the gradients
+
+    def row(self) -> dict[str, str]:
+        """Return a row of a table."""
+        return {
+            "format": self.mode,
+            "loss, relative error": f"{self.loss:.1e}",
+            "mean loss, difference": f"{self.mean_loss:+.1e}",
+            "gradient": f"{self.gradient:.1e}",
+            "angle, degrees": f"{self.degrees:.2f}",
+        }
+
+
+def compare_formats(num: int, device: torch.device, loss_scale: float = 1.0) -> Iterator[FormatError]:
+    """Yield the errors of each number format on `num` images of the shipped data set."""
     config = training_preset("fashion")
     snapshot = load_snapshot(locate(generation_preset("demo").net))
     net: Any = snapshot.net.to(device, torch.float32).train().requires_grad_(True)
@@ -54,13 +73,10 @@ def numerics_training(num: int, loss_scale: float) -> None:
     arguments.pop("use_fp16", None)
     plain = PlainPrecond(*net._init_args, **arguments).to(device)
     plain.load_state_dict(net.state_dict())
-    reference = plain_loss(plain, images, labels, sigmas, noise, P_mean=config.P_mean, P_std=config.P_std)
-    expected = flat(list(torch.autograd.grad(reference.sum() / num, list(plain.parameters()))))
+    with numerics(cudnn_benchmark=False):
+        reference = plain_loss(plain, images, labels, sigmas, noise, P_mean=config.P_mean, P_std=config.P_std)
+        expected = flat(list(torch.autograd.grad(reference.sum() / num, list(plain.parameters()))))
     loss_fn = EDM2Loss(P_mean=config.P_mean, P_std=config.P_std)
-
-    click.echo(f"{num} images, {device.type}, torch {torch.__version__}")
-    click.echo("| mode | loss, relative error | mean loss, difference | gradient, relative error | angle, degrees |")
-    click.echo("|---|---|---|---|---|")
     for mode, dtype in MODES.items():
         if mode == "tf32" and device.type != "cuda":
             continue
@@ -71,10 +87,26 @@ def numerics_training(num: int, loss_scale: float) -> None:
             ours = flat(list(torch.autograd.grad(loss.sum() * (scale / num), list(net.parameters())))) / scale
         apart = loss.detach() - reference.detach()
         cosine = torch.nn.functional.cosine_similarity(ours, expected, dim=0).clamp(-1, 1)
-        click.echo(
-            f"| {mode} | {float(apart.norm() / reference.detach().norm()):.1e} | {float(apart.mean()):+.1e} |"
-            f" {float((ours - expected).norm() / expected.norm()):.1e} | {float(cosine.acos().rad2deg()):.2f} |"
+        yield FormatError(
+            mode=mode,
+            loss=float(apart.norm() / reference.detach().norm()),
+            mean_loss=float(apart.mean()),
+            gradient=float((ours - expected).norm() / expected.norm()),
+            degrees=float(cosine.acos().rad2deg()),
         )
+
+
+@click.command()
+@click.option("--num", default=64, show_default=True, help="Images of the batch")
+@click.option("--loss-scale", default=1.0, show_default=True, help="For float16")
+def numerics_training(num: int, loss_scale: float) -> None:
+    """Print a row for each mode."""
+    device = resolve_device()
+    click.echo(f"{num} images, {device.type}, torch {torch.__version__}")
+    click.echo("| mode | loss, relative error | mean loss, difference | gradient, relative error | angle, degrees |")
+    click.echo("|---|---|---|---|---|")
+    for error in compare_formats(num, device, loss_scale):
+        click.echo("| " + " | ".join(error.row().values()) + " |")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from tests.helpers.oracle import PlainPrecond, plain_guided, plain_heun_sampler
+from torch_utils.distributed import resolve_device
 from torch_utils.precision import Precision, numerics
 from training.fast.prepare import PrepareNetwork
 from training.networks_edm2 import Precond
@@ -68,7 +69,8 @@ def random_network(options: dict[str, Any], device: torch.device, seed: int) -> 
     for param in net.parameters():
         if param.ndim == 0:
             param.fill_(0.3)
-    plain = PlainPrecond(**options).eval().requires_grad_(False)
+    dtype = torch.float16 if device.type == "cuda" else torch.float32  # as published
+    plain = PlainPrecond(**options, dtype=dtype).eval().requires_grad_(False)
     plain.load_state_dict(net.state_dict())
     return net.to(device), plain.to(device)
 
@@ -174,10 +176,10 @@ def measure(case: Case, device: torch.device, *, num_steps: int, repeats: int, *
 @click.option("--steps", default=None, type=int, help="Heun steps [default: 32 on a GPU, 4 on a CPU]")
 @click.option("--batch", default=None, type=int, help="Images at once [default: 32 and 1 on a GPU, 8 on a CPU]")
 @click.option("--repeats", default=3, show_default=True, help="Runs of each way")
-@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
-def main(steps: int | None, batch: int | None, repeats: int, device: str) -> None:
+@click.option("--device", default=None, help="[default: the best of this machine]")
+def main(steps: int | None, batch: int | None, repeats: int, device: str | None) -> None:
     """Print the table."""
-    place = torch.device(device)
+    place = resolve_device(device)
     on_gpu = place.type == "cuda"
     steps = steps or (32 if on_gpu else 4)
     machine = (
@@ -186,7 +188,7 @@ def main(steps: int | None, batch: int | None, repeats: int, device: str) -> Non
     click.echo(
         f"{datetime.date.today()}, {machine}, torch {torch.__version__}, {steps} steps, {2 * steps - 1} evaluations"
     )
-    with numerics(cudnn_benchmark=True):
+    with numerics(cudnn_benchmark=False):  # as generate_images.py; a CUDA graph is recorded with it on
         for case in cases_of(place, batch):
             measure(case, place, num_steps=steps, repeats=repeats)
 

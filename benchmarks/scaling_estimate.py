@@ -41,7 +41,7 @@ class Cost:
     """The cost of one network."""
 
     params: int
-    flops: float  # to train on one image, without recomputing
+    flops: float  # of products, convolutions and attention, to train on one image without recomputing
     image_bytes: dict[bool, int]  # kept for the backward pass for one more image, without and with recompute
     weight_bytes: dict[bool, int]  # kept whatever the batch: weights in half precision
     blocks: list[tuple[int, int]]  # bytes that a block keeps when it is recomputed: whatever the batch, and per image
@@ -64,7 +64,7 @@ def cost_of(width: int) -> Cost:
     total = sum(param.numel() for param in net.parameters())
     return Cost(
         params=total,
-        flops=3 * 2 * count_flops(net.eval()).total_flops,
+        flops=3 * 2 * count_flops(net.eval()).matrix_flops,
         image_bytes={key: two - one for key, (one, two) in kept.items()},
         weight_bytes={key: 2 * one - two for key, (one, two) in kept.items()},
         blocks=[(2 * one - two, two - one) for one, two in zip(block_bytes(net, 1), block_bytes(net, 2), strict=True)],

@@ -3,7 +3,7 @@
 A step is noise, forward, backward, Adam and both averages: tensor by tensor in tests/helpers/oracle.py, fast in
 training/run/state.py. Both start from the same weights. Loss and gradients are compared first; then both take turns.
 The matrix rate is that of a large matrix product (on a CPU: of 3x3 convolutions), measured in the same run. A step has
-three times the operations of the forward pass.
+three times the operations of the forward pass, of which convolutions, matrix products and attention count here.
 
     python -m benchmarks.train                        # by device: 5 million parameters, or S and XXL
     python -m benchmarks.train --shape=s --precision=bf16 --batch=64 --profile
@@ -60,6 +60,15 @@ class Shape:
 
 
 SMALL = NetworkConfig(channels=64, channel_mult=(1, 2), num_blocks=3, attn_resolutions=(16,))
+# A second of work on a CPU, for tests.
+TINY = Shape(
+    name="tiny",
+    network=NetworkConfig(channels=4, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(), channels_per_head=4),
+    resolution=8,
+    channels=3,
+    label_dim=3,
+    batch=4,
+)
 SHAPES = {
     "small": Shape(name="5 million parameters", network=SMALL, resolution=32, channels=3, label_dim=10, batch=16),
     "s": Shape(
@@ -248,7 +257,7 @@ def profile(way: Way, device: torch.device) -> str:
     return "\n".join(lines)
 
 
-def loop_against_step(precision: Precision, num_steps: int, rounds: int) -> float:
+def loop_against_step(precision: Precision, num_steps: int, rounds: int, *, compiled: bool | None = None) -> float:
     """Return the rate of a whole run, with loader, statistics and averages, relative to bare steps in turn."""
     with tempfile.TemporaryDirectory() as folder:
         fashion = training_preset("fashion")
@@ -257,6 +266,7 @@ def loop_against_step(precision: Precision, num_steps: int, rounds: int) -> floa
             data=locate(fashion.data),
             network=replace(SMALL, precision=precision),
             batch=16,
+            compile=compiled,
             duration=1 << 31,
             status=16 * num_steps,
             snapshot=0,
@@ -362,13 +372,13 @@ def measure(
 
 
 def table(shape: Shape, ways: list[Way], rates: dict[torch.dtype, float]) -> str:
-    """A row for each way; ratios to the first one."""
+    """Return a table with a row for each way; ratios to the first one. Elementwise operations count only in time."""
     with torch.device("meta"):
         net = make_network(TrainingConfig(data="", network=shape.network), shape.dataset())
-    num_ops = 2 * 3 * count_flops(net).total_flops * shape.batch
+    num_ops = 2 * 3 * count_flops(net).matrix_flops * shape.batch
     lines = [
         f"\n{shape.name}, {shape.resolution}x{shape.resolution}x{shape.channels}, batch {shape.batch}:",
-        "| way | images/s | ratio | Tflop/s | of the matrix rate | memory, GiB | ratio |",
+        "| way | images/s | ratio | matrix Tflop/s | of the matrix rate | memory, GiB | ratio |",
         "|---|---|---|---|---|---|---|",
     ]
     base = statistics.median(ways[0].seconds)

@@ -10,7 +10,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from tests.helpers.documented_files import FILES, URLS, make_for
 from tests.helpers.documented_pages import ROOT, Snippet, pages, snippets
 from tests.helpers.documented_rules import NOT_RUN, PYTHON, RULES, Rule
 from tests.helpers.documented_run import run_script
+from tests.helpers.ranks import run_ranks
 from tests.helpers.stand_in_detector import StandInDetector
 from torch_utils import distributed
 from training.metrics import available as plan
@@ -65,8 +65,7 @@ class Sandbox:
         args = [name for word in map(_of_this_run, args) for name in _expanded(word)]
         processes = max(rule.processes for rule in rules)
         if launched and processes > 1:
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-            subprocess.run([*command, str(ROOT / words[script]), *args], check=True, timeout=120)
+            run_ranks(words[script], *args, num=processes)
         else:
             run_script(words[script], args)
         self._require_results(snippet, args)
