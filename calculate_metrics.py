@@ -62,10 +62,7 @@ __all__ = [
 def calculate_metrics_from_stats(
     stats: Stats, ref: Stats | str | os.PathLike[str], metrics: Sequence[str] = DEFAULT, verbose: bool = True
 ) -> dict[str, float]:
-    """Return the values of those `metrics` that the reference `ref` (statistics, or their file) allows.
-
-    Prints them, and the reasons to skip others, if `verbose`.
-    """
+    """Return those `metrics` that `ref`, statistics or a file, allows; `verbose` prints them and what is skipped."""
     reference = load_stats(ref) if isinstance(ref, str | os.PathLike) else ref
     scores, skipped = compute_possible_scores(stats, reference, metrics)
     if verbose:
@@ -168,7 +165,6 @@ def _measure(
     *,
     num_images: int,
 ) -> None:
-    """Score each set of batches; the main process prints a table and writes the record, with `facts` in it."""
     path = given.json_path
     if path is not None:
         require_file_place(path)

@@ -55,17 +55,16 @@ def cmdline(source: str | None, decoder: bool | None, json_file: Path | None, **
     if SELF in names:
         require_label_dropout(nets[0].label_dim, None, request.net, "--gnet=self")
     counts = [count_flops(net) for net in nets]
-    cost = run_cost(
-        nets[0],
-        nets[1:],
-        request.sampler,
-        decoder=decoder_of(nets[0], request.net) if decoder is not False else None,
-    )
+    codec = decoder_of(nets[0], request.net) if decoder is not False else None
+    cost = run_cost(nets[0], nets[1:], request.sampler, decoder=codec)
     if decoder and not cost.decoder_flops:
         raise ConfigError(f"{request.net} generates pixels and has no decoder; omit --decoder")
     click.echo("\n".join(describe(names, counts, request, cost)))
     if json_file is not None:
-        write_text(json_file, json.dumps(as_json(names, counts, cost), indent=2) + "\n")
+        networks = [{"network": name, **count._asdict()} for name, count in zip(names, counts, strict=True)]
+        image = {**cost._asdict(), "total_flops": cost.total_flops}
+        record = {"networks": networks, "image": image, "counts": CONVENTION}
+        write_text(json_file, json.dumps(record, indent=2) + "\n")
 
 
 def resolve(source: str | None, sampling: dict[str, Any]) -> SamplingRequest:
@@ -95,12 +94,6 @@ def describe(names: Sequence[str], counts: Sequence[FlopCount], request: Samplin
     lines += [f"    {name:<20}{flops / 1e9:14.3f} Gflops" for name, flops in parts.items() if flops]
     lines.append(f"    {'total':<20}{cost.total_flops / 1e9:14.3f} Gflops")
     return [*lines, CONVENTION]
-
-
-def as_json(names: Sequence[str], counts: Sequence[FlopCount], cost: RunCost) -> dict[str, Any]:
-    """The counts for the JSON file."""
-    networks = [{"network": name, **count._asdict()} for name, count in zip(names, counts, strict=True)]
-    return {"networks": networks, "image": {**cost._asdict(), "total_flops": cost.total_flops}, "counts": CONVENTION}
 
 
 if __name__ == "__main__":

@@ -1,7 +1,4 @@
-"""Reconstruct networks with any EMA length from the snapshots of a training run (post-hoc EMA).
-
-Options and results are those of the published script.
-"""
+"""Reconstruct networks with any EMA length from a run's snapshots (post-hoc EMA), as the published script does."""
 
 import os
 from collections.abc import Iterable
@@ -65,21 +62,30 @@ def pkl_path(dir: str | os.PathLike[str], prefix: str, nimg: int, std: float) ->
 )
 @click.option(
     "--outstd",
+    "out_std",
     metavar="LIST",
     type=STD_LIST,
     required=True,
     help="EMA lengths of the outputs: 0.100 or 0.01,0.02,...,0.25",
 )
-@click.option("--outprefix", metavar="STR", default="phema", show_default=True, help="Start of the output file names")
+@click.option(
+    "--outprefix",
+    "out_prefix",
+    metavar="STR",
+    default="phema",
+    show_default=True,
+    help="Start of the output file names",
+)
 @click.option(
     "--skip",
     "--skip-existing",
-    "skip",
+    "skip_existing",
     is_flag=True,
     help="Keep existing outputs that were made of the same snapshots",
 )
 @click.option(
     "--batch",
+    "max_batch_size",
     metavar="INT",
     type=click.IntRange(min=1),
     default=8,
@@ -105,12 +111,9 @@ def cmdline(
     instd: list[float] | None,
     outdir: str,
     outkimg: int | None,
-    outstd: list[float],
-    outprefix: str,
-    skip: bool,
-    batch: int,
-    out_format: str,
+    out_std: list[float],
     plot: str | None,
+    **options: Any,
 ) -> None:
     """Reconstruct networks with any EMA length from the snapshots of a training run.
 
@@ -148,9 +151,7 @@ def cmdline(
         filters += f" with EMA length {', '.join(f'{std:.3f}' for std in instd)}" if instd is not None else ""
         raise ConfigError(f"no snapshots {{prefix}}-{{kimg}}-{{std}}.pkl or .safetensors{filters} in {indir}")
     nimg = kimg_to_nimg(outkimg) if outkimg is not None else None
-    work = reconstruct_phema(
-        inputs, outstd, nimg, outdir, outprefix, skip_existing=skip, max_batch_size=batch, out_format=out_format
-    )
+    work = reconstruct_phema(inputs, out_std, nimg, outdir, **options)
     with tqdm.tqdm(total=len(work), unit="step", dynamic_ncols=True, disable=not len(work)) as progress:
         for step in work:
             progress.update()
@@ -158,7 +159,7 @@ def cmdline(
                 note = f", amplifies rounding errors {output.gain:.0f} times" if output.gain > _MAX_GAIN else ""
                 progress.write(f"{', '.join(str(path) for path in output.paths)}: fit {output.fit:.2e}{note}")
     if plot is not None:
-        plot_responses(plot, work.inputs, work.out_nimg, outstd)
+        plot_responses(plot, work.inputs, work.out_nimg, out_std)
         print(f"Profiles in {plot}")
 
 

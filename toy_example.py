@@ -17,7 +17,7 @@ from training.toy.model import ToyModel
 from training.toy.sample import do_sample
 from training.toy.toy_files import load_toy_model
 from training.toy.toy_plot import Comparison, FigureOutput, compare, draw_comparison, draw_progress
-from training.toy.train import ToyConfig, ToyRun, ToyStep
+from training.toy.train import ToyConfig, ToyRun
 
 # Users' scripts import these names from here.
 __all__ = ["ToyModel", "do_plot", "do_sample", "do_train", "gt"]
@@ -52,19 +52,15 @@ def do_train(
     with numerics(), tqdm.tqdm(run, unit="step", dynamic_ncols=True) as progress:
         for step in progress:
             if step.net is not None:
-                _report(step, progress, output, run)
                 net = step.net
+                saved = f" saved {step.path}" if step.path is not None else ""
+                progress.write(f"Iteration {step.iteration}: loss {float(step.loss):.5f}{saved}")
+                if output is not None:
+                    draw_progress(output.figure, run.truth, net, f"Learned in {step.iteration} iterations")
+                    output.update()
     if output is not None:
         output.finish()
     return net
-
-
-def _report(step: ToyStep, progress: Any, output: FigureOutput | None, run: ToyRun) -> None:
-    saved = f"saved {step.path}" if step.path is not None else ""
-    progress.write(f"Iteration {step.iteration}: loss {float(step.loss):.5f} {saved}".rstrip())
-    if output is not None and step.net is not None:
-        draw_progress(output.figure, run.truth, step.net, f"Learned in {step.iteration} iterations")
-        output.update()
 
 
 def do_plot(
@@ -128,12 +124,7 @@ def cmdline() -> None:
 @click.option("--layers", type=click.IntRange(min=1), default=4, show_default=True, help="Hidden layers")
 @click.option("--dim", type=click.IntRange(min=1), default=64, show_default=True, help="Width of the hidden layers")
 @click.option(
-    "--viz",
-    metavar="BOOL",
-    type=bool,
-    default=True,
-    show_default=True,
-    help="Show progress, or write training.png",
+    "--viz", metavar="BOOL", type=bool, default=True, show_default=True, help="Show progress, or write training.png"
 )
 @click.option("--iters", type=click.IntRange(min=1), default=4096, show_default=True, help="Iterations")
 @click.option("--seed", type=int, default=0, show_default=True, help="Random seed")

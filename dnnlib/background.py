@@ -1,14 +1,36 @@
-"""Files written by a thread while the program continues."""
+"""Work by threads and processes while the program continues: files written, results in order."""
 
 import threading
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dnnlib.disk import DiskFull, require_space, write_error
 
+A = TypeVar("A")
+B = TypeVar("B")
+
 _POLL_SEC = 5.0  # between two attempts to write to a full disk
+
+
+def map_in_order(pool: Executor, function: Callable[[A], B], items: Iterable[A], *, max_pending: int) -> Iterator[B]:
+    """Yield the results of `function` in the order of `items`, at most `max_pending` of them ahead.
+
+    The pool is shut down at the end, also where the caller stops early.
+    """
+    pending: deque[Future[B]] = deque()
+    try:
+        for item in items:
+            if len(pending) >= max_pending:
+                yield pending.popleft().result()
+            pending.append(pool.submit(function, item))
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +117,6 @@ class BackgroundWriter:
                     self._finished.append(write)
 
     def _write(self, write: Write) -> None:
-        """Write one file, after waiting for room if that is wanted; tell about the wait once."""
         waited = False
         while True:
             try:

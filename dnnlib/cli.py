@@ -83,7 +83,6 @@ def quoted(words: Sequence[str]) -> str:
 
 
 def _launcher() -> list[str] | None:
-    """Return the words of the torchrun command that started this process, None if none did."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
     import psutil  # here, because importing it takes time and a plain start does not need it

@@ -27,10 +27,7 @@ def write_error(path: str | os.PathLike[str], error: OSError, *, kept: str = "")
 
 
 def require_space(path: Path, num_bytes: int) -> None:
-    """Raise DiskFull if the disk has no room for a file `path` of `num_bytes`.
-
-    This does not see quotas: they show when the file is written.
-    """
+    """Raise DiskFull if the disk has no room for `num_bytes` more; quotas show only when the file is written."""
     try:
         free = shutil.disk_usage(path.parent).free
     except OSError:

@@ -118,7 +118,6 @@ def _read_into_memory(url: str, num_attempts: int, verbose: bool) -> io.BytesIO:
 
 
 def _fill(path: Path, url: str, num_attempts: int, verbose: bool) -> None:
-    """Download `url` to `path`, or wait until another process has. Raises ConfigError and OSError."""
     start = time.time()
     failure = _next_to(path, "failed")
     with _locked(_next_to(path, "lock"), url, verbose) as waited:
@@ -189,7 +188,6 @@ def _locked(path: Path, url: str, verbose: bool) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def _progress_bar(url: str, verbose: bool) -> Iterator[fetch.Progress]:
-    """Show a progress bar; yields the function to call with the bytes received and the bytes of the whole file."""
     from tqdm import tqdm
 
     name = urlsplit(url).path.rsplit("/", 1)[-1] or url

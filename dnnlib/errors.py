@@ -31,9 +31,6 @@ def reason_of(error: BaseException) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """Return the text of `error` as one printable line of at most 400 characters; its class name if it has no text.
-
-    Errors about the content of files may quote it at any length.
-    """
+    """Return the text of `error`, which may quote files, as one printable line of 400 characters; else its class."""
     text = " ".join(str(error).split())[:400] or type(error).__name__
     return "".join(sign if sign.isprintable() else "?" for sign in text)

@@ -48,11 +48,6 @@ class Version:
     validator: str | None = None  # a strong ETag, else the date of change; None: the download cannot be resumed
     length: int | None = None
 
-    @property
-    def by_tag(self) -> bool:
-        """True if the validator is an ETag, which is quoted, and not a date."""
-        return (self.validator or "").startswith('"')
-
     @classmethod
     def of(cls, headers: Any) -> "Version":
         """Version that the headers of a complete answer describe."""
@@ -105,7 +100,9 @@ def fetch(
             except Broken as error:
                 reason, response = str(error), error.response
             except requests.RequestException as error:
-                origin = _innermost(error)
+                origin: BaseException = error
+                while (inner := origin.__cause__ or origin.__context__) is not None:
+                    origin = inner
                 reason = one_line(origin)
                 if isinstance(origin, socket.gaierror) and len(retry.history) >= _MAX_LOOKUPS - 1:
                     break  # no such host, or no network at all: waiting for minutes would not help
@@ -130,8 +127,6 @@ def _wait(retry: Any, response: Any) -> None:
 
 @dataclass
 class _Fetch:
-    """A file on its way, over several attempts."""
-
     session: Any
     url: str
     file: IO[bytes]
@@ -161,7 +156,6 @@ class _Fetch:
             self._copy(response)
 
     def _copy(self, response: Any) -> None:
-        """Add the body to the file, and check that all of it arrived."""
         pieces = response.iter_content(_CHUNK_BYTES)
         length = self.version.length
         present, complete = self.file.tell(), True
@@ -194,14 +188,14 @@ class _Fetch:
         total = _integer(match[3]) if match else None
         other_length = total is not None and self.version.length not in (None, total)
         # A server may heed Range but not If-Range; its own headers then tell that the file has changed.
-        validator = headers.get("ETag" if self.version.by_tag else "Last-Modified")
+        by_tag = (self.version.validator or "").startswith('"')  # a date is not quoted
+        validator = headers.get("ETag" if by_tag else "Last-Modified")
         other_version = validator is not None and validator != self.version.validator
         if match is None or int(match[1]) != present or other_length or other_version:
             self._start_over()
             raise Broken("the server continues with another part of the file than was asked for")
 
     def _refuse(self, response: Any) -> None:
-        """Raise for an answer that is not the file."""
         status = response.status_code
         reason = f"the server answers {status} {response.reason}".rstrip()
         if status == 416:  # the bytes received are not a beginning of the file
@@ -229,10 +223,3 @@ def _get(session: Any, url: str, headers: dict[str, str]) -> Any:
 
 def _integer(text: Any) -> int | None:
     return int(text) if isinstance(text, int) or (isinstance(text, str) and text.isdecimal()) else None
-
-
-def _innermost(error: BaseException) -> BaseException:
-    """First cause of a failed request."""
-    while (inner := error.__cause__ or error.__context__) is not None:
-        error = inner
-    return error

@@ -1,7 +1,4 @@
-"""Dataclass fields that carry their limits and the help text of a command line option.
-
-A class attribute PREFIX is put before the names of the options of its fields.
-"""
+"""Dataclass fields with limits and the help of an option; the class attribute PREFIX goes before its options' names."""
 
 import dataclasses
 import math

@@ -49,10 +49,7 @@ class Holder:
 
 
 class FolderLock:
-    """Holds `folder` from `acquire` to `release`; both may be called once.
-
-    `say` gets a line of text when a stale lock is taken over or another machine's lock is watched.
-    """
+    """Holds `folder` from `acquire` to `release`, once each; `say` gets lines about stale and other machines' locks."""
 
     def __init__(
         self,
@@ -119,7 +116,6 @@ class FolderLock:
             )
 
     def _create(self) -> bool:
-        """Create the file, complete from the start; False if it exists."""
         text = json.dumps(asdict(self._me)) + "\n"
         try:
             self._spare.write_text(text, encoding="utf-8")
@@ -147,7 +143,6 @@ class FolderLock:
         return _parse(text)
 
     def _require_stale(self, holder: Holder) -> None:
-        """Return if the holder is gone; raise ConfigError if it is alive."""
         if holder.host == self._me.host and holder.machine == self._me.machine:
             if _is_alive(holder):
                 raise self._held(holder)
@@ -223,7 +218,6 @@ def _parse(text: str) -> Holder:
 
 
 def _is_alive(holder: Holder) -> bool:
-    """Return True if the process runs on this machine, and is not a new one with the same number."""
     try:
         if psutil.Process(holder.pid).status() == psutil.STATUS_ZOMBIE:
             return False
@@ -235,10 +229,7 @@ def _is_alive(holder: Holder) -> bool:
 
 
 def _started(pid: int) -> float:
-    """Return the start time of a process of this machine. Raises psutil.Error if it does not exist.
-
-    On Linux in ticks since the boot, which setting the clock does not change; elsewhere in seconds since 1970.
-    """
+    """Start of a process here: on Linux in ticks since the boot, which ignore the clock; else in seconds since 1970."""
     if not _COUNTS_TICKS:
         return psutil.Process(pid).create_time()
     try:

@@ -40,10 +40,7 @@ def is_hub_url(source: str | os.PathLike[str]) -> bool:
 
 
 def parse_hub_url(source: str) -> HubName:
-    """Parse hf://user/name[@revision][/file]. Raises ConfigError for anything else.
-
-    A slash within a revision is written %2F, as in refs%2Fpr%2F1.
-    """
+    """Parse hf://user/name[@revision][/file], where %2F is a slash within the revision. Raises ConfigError."""
     match = _NAME.fullmatch(source[len(_SCHEME) :].rstrip("/")) if is_hub_url(source) else None
     if match is None:
         raise ConfigError(f"'{source}' is not a name on the hub; {_SYNTAX}")
@@ -127,7 +124,6 @@ def _cached_files(library: Any, name: HubName) -> list[str]:
 
 
 def _explained(error: Exception, name: HubName) -> ConfigError:
-    """Turn an exception that huggingface_hub raised for `name` into one line for the user."""
     import huggingface_hub.constants as constants
     import huggingface_hub.utils as utils
 

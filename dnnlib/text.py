@@ -1,5 +1,6 @@
-"""Numbers, sizes, durations and foreign values as people read them."""
+"""Numbers, sizes, durations, versions and foreign values as people read them."""
 
+import importlib.metadata
 import json
 import math
 from typing import Any
@@ -48,6 +49,14 @@ def format_elapsed(seconds: float) -> str:
     while len(parts) > 1 and parts[0][0] == 0:
         parts.pop(0)
     return " ".join(f"{value:02d}{unit}" if index else f"{value}{unit}" for index, (value, unit) in enumerate(parts))
+
+
+def installed_version(package: str) -> str | None:
+    """Return the version of a package; None if it is not installed, as `edm2` run from a checkout."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def shortened(value: Any, length: int = 60) -> str:

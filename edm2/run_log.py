@@ -8,6 +8,7 @@ from pathlib import Path
 from dnnlib.atomic import LineFile
 from dnnlib.parse import format_nimg
 from dnnlib.text import format_elapsed
+from torch_utils.compiling import compiled_code_dir, missing_compiler
 from training.config import TrainingConfig
 from training.dataset.contract import ImageDataset
 from training.run.loggers import RunLoggers
@@ -17,14 +18,11 @@ from training.run.session import Cause, Ended
 from training.training_loop import Event, Notice, Sampled, Saved, Status, TrainingRun
 
 _METRICS = "Metrics/"
+_COMPILE_SEC = 10.0  # for a block, forward and backward, in the one Python thread that generates code
 
 
 class RunLog:
-    """The messages of the main process: printed, and appended to the run's log.txt. Other processes are silent.
-
-    write:    prints a line.
-    patient:  whether lines wait for room on a full disk.
-    """
+    """Messages of the main process, to `write` and log.txt. If `patient`, lines wait for room on a full disk."""
 
     def __init__(
         self, folder: RunFolder, *, is_main: bool, patient: bool, loggers: RunLoggers, write: Callable[[str], None]
@@ -100,6 +98,25 @@ def start_notes(run: TrainingRun) -> Iterator[str]:
         return
     yield from run.metrics.notes if run.metrics is not None else ()
     yield f"Training for {len(run)} iterations on {run.world.size} process(es), {run.world.device.type}."
+    yield from _compile_notes(run)
+
+
+def _compile_notes(run: TrainingRun) -> Iterator[str]:
+    """Yield what compiling will take, or why there is none although the options ask for it."""
+    config, device = run.config, run.world.device
+    if not config.asks_to_compile_on(device):
+        return
+    missing = missing_compiler(device)
+    if missing is not None:
+        yield f"The network is not compiled, and several times slower: {missing}."
+        return
+    unet = run.state.net.unet
+    blocks = len(unet.enc) + len(unet.dec)
+    minutes = -(-blocks * _COMPILE_SEC // 60)
+    yield (
+        f"Compiling {blocks} blocks in the first iteration: about {minutes:.0f} min (a rough estimate), less with code"
+        f" of an earlier run in {compiled_code_dir()}."
+    )
 
 
 def farewell(ended: Ended, command: str) -> str:

@@ -70,6 +70,11 @@ class FlopCount(NamedTuple):
     total_flops: int
     by_operation: dict[str, int]
 
+    @property
+    def matrix_flops(self) -> int:
+        """Operations of convolutions, matrix products and attention: what a matrix rate is measured in."""
+        return self.total_flops - self.by_operation.get(ELEMENTWISE, 0)
+
 
 class RunCost(NamedTuple):
     """Operations of a sampling run per image."""
@@ -98,10 +103,7 @@ def count_flops(net: Any) -> FlopCount:
 
 
 def count_decoder(latent_channels: int, resolution: int, downscale: int = 8) -> FlopCount:
-    """Count the decoder of the Stability VAE on latents [1, latent_channels, resolution, resolution].
-
-    The number of blocks follows from `downscale`. Raises ConfigError if diffusers is not installed.
-    """
+    """Count the decoder of a VAE like Stability's on one latent. Raises ConfigError if diffusers is not installed."""
     try:
         from diffusers import AutoencoderKL
     except ImportError:

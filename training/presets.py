@@ -7,7 +7,7 @@ this code.
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -115,10 +115,8 @@ def _img512(*, duration_Mi: int, channels: int, lr: float, dropout: float = 0.0)
 
 
 def _img64(*, duration_Mi: int, channels: int, lr: float, dropout: float = 0.0) -> TrainingConfig:
-    network = NetworkConfig(channels=channels, dropout=dropout)
-    return TrainingConfig(
-        data="", network=network, duration=duration_Mi << 20, lr=lr, decay=35e3, P_mean=-0.8, P_std=1.6
-    )
+    config = _img512(duration_Mi=duration_Mi, channels=channels, lr=lr, dropout=dropout)
+    return replace(config, decay=35e3, P_mean=-0.8, P_std=1.6)
 
 
 # The shipped network's recipe: small and short enough for two CPU cores, on 32x32 pixels of one channel.

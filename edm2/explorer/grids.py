@@ -158,13 +158,8 @@ def generate_grid(setting: Setting, networks: Networks, *, batch: int = BATCH) -
             if evaluation is not None:
                 yield _progress(setting, images, batch_idx, evaluation, shown)
     assert shown is not None
-    yield Grid(
-        setting=setting,
-        images=shown,
-        classes=classes or None,
-        num_columns=images.sheet_columns,
-        notes=notes,
-    )
+    columns = images.sheet_columns
+    yield Grid(setting=setting, images=shown, classes=classes or None, num_columns=columns, notes=notes)
 
 
 def generate_film(setting: Setting, networks: Networks, *, num_frames: int = 8) -> Records:
@@ -194,7 +189,6 @@ def generate_film(setting: Setting, networks: Networks, *, num_frames: int = 8) 
 def _prepare(
     setting: Setting, networks: Networks, batch: int
 ) -> Generator[Loading, None, tuple[GeneratedImages, tuple[str, ...]]]:
-    """Load the networks of `setting`, and return its batches, checked but not computed, with notes for the user."""
     request = setting.request()
     main = yield from networks.load(setting.net, setting.ema)
     loaded = [main]

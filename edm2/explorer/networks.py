@@ -23,14 +23,18 @@ from training.snapshot.parts import described
 
 _RUN_PREFIX = "network-snapshot"  # of the files that training writes
 
+# On a GPU each network has CUDA graphs, whose memory --cache-size does not count.
+_MAX_NETWORKS = 6
+
 V = TypeVar("V")
 
 
 class BoundedCache(Generic[V]):
-    """The most recently used values, of at most `max_bytes` in total. Thread-safe."""
+    """The most recently used values, at most `max_values` and of at most `max_bytes` in total. Thread-safe."""
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, max_values: int | None = None) -> None:
         self.max_bytes = max_bytes
+        self.max_values = max_values
         self.num_bytes = 0
         self._lock = threading.Lock()
         self._values: OrderedDict[Hashable, tuple[V, int]] = OrderedDict()  # least recently used first
@@ -52,7 +56,7 @@ class BoundedCache(Generic[V]):
             self._remove(key)
             if num_bytes > self.max_bytes:
                 return
-            while self.num_bytes + num_bytes > self.max_bytes:
+            while self.num_bytes + num_bytes > self.max_bytes or len(self._values) == self.max_values:
                 self._remove(next(iter(self._values)))
             self._values[key] = value, num_bytes
             self.num_bytes += num_bytes
@@ -143,15 +147,14 @@ class NetworkFacts:
 
 
 class Networks:
-    """Networks by name and EMA length. Thread-safe.
-
-    The most recently used ones stay in memory, up to `max_bytes`; a file that has changed is loaded again.
-    """
+    """Networks by name and EMA length, thread-safe. The last used stay in memory, up to `max_bytes`."""
 
     def __init__(self, device: torch.device, *, precision: Precision | None = None, max_bytes: int = 4 << 30) -> None:
         self.device = device
         self.precision = precision
-        self.cache: BoundedCache[LoadedNetwork] = BoundedCache(max_bytes)
+        self.cache: BoundedCache[LoadedNetwork] = BoundedCache(
+            max_bytes, _MAX_NETWORKS if device.type == "cuda" else None
+        )
         self._encoders: dict[str, Encoder] = {}  # one of each kind, since a VAE is large
 
     def enter_thread(self) -> None:
@@ -208,7 +211,6 @@ class Networks:
         return loaded
 
     def _prepare(self, key: Hashable, name: str, snapshot: Snapshot, notes: tuple[str, ...]) -> LoadedNetwork:
-        """Make the network of `snapshot` ready to sample from, and cache it."""
         if getattr(snapshot.net, "cond_channels", 0):
             raise ConfigError(
                 f"{name} is conditioned on images (cond_channels={snapshot.net.cond_channels}), which the explorer does"

@@ -3,6 +3,7 @@
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -66,7 +67,8 @@ class Page:
 
     def _add_views(self) -> None:
         with gr.Tab("Grid", id="grid") as grid_tab:
-            self._grid = gr.HTML(elem_id="grid", apply_default_css=False, js_on_load=show.CLICKS)
+            clicks = Path(__file__).with_name("clicks.js").read_text(encoding="utf-8")
+            self._grid = gr.HTML(elem_id="grid", apply_default_css=False, js_on_load=clicks)
         with gr.Tab("Compare", id="compare") as compare_tab, gr.Row(elem_id="pair"):
             with gr.Column(min_width=280):
                 self._view_a = gr.HTML(elem_id="view-a", apply_default_css=False)
@@ -108,9 +110,7 @@ class Page:
         self._cancel.click(self._stop, request, self._status, js=_STAMPED, **AT_ONCE)
 
     def _announce_change(self, stamp: float, visit: Visit, live: bool) -> Any:
-        if not live:
-            return show.status(show.CHANGED)
-        return self._announce(stamp, visit, live)
+        return self._announce(stamp, visit, live) if live else show.status(show.CHANGED)
 
     def _announce(self, stamp: float, visit: Visit, live: bool) -> Any:
         visit.announce(stamp)
@@ -130,7 +130,6 @@ class Page:
             return "", gr.update(), gr.update()
 
     def _copied(self, *values: Any) -> tuple[Any, ...]:
-        """Return the values of A's controls as updates of B's."""
         net, length, class_idx, *others = values
         facts, ema_update, class_update = self._look(net)
         return facts, net, {**ema_update, "value": length}, {**class_update, "value": class_idx}, *others
@@ -167,7 +166,6 @@ class Page:
                 self._running = None
 
     def _records(self, active: str, seed: Any, count: Any, image: Any, frames: Any, *values: Any) -> Any:
-        """Return the records of the open tab, all values checked."""
         half = len(values) // 2
         a = setting_of(values[:half], seed, count)
         if active == "grid":
@@ -178,7 +176,6 @@ class Page:
         return self._explorer.both(a, setting_of(values[half:], seed, count))
 
     def _shown(self, active: str, record: Any, seconds: float) -> Update:
-        """Return the changes of the page for a record."""
         if isinstance(record, Stopped):
             return {self._status: show.status("Waiting", share=0) if record.replaced else show.status(show.STOPPED)}
         if isinstance(record, Pair):
@@ -218,10 +215,8 @@ def _text(record: Any, seconds: float) -> str:
 
 
 def _film_of_clicked(event: gr.EventData) -> tuple[Any, ...]:
-    """Return image, open tab and its name after a click on an image of the grid."""
     return int(event.position) + 1, gr.Tabs(selected="film"), "film"
 
 
 def _opened(name: str) -> Callable[[], tuple[Any, ...]]:
-    """Return the handler that remembers the open tab and opens the setting that goes with it."""
     return lambda: (name, gr.Tabs(selected="b" if name == "compare" else "a"))

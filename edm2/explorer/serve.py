@@ -2,6 +2,7 @@
 
 import os
 import socket
+from pathlib import Path
 from typing import Any
 
 from dnnlib.errors import ConfigError, reason_of
@@ -56,10 +57,11 @@ def serve(demo: Any, listening: socket.socket) -> None:
     import gradio as gr
     import uvicorn
 
+    style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
     app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app = gr.mount_gradio_app(
         app, demo, path="", server_name=listening.getsockname()[0], server_port=listening.getsockname()[1],
-        theme=_theme(gr.themes), css=_STYLE, footer_links=[], ssr_mode=False, show_error=False, enable_monitoring=False,
+        theme=_theme(gr.themes), css=style, footer_links=[], ssr_mode=False, show_error=False, enable_monitoring=False,
     )  # fmt: skip
     config = uvicorn.Config(_with_policy(app), log_level="error", access_log=False, timeout_graceful_shutdown=1)
     uvicorn.Server(config).run(sockets=[listening])
@@ -97,49 +99,3 @@ def _theme(themes: Any) -> Any:
         slider_color="#1768ac",
         slider_color_dark="#6db3f2",
     )
-
-
-_STYLE = """
-footer { display: none !important; }
-#title h1 { font-size: 1.35rem; font-weight: 600; margin: 0; }
-#layout:not(:has(.state.busy)) #cancel { opacity: .5; }
-#layout { gap: 1.6rem; align-items: flex-start; }
-.state .bar { height: 4px; border-radius: 2px; background: var(--border-color-primary); overflow: hidden; }
-.state .bar i { display: block; height: 100%; background: #1768ac; }
-.state p { margin: .35rem 0 0; color: var(--body-text-color-subdued); font-variant-numeric: tabular-nums; }
-.state.error p { color: #b3261e; }
-.dark .state.error p { color: #ff9d94; }
-.facts { margin: 0; color: var(--body-text-color-subdued); font-size: .85rem; }
-.pixels { display: block; max-width: 100%; height: auto; border-radius: 3px; background: #fff; }
-.pixels.sharp { image-rendering: pixelated; }
-.sheet { cursor: pointer; display: inline-block; max-width: 100%; }
-.below { display: flex; flex-wrap: wrap; gap: .4rem 1.2rem; align-items: baseline; margin: .7rem 0; }
-.below .note { margin: 0; color: var(--body-text-color-subdued); font-size: .9rem; }
-.command { border: 1px solid var(--border-color-primary); border-radius: 6px; overflow: hidden; }
-.command .head { display: flex; justify-content: space-between; align-items: center; }
-.command .head { padding: .25rem .3rem .25rem .8rem; }
-.command .head { background: var(--background-fill-secondary); font-size: .85rem; }
-.command pre { margin: 0; padding: .7rem .8rem; white-space: pre-wrap; overflow-wrap: anywhere; }
-.command pre span { display: inline-block; max-width: 100%; }
-.command pre { font: .82rem/1.55 var(--font-mono); background: none; color: var(--body-text-color); }
-.command button, a.download {
-  border: 1px solid var(--border-color-primary); border-radius: 5px; padding: .15rem .7rem; font-size: .85rem;
-  background: var(--background-fill-primary); color: var(--body-text-color); text-decoration: none; cursor: pointer;
-}
-[id$="-facts"] { background: var(--block-background-fill) !important; }
-#controls input { text-overflow: ellipsis; }
-#view-a::before, #view-b::before { display: block; font-weight: 600; margin: 0 0 .2rem 11px; }
-#view-a::before { content: "A"; }
-#view-b::before { content: "B"; }
-.strip { display: flex; gap: .6rem; }
-.sides { display: grid; grid-template-rows: 1.4rem 1fr 1fr .4rem; align-items: center; font-size: .8rem; }
-.sides span { color: var(--body-text-color-subdued); }
-.frames { display: flex; gap: .4rem; overflow-x: auto; padding-bottom: .4rem; }
-.frames figure { margin: 0; flex: none; }
-.frames figcaption { font-size: .8rem; text-align: center; color: var(--body-text-color-subdued); }
-.frames img { margin-top: .3rem; }
-@media (max-width: 700px) {
-  #main { order: -1; }
-  #layout { gap: 1rem; }
-}
-"""

@@ -111,7 +111,6 @@ def offered(
 
 
 def _relative(path: str) -> str:
-    """Shorten a path inside the current folder."""
     return str(Path(path).relative_to(Path.cwd())) if Path(path).is_relative_to(Path.cwd()) else path
 
 
@@ -150,7 +149,6 @@ def commands_for(
 
 
 def _guidance_options(request: SamplingRequest) -> list[str]:
-    """Options of guidance; none if no step is guided."""
     if not request.gnets:
         return []
     words = [*(f"--gnet={guide}" for guide in request.gnets), f"--guidance={format_exact(request.weight)}"]

@@ -31,21 +31,6 @@ _COPY = (
     "navigator.clipboard?navigator.clipboard.writeText(t).then(done,old):old()"
 )
 
-# For gr.HTML's js_on_load: find which image of a grid was clicked.
-CLICKS = """
-element.addEventListener('click', event => {
-  const sheet = event.target.closest('.sheet');
-  if (!sheet) return;
-  const image = sheet.querySelector('img'), box = image.getBoundingClientRect(), data = sheet.dataset;
-  const [width, height] = data.cell.split(',').map(Number), gap = Number(data.gap);
-  const scale = image.naturalWidth / box.width;
-  const column = Math.floor(((event.clientX - box.left) * scale - gap / 2) / width);
-  const row = Math.floor(((event.clientY - box.top) * scale - gap / 2) / height);
-  const position = row * Number(data.columns) + column;
-  if (column >= 0 && column < data.columns && position >= 0 && position < data.count) trigger('click', {position});
-});
-"""
-
 
 def status(text: str, *, share: float | None = None, kind: str = "") -> str:
     """Return a line of text below a bar that is filled to `share` (0 to 1) while work is running."""
@@ -124,7 +109,7 @@ def _below(lines: Sequence[str], commands: Sequence[str], sheet: np.ndarray, nam
 
 
 def _sheet(sheet: np.ndarray, record: Progress | Grid, alt: str) -> str:
-    """Return the contact sheet of a record, with the numbers that CLICKS needs."""
+    """Return the contact sheet of a record, with the numbers that clicks.js needs."""
     assert record.images is not None
     count, _, height, width = record.images.shape
     zoom = max(min(_SHEET_WIDTH // sheet.shape[2], _MAX_ZOOM), 1)

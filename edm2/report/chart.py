@@ -71,8 +71,6 @@ class Chart:
 
 @dataclass(frozen=True, kw_only=True)
 class _Frame:
-    """Limits of both axes, in units of the drawing."""
-
     x: tuple[float, float]
     y: tuple[float, float]
     log: bool
@@ -87,10 +85,7 @@ def style_sheet() -> str:
 
 @cache
 def _colors() -> dict[str, str]:
-    """The light theme's colors by the names of their variables. Charts are drawn in these, which then become variables.
-
-    No two of them may be equal.
-    """
+    """The light theme's colors by variable; drawings have these, which become variables, so no two may be equal."""
     light, _, _ = style_sheet().partition("}")
     return dict(re.findall(r"--(\w+): (#[0-9a-f]{6});", light))
 
@@ -180,7 +175,6 @@ class _Titles(list[str]):
     """Texts under the pointer. matplotlib writes none, but keeps the ids (gid) of artists, which stand for them."""
 
     def add(self, text: str) -> str:
-        """Keep a text and return its id."""
         self.append(text)
         return f"title-{len(self) - 1}"
 

@@ -7,22 +7,8 @@ from html import escape
 from typing import Any
 
 from dnnlib.text import format_duration, format_number
+from edm2.report import figures
 from edm2.report.chart import WIDE, Chart, style_sheet, svg, swatch
-from edm2.report.figures import (
-    LOSS,
-    MAINTENANCE,
-    MEMORY,
-    SEC_PER_KIMG,
-    SEC_PER_TICK,
-    TOTAL_SEC,
-    best_value,
-    main_charts,
-    metric_charts,
-    metric_curves,
-    other_charts,
-    sweep_charts,
-    unit_of,
-)
 from edm2.report.next_commands import commands_for
 from edm2.report.record import TIMESTAMP, RunRecord, Series
 from edm2.report.sample_grids import PageImage, earlier_images, newest_image, strip_of
@@ -56,13 +42,13 @@ def render(record: RunRecord, *, now: datetime) -> str:
 
 def _sections(record: RunRecord, now: datetime) -> Iterator[Iterable[str]]:
     yield _head(record, now)
-    yield _charts("Curves", [*main_charts(record), *metric_charts(record)])
+    yield _charts("Curves", [*figures.main_charts(record), *figures.metric_charts(record)])
     yield _samples(record)
     for sweep in record.sweeps:
-        yield _charts(f"Sweep: {sweep.path.name}", list(sweep_charts(sweep)))
+        yield _charts(f"Sweep: {sweep.path.name}", list(figures.sweep_charts(sweep)))
     yield _commands(record)
     yield _session_table(record)
-    yield _charts("Other statistics", other_charts(record))
+    yield _charts("Other statistics", figures.other_charts(record))
     yield _options(record.options)
     made = now.astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC")
     yield [f'<footer class="soft small">Made {made} from {escape(str(record.path))}.</footer>']
@@ -103,20 +89,20 @@ def _state(record: RunRecord, now: datetime) -> str:
 def _tiles(record: RunRecord) -> Iterator[tuple[str, str, str]]:
     """The numbers at the top: name, value, and a smaller line."""
     series = record.stats.series
-    unit, scale = unit_of(max(record.nimg, record.duration or 0))
+    unit, scale = figures.unit_of(max(record.nimg, record.duration or 0))
     of = f"of {format_number(record.duration / scale)}" if record.duration else ""
     yield unit.capitalize(), format_number(record.nimg / scale), of
-    if TOTAL_SEC in series:
-        yield "Time", format_duration(series[TOTAL_SEC].last), _remaining(record)
-    if SEC_PER_KIMG in series and (speed := _recent_mean(series[SEC_PER_KIMG])):
+    if figures.TOTAL_SEC in series:
+        yield "Time", format_duration(series[figures.TOTAL_SEC].last), _remaining(record)
+    if figures.SEC_PER_KIMG in series and (speed := _recent_mean(series[figures.SEC_PER_KIMG])):
         yield "Images per second", format_number(1e3 / speed), f"{format_number(speed)} s per thousand"
-    if LOSS in series:
-        yield "Loss", format_number(series[LOSS].last), f"{record.stats.num_lines:,} lines of statistics"
-    for name, curves in list(metric_curves(record).items())[:2]:
-        nimg, value, std = best_value(name, curves)
-        unit, scale = unit_of(record.nimg)
+    if figures.LOSS in series:
+        yield "Loss", format_number(series[figures.LOSS].last), f"{record.stats.num_lines:,} lines of statistics"
+    for name, curves in list(figures.metric_curves(record).items())[:2]:
+        nimg, value, std = figures.best_value(name, curves)
+        unit, scale = figures.unit_of(record.nimg)
         yield f"Best {name}", format_number(value), f"EMA {std}, at {format_number(nimg / scale)} {unit}"
-    memory = {name: max(series[key].values) for key, name in MEMORY.items() if key in series}
+    memory = {name: max(series[key].values) for key, name in figures.MEMORY.items() if key in series}
     if memory:
         main = memory.pop("main memory", None)
         gpu = max(memory.values(), default=0.0)
@@ -132,12 +118,12 @@ def _recent_mean(series: Series) -> float:
 
 def _remaining(record: RunRecord) -> str:
     series = record.stats.series
-    if not record.duration or record.nimg >= record.duration or SEC_PER_KIMG not in series:
+    if not record.duration or record.nimg >= record.duration or figures.SEC_PER_KIMG not in series:
         return ""
-    seconds = (record.duration - record.nimg) / 1e3 * _recent_mean(series[SEC_PER_KIMG])
-    if MAINTENANCE in series and SEC_PER_TICK in series:
-        training = sum(series[SEC_PER_TICK].values)
-        seconds *= 1 + sum(series[MAINTENANCE].values) / training if training > 0 else 1
+    seconds = (record.duration - record.nimg) / 1e3 * _recent_mean(series[figures.SEC_PER_KIMG])
+    if figures.MAINTENANCE in series and figures.SEC_PER_TICK in series:
+        training = sum(series[figures.SEC_PER_TICK].values)
+        seconds *= 1 + sum(series[figures.MAINTENANCE].values) / training if training > 0 else 1
     return f"about {format_duration(seconds)} to go"
 
 
@@ -167,7 +153,7 @@ def _figure(chart: Chart) -> str:
 def _samples(record: RunRecord) -> Iterator[str]:
     if not record.grids:
         return
-    unit, scale = unit_of(record.nimg)
+    unit, scale = figures.unit_of(record.nimg)
     yield '<section><h2>Samples</h2><div class="two">'
     newest = record.grids[-1]
     about = newest.about
@@ -205,8 +191,8 @@ def _commands(record: RunRecord) -> Iterator[str]:
     if not commands:
         return
     yield "<section><h2>Next steps</h2>"
-    for command in commands:
-        yield f"<p>{escape(command.purpose)}</p><pre>{_words(command.text)}</pre>"
+    for purpose, command in commands:
+        yield f"<p>{escape(purpose)}</p><pre>{_words(command)}</pre>"
     yield "</section>"
 
 
@@ -218,7 +204,7 @@ def _words(command: str) -> str:
 def _session_table(record: RunRecord) -> Iterator[str]:
     if not record.sessions:
         return
-    unit, scale = unit_of(record.nimg)
+    unit, scale = figures.unit_of(record.nimg)
     heads = ("Session", "Started", f"From ({unit})", "On", "Versions")
     yield '<section><h2>Sessions</h2><div class="wide"><table><thead><tr>'
     yield "".join(f"<th>{escape(head)}</th>" for head in heads) + "</tr></thead><tbody>"
@@ -244,13 +230,11 @@ def _options(options: Mapping[str, Any]) -> Iterator[str]:
         return
     yield '<section><h2>Options</h2><dl class="options">'
     for name, value in _flat(options):
-        text = _option_text(value)
-        yield f"<div><dt>{escape(name)}</dt><dd>{escape(text)}</dd></div>"
+        yield f"<div><dt>{escape(name)}</dt><dd>{escape(_option_text(value))}</dd></div>"
     yield "</dl></section>"
 
 
 def _option_text(value: Any) -> str:
-    """An option's value for people."""
     if isinstance(value, list):
         return ", ".join(_option_text(item) for item in value)
     if value is None:

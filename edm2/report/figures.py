@@ -4,6 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 from dnnlib.text import format_number
 from edm2.report.chart import Chart, Line, Point, begins_outside, smooth, thin
@@ -99,7 +100,6 @@ def other_charts(record: RunRecord) -> list[Chart]:
 
 
 def _ends_note(curves: Curves) -> str:
-    """The highest and lowest of curves that are too many to be named."""
     if len(curves) <= _NAMED_LINES:
         return ""
     note = f"{len(curves)} curves" + (f"; the first {_MAX_LINES} are drawn" * (len(curves) > _MAX_LINES))
@@ -148,52 +148,26 @@ def best_point(name: str, points: Sequence[SweepPoint]) -> SweepPoint:
 
 
 def _sweep_line(label: str, metric: str, points: Sequence[SweepPoint], over_std: bool) -> Line:
-    placed = sorted(((p.std if over_std else p.guidance, p) for p in points), key=lambda pair: pair[0])
-    values = [(x, p.means[metric]) for x, p in placed]
-    return Line(
-        label=label,
-        points=[Point(x=x, mean=value, low=value, high=value) for x, value in values],
-        hollow=[p.fit > MAX_FIT for _, p in placed],
-    )
+    rows = [(p.std if over_std else p.guidance, p.means[metric], p.fit > MAX_FIT) for p in points]
+    rows.sort(key=lambda row: row[0])
+    drawn = [Point(x=x, mean=value, low=value, high=value) for x, value, _ in rows]
+    return Line(label=label, points=drawn, hollow=[hollow for _, _, hollow in rows])
 
 
 def _has(series: dict[str, Series], key: str) -> bool:
     return key in series and any(math.isfinite(value) for value in series[key].values)
 
 
-def _chart(
-    record: RunRecord,
-    title: str,
-    unit: str,
-    curves: Curves,
-    *,
-    zero: bool = False,
-    best: tuple[float, float] | None = None,
-    note: str = "",
-) -> Chart:
+def _chart(record: RunRecord, title: str, unit: str, curves: Curves, **more: Any) -> Chart:
     count = _MAX_POINTS if len(curves) <= _NAMED_LINES else _MAX_POINTS_OF_MANY
     lines = [Line(label=name, points=points) for name, series in curves if (points := thin(series, count))]
     x_unit, x_scale = unit_of(record.nimg)
-    restarts = [
-        (float(session["nimg"]), f"session {index} began")
-        for index, session in enumerate(record.sessions, start=1)
-        if index > 1
-    ]
-    return Chart(
-        title=title,
-        unit=unit,
-        lines=lines,
-        x_unit=x_unit,
-        x_scale=x_scale,
-        marks=restarts,
-        zero=zero,
-        best=best,
-        note=note,
-    )
+    restarts = [(float(s["nimg"]), f"session {index} began") for index, s in enumerate(record.sessions[1:], start=2)]
+    return Chart(title=title, unit=unit, lines=lines, x_unit=x_unit, x_scale=x_scale, marks=restarts, **more)
 
 
 def _loss(record: RunRecord, series: Series) -> Chart:
-    chart = replace(_chart(record, "Loss", "", [("loss", series)]), settles=True, wide=True)
+    chart = _chart(record, "Loss", "", [("loss", series)], settles=True, wide=True)
     points = chart.lines[0].points
     if len(points) >= 20:
         smoothed = Line(label="smoothed", points=smooth(points))

@@ -2,7 +2,6 @@
 
 import re
 import shlex
-from dataclasses import dataclass
 from pathlib import Path
 
 from dnnlib.parse import format_nimg
@@ -12,16 +11,8 @@ from edm2.report.record import RunRecord
 _NAME = re.compile(r"network-snapshot-(\d+)-(\d+\.\d+)\.(?:pkl|safetensors)")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Command:
-    """A command line and its purpose."""
-
-    purpose: str
-    text: str
-
-
-def commands_for(record: RunRecord) -> list[Command]:
-    """The commands that the run's files allow."""
+def commands_for(record: RunRecord) -> list[tuple[str, str]]:
+    """The commands that the run's files allow, each after its purpose."""
     commands = _continue(record)
     snapshots = {path: match for path in record.snapshots if (match := _NAME.fullmatch(path.name))}
     if not snapshots:
@@ -44,26 +35,24 @@ def commands_for(record: RunRecord) -> list[Command]:
             *_condition_words(record), "--num=1000", f"--json={Path(indir, 'sweep.json')}",
         ),
     }  # fmt: skip
-    return commands + [Command(purpose=purpose, text=_join(*words)) for purpose, words in lines.items()]
+    return commands + [(purpose, _join(*words)) for purpose, words in lines.items()]
 
 
-def _continue(record: RunRecord) -> list[Command]:
+def _continue(record: RunRecord) -> list[tuple[str, str]]:
     command = next((s["command"] for s in reversed(record.sessions) if isinstance(s.get("command"), str)), None)
     if record.checkpoint is None:
         return []
     if command is None:
-        words = _join("train_edm2.py", f"--outdir={record.path}")
-        return [Command(purpose="Continue: repeat the run's own command", text=f"{words} ...")]
+        return [("Continue: repeat the run's own command", _join("train_edm2.py", f"--outdir={record.path}") + " ...")]
     if record.duration is None or record.nimg < record.duration:
-        return [Command(purpose="Continue: the same command again", text=command)]
+        return [("Continue: the same command again", command)]
     longer = f"--duration={format_nimg(2 * record.duration)}"
     pattern = r"--duration(?:=|\s+)\S+"
     text = re.sub(pattern, longer, command) if re.search(pattern, command) else f"{command} {longer}"
-    return [Command(purpose="Train the finished run further, here for twice as long", text=text)]
+    return [("Train the finished run further, here for twice as long", text)]
 
 
 def _best_snapshot(record: RunRecord, snapshots: list[Path]) -> tuple[Path, str]:
-    """The snapshot to sample from: the one with the best metric, else that of the sample grids, else the last one."""
     by_name = {path.name: path for path in snapshots}
     for key, name in record.stats.texts.items():
         if key.startswith(f"{METRIC_PREFIX}best_") and name in by_name:
@@ -94,7 +83,6 @@ def _sampling_words(record: RunRecord) -> list[str]:
 
 
 def _condition_words(record: RunRecord) -> list[str]:
-    """Options that a network needs if it is conditioned on images."""
     condition = record.options.get("condition")
     if not isinstance(condition, str):
         return []
@@ -102,7 +90,6 @@ def _condition_words(record: RunRecord) -> list[str]:
 
 
 def _best_std_of_sweeps(record: RunRecord) -> float | None:
-    """The EMA length with the best value of the first metric of the first sweep."""
     named = ((sweep, name) for sweep in record.sweeps for point in sweep.points for name in point.means)
     for sweep, name in named:
         return best_point(name, [point for point in sweep.points if name in point.means]).std

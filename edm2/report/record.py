@@ -113,10 +113,7 @@ class RunRecord:
 
 
 def read_run(path: Path, sweeps: Sequence[Path] = ()) -> RunRecord:
-    """Read the run folder `path`, with the sweeps in it and those in the files `sweeps`.
-
-    Raises ConfigError if `path` is not a run folder, or one of `sweeps` not a record of sweep.py.
-    """
+    """Read the run folder `path` with its sweeps and those in the files `sweeps`. Raises ConfigError for others."""
     if not path.is_dir():
         raise ConfigError(f"{path} is not a folder; name the --outdir of a training run")
     options_file, stats_file = path / "training_options.json", path / "stats.jsonl"
@@ -169,7 +166,6 @@ def read_stats(path: Path) -> Stats:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """The lines of a file that may be large, none if it does not exist."""
     if path.is_file():
         with open(path, encoding="utf-8", errors="replace") as file:
             yield from file

@@ -48,19 +48,17 @@ def spread(items: Sequence[T], count: int) -> list[T]:
 
 def newest_image(grid: Grid) -> PageImage:
     """The grid in the width of the page."""
-    with PIL.Image.open(grid.path) as image:
-        image.load()
-        return _page_image(image, grid.nimg, max_side=_MAX_SIDE, shown=640)
+    return _whole_image(grid, max_side=_MAX_SIDE, shown=640)
 
 
 def earlier_images(grids: Sequence[Grid]) -> list[PageImage]:
     """At most MAX_EARLIER grids before the newest, small."""
-    images = []
-    for grid in spread(grids[:-1], MAX_EARLIER):
-        with PIL.Image.open(grid.path) as image:
-            image.load()
-            images.append(_page_image(image, grid.nimg, max_side=_MAX_EARLIER_SIDE, shown=300))
-    return images
+    return [_whole_image(grid, max_side=_MAX_EARLIER_SIDE, shown=300) for grid in spread(grids[:-1], MAX_EARLIER)]
+
+
+def _whole_image(grid: Grid, *, max_side: int, shown: int) -> PageImage:
+    with PIL.Image.open(grid.path) as image:
+        return _page_image(image, grid.nimg, max_side=max_side, shown=shown)
 
 
 def strip_of(grids: Sequence[Grid]) -> Strip | None:

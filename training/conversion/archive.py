@@ -96,7 +96,8 @@ def images_per_shard(shard_bytes: int, each: int, head: Mapping[str, Any]) -> in
 class Writer:
     """Takes items and their labels; `finish` writes the labels and makes sure that everything is on the disk."""
 
-    def __init__(self, head: Mapping[str, Any], item_name: Callable[[int], str]) -> None:
+    def __init__(self, path: Path, head: Mapping[str, Any], item_name: Callable[[int], str]) -> None:
+        self._path = path
         self._head = head
         self._item_name = item_name
         self._labels: list[tuple[str, Label | None]] = []
@@ -117,10 +118,6 @@ class Writer:
 
 
 class _FolderWriter(Writer):
-    def __init__(self, path: Path, head: Mapping[str, Any], item_name: Callable[[int], str]) -> None:
-        super().__init__(head, item_name)
-        self._path = path
-
     def _write(self, name: str, data: bytes) -> None:
         path = self._path / name
         if not path.parent.is_dir():
@@ -132,7 +129,7 @@ class _ZipWriter(Writer):
     """Uncompressed entries, the same bytes for the same images; ZIP64 where necessary."""
 
     def __init__(self, path: Path, head: Mapping[str, Any], item_name: Callable[[int], str]) -> None:
-        super().__init__(head, item_name)
+        super().__init__(path, head, item_name)
         self._file = open(path, "wb")  # noqa: SIM115 closed by finish or abandon
         self._archive = zipfile.ZipFile(self._file, "w", zipfile.ZIP_STORED)
 

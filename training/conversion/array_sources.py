@@ -56,14 +56,12 @@ def open_mnist(path: Path, *, split: str | None) -> Source:
 
 
 def _idx_files(path: Path) -> dict[str, Path]:
-    """Files of images by their split."""
     files = sorted(path.iterdir(), reverse=True) if path.is_dir() else [path]
     matches = ((_IDX.fullmatch(file.name), file) for file in files if file.is_file())
     return {"train" if match[1] == "train" else "test": file for match, file in matches if match}
 
 
 def _read_idx(path: Path, num_axes: int) -> np.ndarray:
-    """Read the uint8 array in an idx file, compressed or not."""
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
             zeros, kind, axes = struct.unpack(">HBB", file.read(4))
@@ -176,7 +174,6 @@ def _read_batch(data: bytes, where: str, label: str | None) -> tuple[np.ndarray,
 
 
 def _cifar_classes(files: dict[str, bytes], path: Path, kind: str) -> list[str] | None:
-    """Names of the class indices, if their file exists."""
     for name in _CIFAR_NAMES:
         if name in files:
             names = _read_pickle(files[name], f"{path}: {name}").get(kind.removesuffix("s") + "_names")
@@ -186,11 +183,7 @@ def _cifar_classes(files: dict[str, bytes], path: Path, kind: str) -> list[str] 
 
 
 def _read_pickle(data: bytes, where: str) -> dict[str, Any]:
-    """Read the dictionary in a pickle of Python 2 or 3 without executing anything; keys are always str.
-
-    `where` names the file in errors. Raises ConfigError if it is damaged or holds anything but numbers, text, lists,
-    dictionaries and NumPy arrays.
-    """
+    """Read the dictionary in a pickle of Python 2 or 3 without executing anything; keys are always str."""
     try:
         content = _Python2Machine(cast(BinaryIO, io.BytesIO(data)), _PYTHON2_WORDS, _build_array).load()
     except Refused as error:

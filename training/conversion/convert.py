@@ -12,22 +12,13 @@ from typing import Any, Literal
 
 from dnnlib.errors import ConfigError
 from torch_utils.distributed import World
-from training.conversion import archive
+from training.conversion import archive, destination
 from training.conversion.archive import Part, Writer
-from training.conversion.destination import (
-    MADE_KEY,
-    missing_parts,
-    remove_leftovers,
-    remove_stale_shards,
-    request_digest,
-    require_destination,
-    require_disk_space,
-)
+from training.conversion.destination import MADE_KEY
 from training.conversion.image_source import choose_images
 from training.conversion.open_source import open_source
 from training.conversion.transforms import Size, require_trainable_size, result_size
 from training.conversion.workers import ImageConverter, Outcome, convert_chunks
-from training.dataset.label_file import Label
 
 # PNG bytes that travel between processes at once: large enough to make that cheap, small enough for many workers.
 _CHUNK_BYTES = 4 << 20
@@ -73,7 +64,6 @@ class ConvertStep:
 
     num_images: int
     num_written: int
-    left_out: int  # by the transform, which does not enlarge
     unreadable: Sequence[str]  # name and reason; only with on_error 'skip'
 
 
@@ -94,7 +84,7 @@ class DatasetConversion:
                 f"{self._world.size} processes cannot write one file together; "
                 f"add --shards={self._world.size}, for example, or --shard-size"
             )
-        require_destination(
+        destination.require_destination(
             options.dest,
             options.source,
             sharded=options.sharded,
@@ -115,7 +105,9 @@ class DatasetConversion:
         if self.source.classes is not None:
             self._head["classes"] = list(self.source.classes)
         if options.skip_existing:  # without it, the same images give the same bytes, whatever their names were
-            self._head[MADE_KEY] = self._digest()
+            how = [options.resolution, options.transform, options.exif, options.on_error]
+            request = {"names": list(self.source.names), "labels": self.source.labels, "how": how}
+            self._head[MADE_KEY] = destination.request_digest(request)
         self._existing = archive.existing_shards(options.dest) if options.sharded else []
         self._all_parts, self.parts, self.num_kept = self._plan()
         self._left_out = self._num_unreadable = 0
@@ -128,7 +120,7 @@ class DatasetConversion:
         """Convert; see the class."""
         one_by_one = self.options.skip_existing
         if one_by_one:
-            remove_leftovers(self.parts)
+            destination.remove_leftovers(self.parts)
         keys = (self.source.keys[chunk.start : chunk.stop] for part in self.parts for chunk in self._chunks(part))
         num_written = 0
         with closing(convert_chunks(self._converter, keys, num_workers=self.options.workers)) as outcomes:
@@ -145,7 +137,7 @@ class DatasetConversion:
                         raise ConfigError("no image was left to write")
         self._world.barrier()
         if self._world.is_main:
-            remove_stale_shards(self._existing, self._all_parts)
+            destination.remove_stale_shards(self._existing, self._all_parts)
 
     def summary(self) -> str:
         """Describe in one line what was written; every process must call this at the end."""
@@ -174,9 +166,9 @@ class DatasetConversion:
         mine = parts[self._world.rank :: self._world.size]
         todo = mine
         if options.skip_existing:  # every process looks at all parts, so that all refuse what does not belong
-            missing = missing_parts(parts, self._head[MADE_KEY], self._existing, replace=options.overwrite)
+            missing = destination.missing_parts(parts, self._head[MADE_KEY], self._existing, replace=options.overwrite)
             todo = [part for part in missing if part.number % self._world.size == self._world.rank]
-        require_disk_space(options.dest, each * sum(part.stop - part.start for part in todo))
+        destination.require_disk_space(options.dest, each * sum(part.stop - part.start for part in todo))
         return parts, todo, len(mine) - len(todo)
 
     def _find_first(self) -> tuple[int, Outcome]:
@@ -195,31 +187,23 @@ class DatasetConversion:
         width, height = self.options.resolution or (0, 0)
         raise ConfigError(f"all {count} images are smaller than --resolution={width}x{height}; choose a smaller one")
 
-    def _digest(self) -> str:
-        """Digest of the source's names and labels, and of the options that determine the result."""
-        options = self.options
-        how = [options.resolution, options.transform, options.exif, options.on_error]
-        return request_digest({"names": list(self.source.names), "labels": self.source.labels, "how": how})
-
     def _chunks(self, part: Part) -> Iterator[range]:
-        """Divide the images of a part into chunks."""
         length = max(1, min(_MAX_CHUNK, _CHUNK_BYTES // self._png_bytes))
         for start in range(part.start, part.stop, length):
             yield range(start, min(start + length, part.stop))
 
     def _write(self, writer: Writer, chunk: range, outcomes: Sequence[Outcome]) -> ConvertStep:
-        num_written, unreadable = 0, []
+        num_written, unreadable, labels = 0, [], self.source.labels
         for index, outcome in zip(chunk, outcomes, strict=True):
             if outcome.reason is not None:
                 unreadable.append(self._require_skip(index, outcome.reason))
             elif outcome.png is not None:
                 self._require_size(index, outcome.size)
-                writer.add(index, outcome.png, self._label(index))
+                writer.add(index, outcome.png, None if labels is None else labels[index])
                 num_written += 1
-        left_out = len(chunk) - num_written - len(unreadable)
-        self._left_out += left_out
+        self._left_out += len(chunk) - num_written - len(unreadable)  # by the transform, which does not enlarge
         self._num_unreadable += len(unreadable)
-        return ConvertStep(num_images=len(chunk), num_written=num_written, left_out=left_out, unreadable=unreadable)
+        return ConvertStep(num_images=len(chunk), num_written=num_written, unreadable=unreadable)
 
     def _require_skip(self, index: int, reason: str) -> str:
         """Describe why image `index` cannot be read; raises that as a ConfigError unless on_error is 'skip'."""
@@ -238,9 +222,6 @@ class DatasetConversion:
                 f"{first_width}x{first_height}; bring them to one size by --resolution={first_width}x{first_height}, "
                 f"with --transform=center-crop to keep their aspect"
             )
-
-    def _label(self, index: int) -> Label | None:
-        return None if self.source.labels is None else self.source.labels[index]
 
     def _describe(self, index: int) -> str:
         return f"{self.source.path}: {self.source.names[index]}"

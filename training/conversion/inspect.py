@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dnnlib.background import map_in_order
 from dnnlib.errors import ConfigError
 from training.conversion.transforms import require_trainable_size
-from training.conversion.workers import map_in_order
 from training.dataset.image_folder import ImageFolderDataset
 from training.dataset.item_files import Files, FolderFiles, open_files
 from training.dataset.items import ItemDecoder, Shape, is_item, is_latents, read_shape
@@ -48,9 +48,7 @@ class Report:
     classes: dict[int, int] = field(default_factory=dict)  # class: items
     mean: list[float] = field(default_factory=list)  # by channel, over items of the most frequent shape
     std: list[float] = field(default_factory=list)
-    latents: dict[str, list[float]] = field(
-        default_factory=dict
-    )  # statistics of samples, and those the encoder assumes
+    latents: dict[str, list[float]] = field(default_factory=dict)  # of samples, and as the encoder assumes
     duplicates: list[list[str]] = field(default_factory=list)  # groups of items with equal content
     damaged: list[str] = field(default_factory=list)  # name: reason
     problems: list[str] = field(default_factory=list)
@@ -122,7 +120,9 @@ class Inspection:
         """Look at every item, in a few threads; then draw the conclusions."""
         self._check_labels()
         rows_by_digest: dict[bytes, list[int]] = defaultdict(list)
-        for row, item in zip(self._rows, self._items(), strict=True):
+        pool = ThreadPoolExecutor(self._num_threads)
+        items = map_in_order(pool, partial(_read_item, self._files), self._rows, max_pending=_MAX_PENDING)
+        for row, item in zip(self._rows, items, strict=True):
             if item.shape is None or item.moments is None:
                 self.report.damaged.append(f"{self._files.names[row]}: {item.reason}")
             else:
@@ -135,13 +135,6 @@ class Inspection:
             yield item
         self.report.duplicates = [self._names(rows) for rows in rows_by_digest.values() if len(rows) > 1]
         self._conclude()
-
-    def _items(self) -> Iterator[Item]:
-        with ThreadPoolExecutor(self._num_threads) as pool:
-            try:
-                yield from map_in_order(pool, partial(_read_item, self._files), self._rows, max_pending=_MAX_PENDING)
-            finally:
-                pool.shutdown(cancel_futures=True)
 
     def _names(self, rows: list[int]) -> list[str]:
         return [self._files.names[row] for row in rows]
@@ -212,7 +205,6 @@ class Inspection:
                 self._check_latents(totals.samples)
 
     def _check_latents(self, statistics: LatentStatistics) -> None:
-        """Compare the statistics of the latents with those that their encoder assumes."""
         report = self.report
         report.latents = {"mean": statistics.mean, "std": statistics.std}
         encoder = encoder_of(ImageFolderDataset(report.path, use_labels=False))

@@ -40,7 +40,6 @@ def open_source(path: Path, *, split: str | None = None, label: str | None = Non
 
 
 def _open_files_source(path: Path) -> Source:
-    """Open images in a folder, at any depth, or in a ZIP file or shards of one."""
     files = open_files(path)
     for part in files.parts:
         if isinstance(part, ZipFiles):

@@ -43,7 +43,6 @@ class _Table:
             self.schema, self.group_sizes = self._arrow.schema, [self._arrow.num_rows]
 
     def column(self, group: int, name: str) -> Any:
-        """Return the values of the column `name` in a row group."""
         if self._parquet is None:
             return self._arrow.column(name)
         return self._parquet.read_row_group(group, columns=[name]).column(name)

@@ -10,7 +10,7 @@ N images, C channels, H x W pixels.
 import io
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,16 +22,11 @@ import torch
 from dnnlib.atomic import atomic_path, write_text
 from dnnlib.disk import make_folder
 from dnnlib.errors import ConfigError, one_line, reason_of
+from torch_utils.compiling import keep_compiled_code, missing_compiler
 from torch_utils.distributed import World
+from training.conversion import destination
 from training.conversion.archive import Part, existing_shards, image_name, is_zip, latents_name, plan_parts, writing
-from training.conversion.destination import (
-    MADE_KEY,
-    missing_parts,
-    remove_leftovers,
-    remove_stale_shards,
-    request_digest,
-    require_destination,
-)
+from training.conversion.destination import MADE_KEY
 from training.dataset.image_folder import ImageFolderDataset
 from training.dataset.latents import (
     ENCODER_KEY,
@@ -47,6 +42,9 @@ from training.encoders import StabilityVAEEncoder
 from training.images.png import PLAIN, encode_png
 
 _CHUNK_IMAGES = 256  # at most; a multiple of the VAE's batch
+
+# Images of a process from which a compiled VAE pays on a GPU: about two minutes for 2 ms an image. An estimate.
+_COMPILE_FROM = 50_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +64,6 @@ class _ChunkFolder:
 
     @property
     def exists(self) -> bool:
-        """True if an interrupted command left the folder."""
         return self._request_file.is_file()
 
     def prepare(self, world: World) -> None:
@@ -91,7 +88,6 @@ class _ChunkFolder:
         return self._chunk_file(number).is_file()
 
     def save(self, number: int, array: np.ndarray) -> None:
-        """Write a chunk."""
         with atomic_path(self._chunk_file(number)) as temp:
             temp.write_bytes(_npy(array))  # np.save would not report a full disk
 
@@ -112,6 +108,29 @@ class _ChunkFolder:
 
     def _chunk_file(self, number: int) -> Path:
         return self.path / f"{number:08d}.npy"
+
+
+def compiled_for(
+    encoder: StabilityVAEEncoder,
+    num_images: int,
+    world: World,
+    *,
+    to_latents: bool,
+    announce: Callable[[str], None],
+) -> StabilityVAEEncoder:
+    """Return `encoder` with the half of the VAE that is used compiled, if that pays for `num_images` of all processes.
+
+    The main process announces it.
+    """
+    share = num_images // world.size
+    if world.device.type != "cuda" or share < _COMPILE_FROM or missing_compiler(world.device) is not None:
+        return encoder
+    if world.is_main:
+        announce(f"Compiling the VAE first, for {share:,} images per process: takes minutes.")
+    keep_compiled_code()
+    if to_latents:
+        return encoder.with_encoder(tf32=encoder._encoder_tf32, compile=True)
+    return encoder.with_decoder(batch_size=encoder.batch_size, compile=True)
 
 
 class Transcoding:
@@ -151,8 +170,9 @@ class Transcoding:
             "shape": list(source.image_shape),
             "encoder": encoder_entry(encoder),
             "result": "latents" if to_latents else "pixels",
+            **({} if encoder._encoder_tf32 else {"encoder_precision": "fp32"}),
         }
-        self._made_from = request_digest(
+        self._made_from = destination.request_digest(
             {key: value for key, value in request.items() if key != "source"} | {"measured": measure}
         )
         self.workdir = dest.with_name(f"{dest.name}.partial")
@@ -165,9 +185,9 @@ class Transcoding:
         if world.size > 1 and not is_zip(dest):
             raise ConfigError(f"{world.size} processes write ZIP files; name one as --dest, as in {dest}.zip")
         resumable = skip_existing or resumed
-        require_destination(dest, source_path, sharded=sharded, overwrite=overwrite, resumable=resumable)
+        destination.require_destination(dest, source_path, sharded=sharded, overwrite=overwrite, resumable=resumable)
         # Also true where an earlier command was killed after it had written all parts.
-        self.finished = resumable and not missing_parts(
+        self.finished = resumable and not destination.missing_parts(
             self.parts, self._made_from, self._existing, replace=overwrite or (resumed and is_zip(dest))
         )
 
@@ -183,7 +203,7 @@ class Transcoding:
             try:
                 self._computed.prepare(self._world)
                 if self._world.is_main:
-                    remove_leftovers(self.parts)
+                    destination.remove_leftovers(self.parts)
                 yield from self._compute_missing()
                 self._world.barrier()
                 self._put_together()
@@ -194,7 +214,7 @@ class Transcoding:
                     " the same command continues from there"
                 ) from None
         if self._world.is_main:
-            remove_stale_shards(self._existing, self.parts)
+            destination.remove_stale_shards(self._existing, self.parts)
             self._computed.remove()
 
     def summary(self) -> str:
@@ -203,7 +223,6 @@ class Transcoding:
         return f"{dest}: {self.num_images} images" + (", there already" if self.finished else "")
 
     def _chunks(self) -> Iterator[tuple[int, range]]:
-        """Number and images of each chunk that this process has to compute."""
         starts = range(0, self.num_images, self._chunk_size)
         for number in range(self._world.rank, len(starts), self._world.size):
             yield number, range(starts[number], min(starts[number] + self._chunk_size, self.num_images))
@@ -232,7 +251,6 @@ class Transcoding:
         return latents
 
     def _put_together(self) -> None:
-        """Write this process's parts of the destination from the chunks."""
         if self._measure:
             statistics = LatentStatistics()
             for number in range(-(-self.num_images // self._chunk_size)):

@@ -70,10 +70,7 @@ def parse_resolution(text: str) -> Size:
 
 
 def result_size(name: str | None, size: Size | None) -> Size | None:
-    """Size of the results of transform `name` with --resolution=`size`; None if images keep theirs.
-
-    Raises ConfigError for a size that cannot be trained on: it must be square, and a power of two.
-    """
+    """Size of the results of transform `name` for --resolution=`size`; None if it stays. Raises ConfigError."""
     if size is None:
         if name is not None:
             raise ConfigError(f"--transform={name} needs the size of the results; add --resolution=WxH, as in 64x64")
@@ -111,5 +108,4 @@ def is_power_of_two(number: int) -> bool:
 
 
 def _nearest_power(number: int) -> int:
-    """The power of two nearest to `number`, by ratio."""
     return 1 << round(math.log2(number))

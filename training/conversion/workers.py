@@ -10,23 +10,20 @@ import multiprocessing.connection
 import os
 import signal
 import threading
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from collections.abc import Generator, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from dnnlib.background import map_in_order
 from dnnlib.errors import ConfigError, one_line
 from training.conversion.image_source import ImageReader
 from training.conversion.transforms import TRANSFORMS, Size, scale
 from training.images.decode import Unreadable, decode_rgb, rgb_from_array
 from training.images.png import PLAIN, encode_png
-
-_Key = TypeVar("_Key")
-_Result = TypeVar("_Result")
 
 # From malloc.h. glibc accepts no larger threshold than 32 MB.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -85,21 +82,6 @@ def convert_chunks(
             f"a worker process was killed, which happens where memory runs out; "
             f"free some, or try --workers={max(1, num_workers // 2)}"
         ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def map_in_order(
-    pool: Executor, function: Callable[[_Key], _Result], items: Iterable[_Key], *, max_pending: int
-) -> Iterator[_Result]:
-    """Yield the results of `function` in the order of `items`, of which at most `max_pending` are in the pool."""
-    pending: deque[Future[_Result]] = deque()
-    for item in items:
-        if len(pending) >= max_pending:
-            yield pending.popleft().result()
-        pending.append(pool.submit(function, item))
-    while pending:
-        yield pending.popleft().result()
 
 
 _converter: ImageConverter | None = None  # of a worker process; set once when it starts
@@ -131,7 +113,6 @@ def _keep_memory() -> None:
 
 
 def _end_with_parent() -> None:
-    """End this worker when the main process is killed and cannot stop it."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         with contextlib.suppress(OSError):

@@ -67,15 +67,15 @@ class ImageDataset(torch.utils.data.Dataset[tuple[np.ndarray, np.ndarray]], ABC)
         self._cache: dict[int, np.ndarray] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """State for another process, which fills its own cache."""
         return {**self.__dict__, "_cache": None if self._cache is None else {}}
 
     def __len__(self) -> int:
         return self._copies * self._num_images
 
     def __getitem__(self, idx: int) -> tuple[np.ndarray, np.ndarray]:
-        images, labels = self.read_batch([idx])
-        return images[0], labels[0]
+        raw_idx, mirrored = self._source(idx)
+        image = self._load(raw_idx)
+        return (image[:, :, ::-1] if mirrored else image).copy(order="C"), self._label(raw_idx)
 
     def read_batch(self, indices: Sequence[int], out: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Return items `indices` as one array [N, C, H, W], each copied once, and their labels [N, label_dim].
@@ -88,11 +88,14 @@ class ImageDataset(torch.utils.data.Dataset[tuple[np.ndarray, np.ndarray]], ABC)
         for target, (raw_idx, mirrored) in zip(out, sources, strict=True):
             image = self._load(raw_idx)
             np.copyto(target, image[:, :, ::-1] if mirrored else image)
-        return out, self._labels([raw_idx for raw_idx, _ in sources])
+        if self._raw_labels is None:
+            return out, np.zeros((len(sources), 0), dtype=np.float32)
+        raw_labels: np.ndarray = self._raw_labels[[raw_idx for raw_idx, _ in sources]]
+        return out, onehot(raw_labels, self._label_dim) if self.has_onehot_labels else raw_labels
 
     def get_label(self, idx: int) -> np.ndarray:
         """Return the label of item `idx` as the network takes it: float32 [label_dim], one-hot for class indices."""
-        return self._labels([self._source(idx)[0]])[0]
+        return self._label(self._source(idx)[0])
 
     def item_labels(self) -> np.ndarray:
         """Return the label of every item, as stored: class indices int64 [N], or vectors float32 [N, label_dim]."""
@@ -104,7 +107,7 @@ class ImageDataset(torch.utils.data.Dataset[tuple[np.ndarray, np.ndarray]], ABC)
         """Return which stored image item `idx` is, whether it is mirrored, and its label as stored."""
         raw_idx, mirrored = self._source(idx)
         raw_label = np.zeros(0, dtype=np.float32) if self._raw_labels is None else self._raw_labels[raw_idx]
-        return ItemDetails(raw_idx=raw_idx, xflip=mirrored, raw_label=np.array(raw_label))
+        return ItemDetails(raw_idx=int(raw_idx), xflip=bool(mirrored), raw_label=np.array(raw_label))
 
     @contextmanager
     def order(self, seed: int, *, balance: bool = False) -> Iterator[Order]:
@@ -113,10 +116,7 @@ class ImageDataset(torch.utils.data.Dataset[tuple[np.ndarray, np.ndarray]], ABC)
 
     @abstractmethod
     def check_headers(self, max_items: int = 10_000) -> None:
-        """Check the headers of all items, or of `max_items` spread evenly over a larger data set.
-
-        Raises ConfigError for the first that cannot be read or differs in size from the others.
-        """
+        """Check the headers of `max_items` items, spread evenly. Raises ConfigError for the first that does not fit."""
 
     @abstractmethod
     def fingerprint(self) -> int:
@@ -203,17 +203,23 @@ class ImageDataset(torch.utils.data.Dataset[tuple[np.ndarray, np.ndarray]], ABC)
 
     def _source(self, idx: int) -> tuple[int, bool]:
         """Return the `raw_idx` of item `idx`, and whether it is mirrored. Indices below 0 count from the end."""
-        num_items = len(self)
+        num_items = self._copies * self._num_images
         if not -num_items <= idx < num_items:
             raise IndexError(f"item {idx} of {num_items}")
-        copy, image = divmod(int(idx) % num_items, self._num_images)
-        return image if self._raw_idx is None else int(self._raw_idx[image]), copy == 1
+        item = idx + num_items if idx < 0 else idx
+        mirrored = item >= self._num_images
+        image = item - self._num_images if mirrored else item
+        return image if self._raw_idx is None else int(self._raw_idx[image]), mirrored
 
-    def _labels(self, raw_indices: Sequence[int]) -> np.ndarray:
-        if self._raw_labels is None:
-            return np.zeros((len(raw_indices), 0), dtype=np.float32)
-        labels: np.ndarray = self._raw_labels[raw_indices]
-        return onehot(labels, self.label_dim) if self.has_onehot_labels else labels
+    def _label(self, raw_idx: int) -> np.ndarray:
+        label = np.zeros(self._label_dim, dtype=np.float32)
+        if self._raw_labels is not None:
+            raw_label = self._raw_labels[raw_idx]
+            if raw_label.ndim:
+                label[:] = raw_label
+            else:
+                label[raw_label] = 1
+        return label
 
     def _load(self, raw_idx: int) -> np.ndarray:
         """Return a stored array [C, H, W], which the caller must not change; it may be a view of the file."""

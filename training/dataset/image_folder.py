@@ -96,7 +96,6 @@ class ImageFolderDataset(ImageDataset):
         return [str(name) for name in found[0]] if found else None
 
     def _values(self, key: str, kind: type) -> list[Any]:
-        """Return the values of `key` in the dataset.json of all parts that have one."""
         rows = [(part, part.names.find(LABELS_FILE)) for part in self._files.parts]
         values = [_value(bytes(p.read(row)), key, kind, p.describe(row)) for p, row in rows if row is not None]
         return [value for value in values if value is not None]
@@ -109,10 +108,7 @@ class ImageFolderDataset(ImageDataset):
 
 
 def _item_rows(files: Files) -> np.ndarray:
-    """Return the rows of the images or latents among the files, int64.
-
-    Raises ConfigError if there are none, or both kinds, or if a name in an archive leads out of it.
-    """
+    """Return the rows of the items among the files, int64. Raises ConfigError if there are none, or of two kinds."""
     if not isinstance(files, FolderFiles):
         require_inside(files.names, str(files.path))
     rows = [row for row, name in enumerate(files.names) if is_item(name)]

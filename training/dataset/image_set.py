@@ -87,10 +87,7 @@ def choose_images(
 
 
 class ImageSetBatches:
-    """This process's batches of a choice of images; can be iterated over repeatedly.
-
-    `workers`: processes that decode; 0 decodes in this one.
-    """
+    """This process's batches of a choice of images, decoded by `workers` processes (0: by this one); repeatable."""
 
     def __init__(self, images: ImageSet, choice: np.ndarray, *, batch: int, workers: int, world: World) -> None:
         self._images = images

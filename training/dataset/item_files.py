@@ -97,8 +97,7 @@ class MappedFiles(Files):
                 raise ConfigError(f"{self.path} is not a readable {self.kind} file: {one_line(error)}") from None
         return self._map
 
-    def _slice(self, row: int, begin: int, size: int) -> memoryview:
-        whole = self._open()
+    def _slice(self, whole: mmap.mmap, row: int, begin: int, size: int) -> memoryview:
         if begin + size > len(whole):
             raise self._damaged(row, "it ends behind the end of the file")
         return memoryview(whole)[begin : begin + size]
@@ -119,8 +118,8 @@ class ZipFiles(MappedFiles):
 
     def read(self, row: int) -> memoryview | bytes:
         """See Files."""
-        index = self._index
-        data: memoryview | bytes = self._slice(row, self._begin(row), int(index.packed_sizes[row]))
+        index, whole = self._index, self._open()
+        data: memoryview | bytes = self._slice(whole, row, self._begin(whole, row), int(index.packed_sizes[row]))
         if index.methods[row] != STORED:
             data = self._unpack(row, data)
         if not self._sound[row]:
@@ -131,15 +130,15 @@ class ZipFiles(MappedFiles):
 
     def require_name(self, row: int) -> None:
         """Raise ConfigError if the header of an entry has another name than the table of contents."""
-        self._begin(row)
+        self._begin(self._open(), row)
 
     def fingerprint(self) -> int:
         """Return a number made from the names and the checksums of the contents."""
         return zlib.crc32(self._index.checksums.tobytes(), zlib.crc32(self.names.text))
 
-    def _begin(self, row: int) -> int:
+    def _begin(self, whole: mmap.mmap, row: int) -> int:
         """Return where the bytes of an entry begin, behind its header, whose name is checked."""
-        whole, place = self._open(), int(self._index.offsets[row])
+        place = int(self._index.offsets[row])
         if not 0 <= place <= len(whole) - _LOCAL_HEADER.size:
             raise self._damaged(row, "it would begin outside of the file")
         signature, name_length, extra_length = _LOCAL_HEADER.unpack_from(whole, place)
@@ -205,11 +204,7 @@ class ShardedFiles(Files):
 
 
 def open_files(path: Path) -> Files:
-    """Open the data set at `path`: a folder, a ZIP file, or shards name-00000.zip, name-00001.zip, ...
-
-    Shards are named by the `name.zip` that would hold them all, by a pattern such as `name-*.zip`, or by a folder that
-    holds nothing else. Raises ConfigError if `path` is none of these.
-    """
+    """Open a folder, a ZIP file, or shards, named as for ImageFolderDataset. Raises ConfigError for anything else."""
     if path.is_file():
         return ZipFiles(path)
     shards = find_shards(path)
@@ -221,10 +216,7 @@ def open_files(path: Path) -> Files:
 
 
 def find_shards(path: Path) -> list[Path]:
-    """Return the shards of the data set that `path` names, sorted; an empty list if it does not name shards.
-
-    Raises ConfigError if one of name-00000.zip, name-00001.zip, ... is missing.
-    """
+    """Return the shards of the data set that `path` names, sorted, or []. Raises ConfigError if one is missing."""
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if not file.name.startswith("."))
         shards = files if all(file.suffix == ".zip" and file.is_file() for file in files) else []
@@ -242,7 +234,6 @@ def find_shards(path: Path) -> list[Path]:
 
 
 def _plain(name: str) -> str:
-    """Return a name as `zipfile` spells it."""
     return name.partition("\0")[0].replace("\\", "/")
 
 

@@ -57,7 +57,10 @@ def read_shape(data: Any, where: str) -> Shape:
     if is_latents(where):
         return _latents_header(data, where)
     with _open_image(data, where) as image:
-        return _image_shape(image, where)
+        if image.mode not in _CHANNELS_OF_MODE:
+            supported = ", ".join(_CHANNELS_OF_MODE)
+            raise ConfigError(f"{where} has pixels of the kind {image.mode}, not one of {supported}: {CONVERT_HINT}")
+        return _CHANNELS_OF_MODE[image.mode], image.height, image.width
 
 
 class ItemDecoder:
@@ -73,15 +76,13 @@ class ItemDecoder:
         self.first = first
         self.latents = is_latents(first)
         self._header = _usual_header(shape) if self.latents else b""
+        self._size = len(self._header) + 4 * math.prod(shape)  # of an .npy file
 
     def decode(self, data: Any, where: Callable[[], str]) -> np.ndarray:
-        """Return the array, a view of `data` where possible: the caller copies it.
-
-        Raises ConfigError for an item unlike the first one; `where` names the item then.
-        """
+        """Return the array, possibly a view of `data`. Raises ConfigError, with `where()`, for one unlike the first."""
         if self.latents:
             start = len(self._header)
-            if data[:start] == self._header and len(data) == start + 4 * math.prod(self.shape):
+            if len(data) == self._size and data[:start] == self._header:
                 return np.frombuffer(data, dtype="<f4", offset=start).reshape(self.shape)
         else:
             plain = decode_plain_png(data, self.shape)
@@ -125,13 +126,6 @@ def _open_image(data: Any, where: str) -> PIL.Image.Image:
         raise ConfigError(f"{where} is not a readable image") from None
     except Exception as error:  # decoders raise many kinds on damaged bytes
         raise ConfigError(f"{where} is not a readable image: {one_line(error)}") from None
-
-
-def _image_shape(image: PIL.Image.Image, where: str) -> Shape:
-    if image.mode not in _CHANNELS_OF_MODE:
-        supported = ", ".join(_CHANNELS_OF_MODE)
-        raise ConfigError(f"{where} has pixels of the kind {image.mode}, not one of {supported}: {CONVERT_HINT}")
-    return _CHANNELS_OF_MODE[image.mode], image.height, image.width
 
 
 def _latents_header(data: Any, where: str) -> Shape:

@@ -23,10 +23,7 @@ _DRIVE = re.compile(r"[A-Za-z]:")
 
 
 def read_labels(data: bytes, names: Sequence[str], where: str) -> list[Label] | None:
-    """Return the labels of the images `names` from the text of a dataset.json; None if it has no labels.
-
-    `where` names the file in messages. Raises ConfigError unless every image has a label, all of one kind.
-    """
+    """Return the labels of `names` from the text of a dataset.json; None without labels. Raises ConfigError."""
     try:
         content = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -132,14 +129,10 @@ def _label_width(label: Any) -> int | None:
     """Return 0 for a class index, the length of a vector, None for anything else."""
     if type(label) is int:
         return 0 if 0 <= label < MAX_CLASSES else None
-    if isinstance(label, list) and label and all(type(x) in (int, float) and _fits(x) for x in label):
+    # NaN is not <= anything.
+    if isinstance(label, list) and label and all(type(x) in (int, float) and abs(x) <= _LARGEST for x in label):
         return len(label)
     return None
-
-
-def _fits(number: float) -> bool:
-    """Return whether a number is finite as a float32."""
-    return abs(number) <= _LARGEST  # False for NaN, too
 
 
 def _kind(width: int) -> str:

@@ -44,7 +44,7 @@ class TarFiles(MappedFiles):
 
     def read(self, row: int) -> memoryview:
         """See Files."""
-        return self._slice(row, int(self._index.starts[row]), int(self._index.sizes[row]))
+        return self._slice(self._open(), row, int(self._index.starts[row]), int(self._index.sizes[row]))
 
 
 def index_tar(
@@ -75,7 +75,6 @@ def index_tar(
 
 
 def _members(file: BinaryIO, where: str) -> dict[str, tuple[int, int]]:
-    """Return first byte and size of every regular file in the tar."""
     members: dict[str, tuple[int, int]] = {}
     try:
         with tarfile.open(fileobj=file, mode="r:") as archive:
@@ -90,7 +89,6 @@ def _members(file: BinaryIO, where: str) -> dict[str, tuple[int, int]]:
 
 
 def _item_labels(members: dict[str, tuple[int, int]], items: list[str], read: Any, where: str) -> list[Label] | None:
-    """Return the labels of the items from the label files of their samples."""
     item_of: dict[str, str] = {}
     for item in items:
         other = item_of.setdefault(sample_of(item), item)

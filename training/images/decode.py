@@ -36,10 +36,7 @@ def is_image(name: str) -> bool:
 
 
 def decode_rgb(data: bytes | memoryview, *, exif: bool = False) -> Image:
-    """Decode `data` to RGB, only the first of several images. With `exif`, turn it upright as its EXIF data says.
-
-    Raises Unreadable.
-    """
+    """Decode `data` to RGB, the first of several images, upright by its EXIF data if `exif`. Raises Unreadable."""
     with warnings.catch_warnings():
         # Odd metadata, palettes with transparency, sizes between Pillow's limit and ours.
         warnings.simplefilter("ignore")

@@ -121,7 +121,6 @@ def read_png_head(path: Path) -> PngHead | None:
 
 
 def _read_chunks(file: io.BufferedReader) -> PngHead | None:
-    """Read the chunks in front of the pixels from a file positioned after its signature."""
     shape = None
     texts = {}
     while True:

@@ -95,7 +95,10 @@ def kid(
     device = accumulation_device(device or World().device)
     a, b = (torch.from_numpy(part).to(device) for part in (x, y))
     if max(len(a), len(b)) <= num_subsets**0.5 * subset_size:
-        return _over_all_pairs(a, b)
+        sums = _Sums(a, b)
+        # The standard error by leaving out one image of either set at a time (jackknife).
+        squared = sum(float(part.var(correction=0)) * (len(part) - 1) for part in sums.leave_one_out())
+        return Score(value=sums.mmd(), error=squared**0.5)
     size = min(subset_size, len(a), len(b))
     random = np.random.default_rng(seed)
     values = np.empty(num_subsets)
@@ -109,16 +112,6 @@ def kid(
     return Score(value=float(values.mean()), error=float(variance**0.5))
 
 
-def _over_all_pairs(a: torch.Tensor, b: torch.Tensor) -> Score:
-    """Estimate over all pairs; its standard error by leaving out one image of either set at a time (jackknife)."""
-    sums = _Sums(a, b)
-    variance = 0.0
-    for values in sums.leave_one_out():
-        n = len(values)
-        variance += float(values.var(correction=0)) * (n - 1)
-    return Score(value=sums.mmd(), error=variance**0.5)
-
-
 class _Sums:
     """Sums of the kernel over pairs, by row, from which the estimate and its jackknife follow."""
 
@@ -127,7 +120,6 @@ class _Sums:
         self.ab, self.ba = _row_sums(a, b, skip_diagonal=False)  # [M], [N]
 
     def mmd(self) -> float:
-        """Return the unbiased estimate of the squared MMD."""
         m, n = len(self.aa), len(self.bb)
         within = self.aa.sum() / (m * (m - 1)) + self.bb.sum() / (n * (n - 1))
         return float(within - 2 * self.ab.sum() / (m * n))

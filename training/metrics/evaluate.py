@@ -17,10 +17,11 @@ from torch_utils import distributed
 from torch_utils.distributed import World
 from torch_utils.processes.together import on_main
 from training.dataset.image_set import ImageSet, ImageSetBatches, choose_images
-from training.metrics.detectors import Detector, DetectorOutput, make_detector
+from training.metrics.detectors import Detector, make_detector
+from training.metrics.detectors.common import DetectorOutput
 from training.metrics.distances import Score, frechet_distance, inception_score, kid
 from training.metrics.manifold import Manifold, manifold
-from training.metrics.metric_table import DEFAULT, METRICS, NEIGHBORS, Layer, Metric, moments_entry, parse_metrics
+from training.metrics.metric_table import DEFAULT, METRICS, NEIGHBORS, Layer, Metric, parse_metrics
 from training.metrics.reference import Stats, require_suffix, save_stats
 from training.metrics.statistics import Moments, Rows
 
@@ -71,7 +72,7 @@ class StatsPass:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[StatsStep]:
-        moments = {moments_entry(metric): Moments() for metric in self._metrics if metric.kind == "frechet"}
+        moments = {metric.name: Moments() for metric in self._metrics if metric.kind == "frechet"}
         rows: dict[tuple[Layer, str], Rows] = {
             (metric.layer, metric.detector): Rows() for metric in self._metrics if metric.needs_rows
         }
@@ -95,7 +96,6 @@ class StatsPass:
         yield replace(pending, stats=stats)
 
     def _unpack(self, batch: Any, batch_idx: int) -> tuple[torch.Tensor | None, np.ndarray]:
-        """Return the images and the keys that sort them."""
         images, indices = (batch, None) if isinstance(batch, torch.Tensor) else (batch.images, batch.indices)
         if indices is None:
             first = (batch_idx * self._world.size + self._world.rank) << 32
@@ -113,7 +113,7 @@ class StatsPass:
             outputs = detector.outputs(images)
             for metric in self._metrics:
                 if metric.detector == name and metric.kind == "frechet":
-                    moments[moments_entry(metric)].add(_layer(outputs, metric.layer, name))
+                    moments[metric.name].add(_layer(outputs, metric.layer, name))
             for (layer, of), kept in rows.items():
                 if of == name:
                     output = _layer(outputs, layer, name)
@@ -215,7 +215,7 @@ def reason_against(metric: Metric, reference: Mapping[str, Any] | None) -> str |
     if reference is None:
         return "there is no reference"
     if metric.kind == "frechet":
-        return None if moments_entry(metric) in reference else "the reference lacks it"
+        return None if metric.name in reference else "the reference lacks it"
     rows = reference.get("features", {}).get(metric.detector)
     if rows is None:
         return f"the reference keeps no {metric.detector} features (ref --features=N makes one that does)"
@@ -226,10 +226,7 @@ def reason_against(metric: Metric, reference: Mapping[str, Any] | None) -> str |
 def compute_scores(
     stats: Stats, reference: Stats | None, metrics: Sequence[str], *, device: torch.device | None = None
 ) -> dict[str, Score]:
-    """Return the value of each of `metrics` for the images of `stats`; KID and manifolds are computed on `device`.
-
-    Raises ConfigError if the statistics or the reference lack what a metric needs, or do not fit each other.
-    """
+    """Return the value of each of `metrics`; KID and manifolds are computed on `device`. Raises ConfigError."""
     manifolds: dict[str, dict[int, Manifold]] = {}
     scores = {}
     for name in metrics:
@@ -278,10 +275,9 @@ def _least_rows(metric: Metric) -> int:
 
 
 def _frechet(metric: Metric, stats: Stats, reference: Stats) -> float:
-    entry = moments_entry(metric)
-    if entry not in stats:
-        raise ConfigError(f"{metric.name} cannot be computed: the images' statistics lack {entry}")
-    ours, theirs = stats[entry], reference[entry]
+    if metric.name not in stats:
+        raise ConfigError(f"{metric.name} cannot be computed: the images' statistics lack {metric.name}")
+    ours, theirs = stats[metric.name], reference[metric.name]
     _require_same_width(metric, len(ours["mu"]), len(theirs["mu"]))
     return frechet_distance(ours["mu"], ours["sigma"], theirs["mu"], theirs["sigma"])
 

@@ -33,38 +33,17 @@ class Manifold:
 def manifold(
     real: np.ndarray, generated: np.ndarray, ks: Sequence[int], *, device: torch.device | None = None, tile: int = _TILE
 ) -> dict[int, Manifold]:
-    """Compute the metrics for each k of features real [R, F] and generated [G, F], with more than max(ks) rows each.
-
-    Distances are float64. Memory besides the features is bounded (see `_TILE`).
-    """
+    """Compute the metrics for each k of features real [R, F] and generated [G, F], with more than max(ks) rows each."""
     device = accumulation_device(device or torch.device("cpu"))
     center = torch.from_numpy(real.mean(0, dtype=np.float64)).to(device)
-    points = [_Points(torch.from_numpy(part).to(device), center) for part in (real, generated)]
-    return _manifolds(points[0], points[1], list(ks), tile)
-
-
-@dataclass(frozen=True)
-class _Points:
-    features: torch.Tensor  # [N, F], as given
-    center: torch.Tensor  # float64 [F]; relative to it, squared norms are small and distances cancel less
-
-    def __len__(self) -> int:
-        return len(self.features)
-
-    def strip(self, rows: slice) -> torch.Tensor:
-        """Return some of the points in float64."""
-        return self.features[rows].to(torch.float64) - self.center
-
-
-def _manifolds(real: _Points, generated: _Points, ks: list[int], tile: int) -> dict[int, Manifold]:
-    radii_real, radii_generated = _radii(real, ks, tile), _radii(generated, ks, tile)  # [K, R], [K, G]
-    num_ks = len(ks)
-    precise = torch.zeros(num_ks, len(generated), dtype=torch.bool, device=real.center.device)
-    recalled = torch.zeros(num_ks, len(real), dtype=torch.bool, device=real.center.device)
+    real_points, generated_points = (_Points(torch.from_numpy(part).to(device), center) for part in (real, generated))
+    radii_real, radii_generated = _radii(real_points, ks, tile), _radii(generated_points, ks, tile)  # [K, R], [K, G]
+    precise = torch.zeros(len(ks), len(generated), dtype=torch.bool, device=device)
+    recalled = torch.zeros(len(ks), len(real), dtype=torch.bool, device=device)
     covered = torch.zeros_like(recalled)
-    inside = [0] * num_ks  # pairs of a generated image and a real ball around it
-    for rows, columns, squared in _tiles(generated, real, tile):
-        for index in range(num_ks):
+    inside = [0] * len(ks)  # pairs of a generated image and a real ball around it
+    for rows, columns, squared in _tiles(generated_points, real_points, tile):
+        for index in range(len(ks)):
             near_real = squared <= radii_real[index, columns]
             precise[index, rows] |= near_real.any(1)
             covered[index, columns] |= near_real.any(0)
@@ -81,7 +60,19 @@ def _manifolds(real: _Points, generated: _Points, ks: list[int], tile: int) -> d
     }
 
 
-def _radii(points: _Points, ks: list[int], tile: int) -> torch.Tensor:
+@dataclass(frozen=True)
+class _Points:
+    features: torch.Tensor  # [N, F], as given
+    center: torch.Tensor  # float64 [F]; relative to it, squared norms are small and distances cancel less
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def strip(self, rows: slice) -> torch.Tensor:
+        return self.features[rows].to(torch.float64) - self.center
+
+
+def _radii(points: _Points, ks: Sequence[int], tile: int) -> torch.Tensor:
     """Return each point's squared distance to its k-th nearest other point, for each k: float64 [K, R]."""
     most = max(ks)
     nearest = torch.full([len(points), most], float("inf"), dtype=torch.float64, device=points.center.device)

@@ -95,12 +95,6 @@ def parse_metrics(text: str | Sequence[str]) -> list[str]:
     return names
 
 
-def moments_entry(metric: Metric) -> str:
-    """Return the key of statistics with the mean and covariance that a Fréchet distance compares."""
-    assert metric.kind == "frechet"
-    return metric.name
-
-
 def compact_names(names: Iterable[str]) -> list[str]:
     """Return `names` with one pattern in place of those of one detector that differ only in kind and k."""
     groups: dict[str, list[Metric]] = {}
@@ -138,9 +132,6 @@ def is_lower_better(name: str) -> bool:
 
 
 def best_of(name: str, items: Iterable[T], value: Callable[[T], float]) -> T | None:
-    """Return the item with the best `value` of the metric `name`: the first of equal ones, None if no value is finite.
-
-    "Best" means smallest for distances and largest for other metrics (`is_lower_better`).
-    """
+    """Return the first item with the best finite `value` of the metric `name` (see `is_lower_better`)."""
     finite = [item for item in items if math.isfinite(value(item))]
     return (min if is_lower_better(name) else max)(finite, key=value) if finite else None

@@ -23,7 +23,7 @@ from dnnlib.atomic import atomic_path
 from dnnlib.download import open_url
 from dnnlib.errors import ConfigError, reason_of
 from torch_utils.pickles.safe_pickle import file_format, read_pickle
-from training.metrics.metric_table import DETECTORS, METRICS, moments_entry
+from training.metrics.metric_table import DETECTORS, METRICS
 
 Stats = dict[str, Any]
 
@@ -99,7 +99,7 @@ def require_statistics(path: Path, metrics: Sequence[str], *, num_images: int, n
     Files do not record which images these were.
     """
     stats = load_stats(path)
-    needed = {moments_entry(METRICS[name]) for name in metrics if METRICS[name].kind == "frechet"}
+    needed = {name for name in metrics if METRICS[name].kind == "frechet"}
     rows = {len(found) for found in stats.get("features", {}).values()}
     lacks = sorted(needed - stats.keys())
     if stats.get("num_images") != num_images or lacks or rows - {min(num_features or 0, num_images)}:

@@ -1,13 +1,12 @@
 """Results: a summary of repeated values, a table, and a JSON record with everything needed to repeat them."""
 
 import hashlib
-import importlib.metadata
 import json
 import math
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean, stdev
@@ -19,6 +18,7 @@ import torch
 from dnnlib.atomic import write_text
 from dnnlib.download import is_url, open_url
 from dnnlib.errors import ConfigError, reason_of
+from dnnlib.text import installed_version
 from torch_utils.distributed import World
 from torch_utils.processes.together import on_main
 from training.metrics.available import Plan
@@ -60,7 +60,8 @@ def summarize(runs: Sequence[Mapping[str, Score]]) -> dict[str, Summary]:
 
 def table(summaries: Mapping[str, Summary], *, num_images: int, wanted: int) -> list[str]:
     """Return the lines of a table with a metric per line; a note follows if there are fewer images than `wanted`."""
-    rows = [["metric", "images", "value", *(["minimum", "mean ± std"] if _repeated(summaries) else [])]]
+    repeated = any(summary.std is not None for summary in summaries.values())
+    rows = [["metric", "images", "value", *(["minimum", "mean ± std"] if repeated else [])]]
     for name, summary in summaries.items():
         values = [
             _number(value) + (f" ± {_number(error)}" if error is not None else "")
@@ -146,10 +147,7 @@ def write_json(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_results(path: Path, request: Mapping[str, Any]) -> dict[str, float] | None:
-    """Return the mean of each metric in the record at `path`; None if the file does not exist.
-
-    Raises ConfigError if it is not a record, or one of another `request` (entries of a record, as for `write_json`).
-    """
+    """Return each metric's mean in the record at `path`; None if missing. Raises ConfigError for other requests."""
     if not path.exists():
         return None
     try:
@@ -216,17 +214,8 @@ def folder_sha256(folder: Path) -> str:
 
 def versions() -> dict[str, str | None]:
     """Return the versions of software that the numbers may depend on."""
-    found: dict[str, str | None] = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-    }
-    for package in ("edm2", "transformers"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:  # run from a checkout; not installed
-            found[package] = None
-    return found
+    found = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    return {**found, **{package: installed_version(package) for package in ("edm2", "transformers")}}
 
 
 def for_json(value: Any) -> Any:
@@ -240,18 +229,11 @@ def for_json(value: Any) -> Any:
 
 def _entry(name: str, summary: Summary) -> dict[str, Any]:
     return {
-        "values": summary.values,
+        **asdict(summary),
         "errors": None if None in summary.errors else summary.errors,
-        "minimum": summary.minimum,
-        "mean": summary.mean,
-        "std": summary.std,
         "lower_is_better": METRICS[name].lower_is_better,
         "description": METRICS[name].description,
     }
-
-
-def _repeated(summaries: Mapping[str, Summary]) -> bool:
-    return any(summary.std is not None for summary in summaries.values())
 
 
 def _number(value: float) -> str:

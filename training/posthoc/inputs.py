@@ -93,10 +93,7 @@ def list_input_pickles(
 
 
 def choose_inputs(inputs: Iterable[Input], out_nimg: int | None) -> tuple[int, list[Input]]:
-    """Return the output time and the inputs up to it, sorted by time and length.
-
-    `out_nimg` selects an input time with the same thousands. Raises ConfigError.
-    """
+    """Return the output time, an input time with the thousands of `out_nimg`, and the inputs up to it, sorted."""
     inputs = sorted((file for file in inputs if file.nimg > 0), key=lambda file: (file.nimg, file.std))
     if not inputs:
         raise ConfigError(

@@ -91,15 +91,17 @@ def reconstruct_phema(
     if out_format not in _FORMATS:
         raise ConfigError(f"unknown file format '{out_format}'; choose from {', '.join(_FORMATS)}")
     nimg, inputs = choose_inputs(inputs, out_nimg)
+    skipped: list[Path] = []
     if out_dir is None:
-        plans, skipped = [_Plan(nimg=nimg, std=std, paths=()) for std in stds], []
+        plans = [_Plan(nimg=nimg, std=std, paths=()) for std in stds]
     else:
         require_folder(Path(out_dir))
         stems = [Path(out_dir) / output_name(out_prefix, nimg, std) for std in stds]
         files = [tuple(stem.with_name(stem.name + suffix) for suffix in _FORMATS[out_format]) for stem in stems]
         _check_files(files, inputs)
         plans = [_Plan(nimg=nimg, std=std, paths=paths) for std, paths in zip(stds, files, strict=True)]
-        plans, skipped = _without_finished(plans, inputs) if skip_existing else (plans, [])
+        if skip_existing:
+            plans, skipped = _without_finished(plans, inputs)
     return Reconstruction(inputs, nimg, plans, skipped, max_batch_size, read_bytes)
 
 

@@ -3,17 +3,19 @@
 import json
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from dnnlib.background import map_in_order
 from dnnlib.download import open_url
 from dnnlib.errors import ConfigError
 from training.networks_edm2 import Precond
 from training.posthoc.inputs import Input
-from training.posthoc.sums import Float16File, Reader, StateReader, read_ahead
+from training.posthoc.sums import Float16File, Reader, StateReader
 from training.snapshot import Snapshot, SnapshotHeader, header_of, load_snapshot, read_header
 from training.snapshot.parts import fill_network, lay_out_network, rebuilt_parts
 
@@ -82,9 +84,11 @@ class InputFiles:
         if self._readers:
             plan.append(sorted(self._readers))
         last = plan[-1]
-        return read_ahead(
-            lambda group: Group(indices=group, readers=[self._reader(i) for i in group], last=group is last), plan, 1
-        )
+
+        def read(group: list[int]) -> Group:
+            return Group(indices=group, readers=[self._reader(i) for i in group], last=group is last)
+
+        return map_in_order(ThreadPoolExecutor(1), read, plan, max_pending=2)
 
     def read_buffers(self, reader: Reader) -> dict[str, torch.Tensor]:
         """Return copies of the buffers in float16, as files have them."""

@@ -1,20 +1,17 @@
 """Weighted sums of the tensors of many networks, block by block, in memory independent of their number."""
 
 import json
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from dnnlib.background import map_in_order
 from dnnlib.errors import ConfigError, reason_of
 from torch_utils.precision import cpu_threads
-
-A = TypeVar("A")
-B = TypeVar("B")
 
 
 class Reader(Protocol):
@@ -111,7 +108,9 @@ class WeightedSums:
             block = product[: weights.shape[0] * (stop - start)].view(weights.shape[0], -1)  # [O, N]
             torch.mm(weights, stacked, out=block)
             if not last:
-                self._sum_of(name)[:, start:stop] += block
+                if name not in self._sums:
+                    self._sums[name] = torch.zeros(len(self.outputs), torch.Size(self._shapes[name]).numel())
+                self._sums[name][:, start:stop] += block
             else:
                 if name in self._sums:
                     block += self._sums[name][:, start:stop]
@@ -122,7 +121,6 @@ class WeightedSums:
             yield done / total
 
     def _width(self, num_inputs: int) -> int:
-        """Return the number of values in a block of each input."""
         return max(BLOCK_BYTES // (4 * num_inputs), 1024)
 
     def _read(self, readers: Sequence[Reader]) -> Iterator[tuple[str, int, int, torch.Tensor]]:
@@ -139,12 +137,7 @@ class WeightedSums:
                 reader.copy_to(row, name, start)
             return name, start, stop, stacked
 
-        return read_ahead(read, enumerate(blocks), _AHEAD)
-
-    def _sum_of(self, name: str) -> torch.Tensor:
-        if name not in self._sums:
-            self._sums[name] = torch.zeros(len(self.outputs), torch.Size(self._shapes[name]).numel())
-        return self._sums[name]
+        return map_in_order(ThreadPoolExecutor(1), read, enumerate(blocks), max_pending=_AHEAD + 1)
 
     def _complete(self, name: str, start: int, block: torch.Tensor) -> None:
         # A cheap comparison, which NaN fails as well; the exact test below includes the rounding to float16.
@@ -170,19 +163,3 @@ class WeightedSums:
         self._targets = torch.from_numpy(room)
         for tensors, row in zip(self.outputs, room, strict=True):
             tensors[name] = torch.from_numpy(row).view(shape)
-
-
-def read_ahead(function: Callable[[A], B], items: Iterable[A], depth: int) -> Iterator[B]:
-    """Yield `function` of each item, in order; a thread computes up to `depth` of them ahead."""
-    waiting: deque[Future[B]] = deque()
-    with ThreadPoolExecutor(1) as pool:
-        try:
-            for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) > depth:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()

@@ -121,7 +121,6 @@ def _facts_of_run(source: str, snapshot: Snapshot, facts: CardFacts) -> CardFact
 
 
 def _scores_of_run(run: RunFolder, snapshot: Snapshot) -> dict[str, float]:
-    """Return the scores that the run recorded for this snapshot."""
     if snapshot.nimg is None or snapshot.ema_std is None:
         return {}
     prefix, suffix = "Metrics/", f"-{snapshot.ema_std:.3f}"
@@ -136,7 +135,6 @@ def _scores_of_run(run: RunFolder, snapshot: Snapshot) -> dict[str, float]:
 
 
 def _form_of(path: Path, to: Form | None) -> Form:
-    """Return the form of the output `path`."""
     if to == "folder":
         if path.suffix in SUFFIXES:
             raise ConfigError(f"--out={path} has the suffix of a file; name a folder for --to=folder")
@@ -153,7 +151,6 @@ def _form_of(path: Path, to: Form | None) -> Form:
 
 
 def _named(source: str, outdir: Path, to: Form | None) -> ConversionJob:
-    """Return the job for an output in `outdir` with the name of `source`."""
     name, may_be_folder = _name_of(source)
     suffix = Path(name).suffix if Path(name).suffix in SUFFIXES else ""
     if not suffix and not may_be_folder:
@@ -178,16 +175,14 @@ def _name_of(source: str) -> tuple[str, bool]:
 
 def _refuse_input(job: ConversionJob, sources: Sequence[str]) -> None:
     for other in sources:
-        if not is_url(other) and not hub.is_hub_url(other) and _is_same(job.path, Path(other)):
+        if is_url(other) or hub.is_hub_url(other):
+            continue
+        path, own = Path(other), job.path
+        if own.resolve() == path.resolve() or (own.exists() and path.exists() and own.samefile(path)):
             raise ConfigError(f"{job.source} would be written to {job.path}, which is an input; choose another path")
 
 
-def _is_same(path: Path, other: Path) -> bool:
-    return path.resolve() == other.resolve() or (path.exists() and other.exists() and path.samefile(other))
-
-
 def _read_result(path: Path) -> dict[str, Any]:
-    """Read a file of calculate_metrics.py --json."""
     try:
         record = json.loads(path.read_text("utf-8"))
         for entry in record["results"].values():

@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import importlib.metadata
 import json
 import os
 import shutil
@@ -13,20 +12,11 @@ from typing import Any
 
 from dnnlib.atomic import atomic_folder, write_text
 from dnnlib.errors import ConfigError, reason_of
+from dnnlib.text import installed_version
 from training.encoders import StabilityVAEEncoder
 from training.sampling.options import HeunOptions
 from training.sharing.model_card import CardFacts, model_card
-from training.snapshot import Snapshot, save_snapshot
-from training.snapshot.locate import (
-    CONFIG_FILE,
-    ENTRIES,
-    INDEX_FILE,
-    NETWORK_CLASS,
-    NETWORK_FOLDER,
-    SCHEDULER_FILE,
-    VAE_FOLDER,
-    WEIGHTS_FILE,
-)
+from training.snapshot import Snapshot, locate, save_snapshot
 from training.snapshot.parts import build_encoder, described, described_snapshot
 
 PACKAGE = "edm2.diffusers"
@@ -49,19 +39,19 @@ def save_folder(snapshot: Snapshot, folder: str | os.PathLike[str], facts: CardF
     vae = _local_vae(snapshot)
     if vae is not None:
         entry = described(snapshot.encoder)
-        encoder = build_encoder(entry["class"], (), entry["arguments"] | {"vae_name": VAE_FOLDER})
+        encoder = build_encoder(entry["class"], (), entry["arguments"] | {"vae_name": locate.VAE_FOLDER})
         snapshot = dataclasses.replace(snapshot, encoder=encoder)
     try:
         with atomic_folder(folder) as temp:
-            (temp / NETWORK_FOLDER).mkdir()
-            save_snapshot(snapshot, temp / NETWORK_FOLDER / WEIGHTS_FILE)
-            (temp / SCHEDULER_FILE).parent.mkdir()
+            (temp / locate.NETWORK_FOLDER).mkdir()
+            save_snapshot(snapshot, temp / locate.NETWORK_FOLDER / locate.WEIGHTS_FILE)
+            (temp / locate.SCHEDULER_FILE).parent.mkdir()
             for name, content in _configurations(snapshot, with_vae=vae is not None).items():
                 write_text(temp / name, json.dumps(content, indent=2, sort_keys=True) + "\n")
             if vae is not None:
-                (temp / VAE_FOLDER).mkdir()
-                for name in (CONFIG_FILE, WEIGHTS_FILE):
-                    shutil.copyfile(vae / name, temp / VAE_FOLDER / name)
+                (temp / locate.VAE_FOLDER).mkdir()
+                for name in (locate.CONFIG_FILE, locate.WEIGHTS_FILE):
+                    shutil.copyfile(vae / name, temp / locate.VAE_FOLDER / name)
             write_text(temp / CARD_FILE, model_card(snapshot, folder.name, facts or CardFacts()))
     except OSError as error:
         raise ConfigError(f"cannot write {folder}: {reason_of(error)}") from error
@@ -80,25 +70,24 @@ def unet_config(snapshot: Snapshot) -> dict[str, Any]:
     entries = described_snapshot(snapshot)
     return {
         "network": entries["network"]["arguments"],
-        "snapshot": {key: entries[key] for key in ENTRIES},
+        "snapshot": {key: entries[key] for key in locate.ENTRIES},
         "stored_dtype": str(next(snapshot.net.parameters()).dtype).removeprefix("torch."),
     }
 
 
 def _configurations(snapshot: Snapshot, *, with_vae: bool) -> dict[str, dict[str, Any]]:
-    """Return the contents of the folder's JSON files, by name."""
-    heun, version = HeunOptions(), {"_diffusers_version": _diffusers_version()}
+    heun, version = HeunOptions(), {"_diffusers_version": installed_version("diffusers") or _MIN_DIFFUSERS}
     sigmas = {name: float(getattr(heun, name)) for name in ("sigma_min", "sigma_max", "rho")}
     parts = {
         "scheduler": [PACKAGE, SCHEDULER_CLASS],
-        NETWORK_FOLDER: [PACKAGE, NETWORK_CLASS],
-        VAE_FOLDER: ["diffusers", "AutoencoderKL"] if with_vae else [None, None],
+        locate.NETWORK_FOLDER: [PACKAGE, locate.NETWORK_CLASS],
+        locate.VAE_FOLDER: ["diffusers", "AutoencoderKL"] if with_vae else [None, None],
     }
     network = {**unet_config(snapshot), "stored_dtype": STORED_DTYPE}
     return {
-        f"{NETWORK_FOLDER}/{CONFIG_FILE}": {"_class_name": NETWORK_CLASS, **version, **network},
-        SCHEDULER_FILE: {"_class_name": SCHEDULER_CLASS, **version, **sigmas},
-        INDEX_FILE: {"_class_name": PIPELINE_CLASS, **version, **parts},
+        f"{locate.NETWORK_FOLDER}/{locate.CONFIG_FILE}": {"_class_name": locate.NETWORK_CLASS, **version, **network},
+        locate.SCHEDULER_FILE: {"_class_name": SCHEDULER_CLASS, **version, **sigmas},
+        locate.INDEX_FILE: {"_class_name": PIPELINE_CLASS, **version, **parts},
     }
 
 
@@ -107,14 +96,7 @@ def _local_vae(snapshot: Snapshot) -> Path | None:
     if not isinstance(snapshot.encoder, StabilityVAEEncoder) or not os.path.isdir(snapshot.encoder.vae_name):
         return None
     vae = Path(snapshot.encoder.vae_name)
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
+    for name in (locate.CONFIG_FILE, locate.WEIGHTS_FILE):
         if not (vae / name).is_file():
             raise ConfigError(f"the VAE {vae} cannot be shared with its network: it has no {name}")
     return vae
-
-
-def _diffusers_version() -> str:
-    try:
-        return importlib.metadata.version("diffusers")
-    except importlib.metadata.PackageNotFoundError:
-        return _MIN_DIFFUSERS

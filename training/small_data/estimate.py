@@ -152,7 +152,6 @@ def _measure(state: TrainingState, side: int) -> Speed:
 
 
 def _seconds(state: TrainingState, images: torch.Tensor, labels: torch.Tensor, *, whole: bool) -> float:
-    """Return the time of a step if `whole`, else that of its gradients alone."""
     _wait(state.world.device)
     start = time.perf_counter()
     if whole:
@@ -173,10 +172,7 @@ def _wait(device: torch.device) -> None:
 
 
 def count_memory(state: TrainingState, config: TrainingConfig, dataset: ImageDataset, *, per_round: int) -> Memory:
-    """Count the memory of one process of the run `config`, unsharded and not compiled, with `per_round` images at once.
-
-    `state` has the run's network, on the run's device.
-    """
+    """Count the memory of a process, not sharded or compiled, with the network of `state` and `per_round` images."""
     weight_bytes = sum(parameter.nbytes for parameter in state.net.parameters())
     kept = 1 + 2 + len(config.ema_stds)  # weights, Adam's moments, averages
     one, two = (loss_bytes(state, num_images) for num_images in (1, 2))
@@ -189,10 +185,7 @@ def count_memory(state: TrainingState, config: TrainingConfig, dataset: ImageDat
 
 
 def loss_bytes(state: TrainingState, num_images: int) -> int:
-    """Return the bytes of all tensors that the loss of `num_images` keeps for its backward pass, each counted once.
-
-    Parameters are not counted.
-    """
+    """Return the bytes of all tensors but parameters that the loss of `num_images` keeps for its backward pass."""
     net, device = state.net, state.world.device
     height, width = image_size(net)
     images = torch.zeros([num_images, net.img_channels, height, width], device=device)
@@ -228,7 +221,7 @@ def saved_bytes(work: Callable[[], Any]) -> int:
 def describe_estimate(estimate: Estimate, *, nimg: int = 0) -> str:
     """Return the estimate for what is left of the run after `nimg` images, and what fits an hour if it takes longer."""
     e, config, speed, memory = estimate, estimate.config, estimate.speed, estimate.memory
-    rate = e.images_per_sec
+    rate, passes = e.images_per_sec, config.duration / e.num_images
     lines = [
         f"Estimate for this machine ({e.device.type}), {e.num_ranks} process(es):",
         f"  network  {e.num_params / 1e6:.2f} million parameters, {e.image_ops / 1e9:.3g} Gflop of training an image",
@@ -236,7 +229,7 @@ def describe_estimate(estimate: Estimate, *, nimg: int = 0) -> str:
         f" {e.image_ops * rate / e.num_ranks / 1e9:,.3g} Gflop/s a process",
         f"  time     {format_duration(e.seconds(max(config.duration - nimg, 0)))}"
         f" for {'the rest of ' if nimg else ''}{format_nimg(config.duration)} images,"
-        f" {_count(config.duration / e.num_images)} passes",
+        f" {f'{passes:,.0f}' if passes >= 10 else f'{passes:.2g}'} passes",
     ]
     if e.seconds(config.duration - nimg) > _HOUR_SEC and not nimg:
         fit = e.images_in(_HOUR_SEC)
@@ -256,7 +249,3 @@ def describe_estimate(estimate: Estimate, *, nimg: int = 0) -> str:
     compiled = "; compiled code is faster" if config.compiles_on(e.device) else ""
     lines.append(f"  without  {', '.join(left_out)}{compiled}")
     return "\n".join([*lines, ""])
-
-
-def _count(number: float) -> str:
-    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"

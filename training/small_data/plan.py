@@ -15,7 +15,7 @@ from dnnlib.fields import option_name, option_text
 from training.config import TrainingConfig
 from training.dataset.contract import ImageDataset
 from training.run.run_data import network_shape, open_dataset
-from training.small_data.rules import SHAPES, Choice, Facts, Shape, choose, remarks
+from training.small_data.rules import SHAPES, Facts, Shape, choose, remarks
 
 PRESET = "small"
 
@@ -30,7 +30,7 @@ class Plan:
     """The choices of the preset. `config.data` is left empty, as in the rows of the other presets."""
 
     config: TrainingConfig
-    choices: tuple[Choice, ...]
+    choices: dict[str, str]  # the reason by the name of the option
     facts: Facts
     dataset: ImageDataset  # as opened for the plan: see `dataset_for`
 
@@ -41,18 +41,6 @@ class Plan:
         if config.xflip:
             self.dataset.append_mirrored()
         return self.dataset
-
-    def table(self, config: TrainingConfig) -> list[tuple[str, str]]:
-        """Return `--option=value` as `config` has it and the reason for each choice; "as given" for another value.
-
-        `config` is the plan's with the user's own options in their places.
-        """
-        rows = []
-        for choice in self.choices:
-            value = value_of(config, choice.option)
-            why = choice.why if value == value_of(self.config, choice.option) else "as given"
-            rows.append((f"--{choice.option}={value}", why))
-        return rows
 
 
 def make_plan(
@@ -90,11 +78,14 @@ def make_plan(
 
 
 def describe_plan(plan: Plan, config: TrainingConfig) -> str:
-    """Return a line for each choice: the option as `config` has it, and the reason."""
+    """Return a line for each choice: the option in `config`, and the reason; "as given" for the user's own values."""
     facts = plan.facts
     kind = "latents" if facts.latents else "images"
     classes = f"{facts.num_classes} classes" if facts.num_classes else "without classes"
-    rows = plan.table(config)
+    rows = []
+    for option, why in plan.choices.items():
+        value = value_of(config, option)
+        rows.append((f"--{option}={value}", why if value == value_of(plan.config, option) else "as given"))
     width = max(len(option) for option, _ in rows)
     return "\n".join(
         [
@@ -152,7 +143,6 @@ def share_of(images: np.ndarray) -> float:
 
 
 def _spread(count: int, most: int) -> np.ndarray:
-    """Return at most `most` of the numbers below `count`, evenly spread."""
     return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(np.int64))
 
 

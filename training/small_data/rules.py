@@ -79,14 +79,6 @@ SHAPES = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Choice:
-    """The reason for the value of an option in the configuration."""
-
-    option: str  # without the dashes
-    why: str
-
-
 # Every choice with its reason, in the order of the help page. Names in braces are filled in by `choose`.
 _REASONS = {
     "cond": "{classes}",
@@ -110,15 +102,12 @@ _REASONS = {
 }
 
 
-def choose(facts: Facts, shape: Shape, *, duration: int | None = None) -> tuple[TrainingConfig, tuple[Choice, ...]]:
-    """Return the configuration for a data set, its `data` left empty, and the reasons in the order of the help page.
-
-    `duration` is the one given on the command line; it decides only on the intervals of snapshots and the like.
-    """
+def choose(facts: Facts, shape: Shape, *, duration: int | None = None) -> tuple[TrainingConfig, dict[str, str]]:
+    """Return the configuration, its `data` empty, and all reasons; the user's `duration` decides only on intervals."""
     n = facts.num_images
     channels, num_params = _width(facts, shape)
     scale = math.sqrt(n / IMAGENET)
-    batch = min(max(_power_of_two(math.sqrt(n) / 2), 16), 256)
+    batch = 1 << min(max(round(math.log2(math.sqrt(n) / 2)), 4), 8)
     planned = _duration(facts)
     snapshot = max(1 << (max((duration or planned) // 16, 1).bit_length() - 1), batch)
     config = TrainingConfig(
@@ -153,7 +142,7 @@ def choose(facts: Facts, shape: Shape, *, duration: int | None = None) -> tuple[
         "decay": shape.decay,
         "mirroring": _why_xflip(facts),
     }
-    return config, tuple(Choice(option=option, why=why.format(**values)) for option, why in _REASONS.items())
+    return config, {option: why.format(**values) for option, why in _REASONS.items()}
 
 
 def remarks(facts: Facts) -> list[str]:
@@ -182,7 +171,6 @@ def _network(shape: Shape, channels: int, *, dropout: float = 0.0) -> NetworkCon
 
 
 def _width(facts: Facts, shape: Shape) -> tuple[int, int]:
-    """Return the widest first level with at most PARAMS_PER_IMAGE, and the parameters of that network."""
     best = (0, 0)
     for channels in WIDTHS:
         if channels < shape.least_width:
@@ -226,11 +214,6 @@ def _why_xflip(facts: Facts) -> str:
     )
 
 
-def _power_of_two(value: float) -> int:
-    return 1 << max(round(math.log2(value)), 0)
-
-
 def _two_digits(value: float) -> int:
-    """Rounded to two decimal digits."""
     unit = 10 ** max(math.floor(math.log10(value)) - 1, 0)
     return round(value / unit) * unit

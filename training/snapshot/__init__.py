@@ -26,19 +26,6 @@ from training.snapshot.parts import (
 from training.snapshot.pickle_file import snapshot_of, write_pickle
 from training.snapshot.safetensors_file import read_safetensors, write_safetensors
 
-__all__ = [
-    "SUFFIXES",
-    "Snapshot",
-    "SnapshotHeader",
-    "header_of",
-    "label_dropout",
-    "load_snapshot",
-    "nimg_from_kimg",
-    "parse_name",
-    "read_header",
-    "save_snapshot",
-]
-
 
 @dataclass(frozen=True, kw_only=True)
 class SnapshotHeader:

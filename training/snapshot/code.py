@@ -51,10 +51,7 @@ _OWN = {
 
 
 def make_trusted(roots: Iterable[StoredObject], trust_code: TrustCode) -> list[Any]:
-    """Make the objects that `roots` describe by running their source texts, after `trust_code` accepted each.
-
-    Networks are in evaluation mode, without gradients. Raises ConfigError if that fails.
-    """
+    """Make the objects that `roots` describe by running their source texts, after `trust_code` accepted each."""
     roots = list(roots)
     needed: dict[str, set[str]] = {}
     for stored in _objects(roots):
@@ -86,7 +83,6 @@ def _objects(value: Any) -> Iterator[StoredObject]:
 
 
 def _run(code: EmbeddedCode) -> types.ModuleType:
-    """Run the source text in a fresh module and return that."""
     module = types.ModuleType(f"_embedded_{code.sha256[:16]}")
     sys.modules[module.__name__] = module  # decorators look it up by the name of a class's module
     try:

@@ -62,10 +62,7 @@ def locate_network(source: str) -> Path:
 
 
 def network_files(folder: PurePosixPath, names: Sequence[str]) -> list[str]:
-    """Return the files, among `names` in `folder`, of a network in the diffusers layout, or [].
-
-    They are its configuration, its weights and, if it exists, the index of its pipeline.
-    """
+    """Return the files, among `names` in `folder`, of a network in the diffusers layout, or []."""
     for parent in (folder / NETWORK_FOLDER, folder):
         files = [str(parent / CONFIG_FILE), str(parent / WEIGHTS_FILE)]
         if all(file in names for file in files):
@@ -103,10 +100,7 @@ def _only_network(name: hub.HubName, names: Sequence[str]) -> str:
 
 
 def read_folder(folder: Path, values: bool = True) -> Snapshot:
-    """Read a model folder, of a pipeline or of the network alone.
-
-    Without `values`, the network is on the meta device. Raises ConfigError, without the folder's name.
-    """
+    """Read a model folder, of a pipeline or network alone; on the meta device without `values`. Raises ConfigError."""
     present = [path.relative_to(folder).as_posix() for path in [*folder.glob("*"), *folder.glob("*/*")]]
     files = network_files(PurePosixPath(), present)
     if not files:
@@ -127,7 +121,6 @@ def read_folder(folder: Path, values: bool = True) -> Snapshot:
 
 
 def _metadata(config: Mapping[str, Any], folder: Path) -> dict[str, str]:
-    """Return the metadata of a network file with this configuration."""
     entries = config.get("snapshot", {})
     if not isinstance(entries, dict):
         raise ConfigError(f"the entry 'snapshot' of its {CONFIG_FILE} is not an object")

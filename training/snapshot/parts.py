@@ -9,14 +9,13 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
 from dnnlib.errors import ConfigError, one_line
-from torch_utils.persistence import Persistent
 from training.encoders import Encoder, StabilityVAEEncoder, StandardRGBEncoder
 from training.loss import EDM2Loss
 from training.networks_edm2 import Block, Precond, UNet
@@ -176,18 +175,14 @@ def rebuilt_parts(encoder: Mapping[str, Any] | None, loss: Mapping[str, Any] | N
     }
 
 
-def described(obj: object) -> dict[str, Any]:
+def described(obj: Any) -> dict[str, Any]:
     """Return class name and constructor arguments of an encoder or loss, as a header has them."""
-    recorded = cast(Persistent, obj)
-    arguments = arguments_of(type(obj), recorded._init_args, recorded._init_kwargs)
-    return {"class": type(obj).__name__, "arguments": arguments}
+    return {"class": type(obj).__name__, "arguments": arguments_of(type(obj), obj._init_args, obj._init_kwargs)}
 
 
-def described_network(net: torch.nn.Module) -> dict[str, Any]:
+def described_network(net: Any) -> dict[str, Any]:
     """Return class name and constructor arguments of a network, as a header has them."""
-    recorded = cast(Persistent, net)
-    arguments = network_arguments(recorded._init_args, recorded._init_kwargs)
-    return {"class": type(net).__name__, "arguments": arguments}
+    return {"class": type(net).__name__, "arguments": network_arguments(net._init_args, net._init_kwargs)}
 
 
 def described_snapshot(snapshot: Snapshot) -> dict[str, Any]:

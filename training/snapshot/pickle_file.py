@@ -10,19 +10,12 @@ import torch
 from dnnlib.errors import ConfigError
 from dnnlib.util import EasyDict
 from torch_utils.pickles.safe_pickle import StoredObject
+from training.snapshot import parts
 from training.snapshot.code import TrustCode, make_trusted
-from training.snapshot.parts import (
-    ENCODERS,
-    Snapshot,
-    build_encoder,
-    build_loss,
-    build_network,
-    network_arguments,
-    plain,
-)
+from training.snapshot.parts import Snapshot
 
 _PROTOCOL = 4  # that of the published files; readable from Python 3.4 on
-_KNOWN: dict[str, Collection[str]] = {"ema": ("Precond",), "encoder": tuple(ENCODERS), "loss_fn": ("EDM2Loss",)}
+_KNOWN: dict[str, Collection[str]] = {"ema": ("Precond",), "encoder": tuple(parts.ENCODERS), "loss_fn": ("EDM2Loss",)}
 _CALLED = {"ema": "network", "encoder": "encoder", "loss_fn": "loss"}
 _MAX_NAME = 200  # characters
 
@@ -48,11 +41,13 @@ def snapshot_of(tree: Any, file_bytes: int, trust_code: TrustCode | None = None)
         )
     made = dict(zip(foreign, make_trusted(foreign.values(), trust_code), strict=True)) if trust_code else {}
     if "ema" not in made:
-        made["ema"] = build_network(network_arguments(*_init_arguments(stored)), flatten(stored), file_bytes)
+        made["ema"] = parts.build_network(
+            parts.network_arguments(*_init_arguments(stored)), flatten(stored), file_bytes
+        )
     return Snapshot(
         net=made["ema"],
-        encoder=made["encoder"] if "encoder" in made else _rebuild(tree, "encoder", build_encoder),
-        loss_fn=made["loss_fn"] if "loss_fn" in made else _rebuild(tree, "loss_fn", build_loss),
+        encoder=made["encoder"] if "encoder" in made else _rebuild(tree, "encoder", parts.build_encoder),
+        loss_fn=made["loss_fn"] if "loss_fn" in made else _rebuild(tree, "loss_fn", parts.build_loss),
         dataset_kwargs=None if dataset_kwargs is None else _dictionary(dataset_kwargs, "dataset_kwargs"),
         **_provenance(tree.get("provenance")),
     )
@@ -131,11 +126,10 @@ def _rebuild(tree: dict[str, Any], key: str, build: Any) -> Any:
 def _dictionary(value: Any, key: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f"its {key} is a value of type {type(value).__name__}, not a dictionary")
-    return plain(value, f"its {key}")
+    return parts.plain(value, f"its {key}")
 
 
 def _provenance(value: Any) -> dict[str, Any]:
-    """Return the fields of a Snapshot that published files lack."""
     if value is None:
         return {}
     given = _dictionary(value, "provenance")

@@ -3,7 +3,6 @@
 docs/file-formats.md describes the keys.
 """
 
-import importlib.metadata
 import json
 import os
 import re
@@ -16,14 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from dnnlib.errors import ConfigError
-from training.snapshot.parts import (
-    Snapshot,
-    build_network,
-    described_snapshot,
-    network_arguments,
-    plain,
-    rebuilt_parts,
-)
+from dnnlib.text import installed_version
+from training.snapshot import parts
+from training.snapshot.parts import Snapshot
 
 FORMAT = "edm2-network"
 VERSION = 1
@@ -61,8 +55,8 @@ def read_safetensors(
         raise ConfigError(f"its network has the class {network and network['class']!r}; known is Precond")
     encoder, loss = (_class_and_arguments(metadata, key) for key in ("encoder", "loss"))
     return Snapshot(
-        net=build_network(network_arguments((), network["arguments"]), tensors, path.stat().st_size),
-        **rebuilt_parts(encoder, loss),
+        net=parts.build_network(parts.network_arguments((), network["arguments"]), tensors, path.stat().st_size),
+        **parts.rebuilt_parts(encoder, loss),
         dataset_kwargs=_entry(metadata, "dataset_kwargs", dict),
         nimg=_entry(metadata, "nimg", int),
         ema_std=_entry(metadata, "ema_std", float),
@@ -72,7 +66,8 @@ def read_safetensors(
 
 def write_safetensors(path: Path, snapshot: Snapshot) -> None:
     """Write the parts to `path`. Raises OSError."""
-    entries = described_snapshot(snapshot) | {"written_by": f"edm2 {_own_version()}, torch {torch.__version__}"}
+    written_by = f"edm2 {installed_version('edm2') or 'checkout'}, torch {torch.__version__}"
+    entries = parts.described_snapshot(snapshot) | {"written_by": written_by}
     metadata = {key: json.dumps(value, sort_keys=True) for key, value in entries.items()}
     metadata |= {"format": FORMAT, "format_version": str(VERSION)}
     try:
@@ -91,24 +86,16 @@ def _copied(file: Any, name: str, device: torch.device) -> torch.Tensor:
 
 
 def _shape(file: Any, name: str) -> torch.Tensor:
-    """Return a tensor like `name` on the meta device."""
     part = file.get_slice(name)
     if part.get_dtype() not in _DTYPES:
         raise ConfigError(f"tensor {name} has dtype {part.get_dtype()}; floating-point numbers are needed")
     return torch.empty(part.get_shape(), dtype=_DTYPES[part.get_dtype()], device="meta")
 
 
-def _own_version() -> str:
-    try:
-        return importlib.metadata.version("edm2")
-    except importlib.metadata.PackageNotFoundError:  # run from a checkout
-        return "checkout"
-
-
 def _entry(metadata: Mapping[str, str], key: str, kind: type) -> Any:
     """Return the JSON value under `key`, None or of type `kind`."""
     try:
-        value = plain(json.loads(metadata.get(key, "null")), f"header entry {key!r}")
+        value = parts.plain(json.loads(metadata.get(key, "null")), f"header entry {key!r}")
     except (ValueError, RecursionError) as error:  # damaged, a number too long, nesting too deep
         raise ConfigError(f"its header entry {key!r} is not JSON: {error}") from error
     if kind is float and type(value) is int:

@@ -45,10 +45,7 @@ class ShardCache:
     def fetch(
         self, file: RemoteFile, keep: Collection[RemoteFile] = (), stopped: Callable[[], bool] = lambda: False
     ) -> Path | None:
-        """Return the path of the file, downloaded if needed; None if `keep` leaves no room for it, or if `stopped`.
-
-        Raises ConfigError if the download fails or the folder cannot be written to.
-        """
+        """Return the path of the file, downloaded if needed; None if `keep` leaves no room for it, or if `stopped`."""
         path = self.path(file)
         if _touch(path):
             return path
@@ -57,7 +54,7 @@ class ShardCache:
             with self._lock(path.name).acquire(poll_interval=_POLL_SEC):
                 if _touch(path):
                     return path
-                part = _part_of(path)
+                part = path.with_name(f".{path.name}.part")
                 try:
                     room = self._reserve(part, file, {self.path(each).name for each in keep}, stopped)
                     if not room or not download(file, part, stopped):
@@ -82,10 +79,7 @@ class ShardCache:
         return filelock.FileLock(self.folder / f".{name}.lock", thread_local=False)
 
     def _reserve(self, part: Path, file: RemoteFile, keep: Collection[str], stopped: Callable[[], bool]) -> bool:
-        """Make room for the file and reserve it with `part`, of the full size; False if `keep` leaves too little room.
-
-        Call with the file's lock held.
-        """
+        """Make room and reserve it by `part`; False if `keep` leaves too little. Call with the file's lock held."""
         if file.size > self.limit:
             raise ConfigError(
                 f"{file.url} has {file.size} bytes, more than --data-cache-size={self.limit}; allow more, or use "
@@ -110,10 +104,7 @@ class ShardCache:
         return False
 
     def _contents(self, own_part: Path) -> tuple[list[tuple[int, Path, int]], int]:
-        """Return each file as (time of last use, path, bytes with its index), and the bytes of all other downloads.
-
-        Removes downloads that killed processes have left behind.
-        """
+        """Return (last use, path, bytes) of each file, and the bytes of downloads; removes abandoned downloads."""
         files: list[tuple[int, Path, int]] = []
         downloading = 0
         for path in self.folder.iterdir():
@@ -129,7 +120,6 @@ class ShardCache:
         return files, downloading
 
     def _clear(self, part: Path) -> bool:
-        """Remove a partial file unless a process is downloading it."""
         try:
             with self._lock(part.name.removeprefix(".").removesuffix(".part")).acquire(timeout=0):
                 part.unlink(missing_ok=True)
@@ -187,12 +177,7 @@ class ReadAhead:
                     self._cache.fetch(file, keep, lambda: self._stopped)
 
 
-def _part_of(path: Path) -> Path:
-    return path.with_name(f".{path.name}.part")
-
-
 def _touch(path: Path) -> bool:
-    """Mark the file as used now; False if it is missing."""
     try:
         os.utime(path)
         return True

@@ -123,10 +123,7 @@ class RemoteReader(io.RawIOBase):
 
 
 def download(file: RemoteFile, dest: Path, stopped: Callable[[], bool] = lambda: False) -> bool:
-    """Write the whole file, in this version, to `dest`; False if `stopped` ended the download early.
-
-    Raises ConfigError if the download fails, OSError if `dest` cannot be written.
-    """
+    """Write this version to `dest`; False if `stopped`. Raises ConfigError, or OSError if `dest` cannot be written."""
     try:
         file.require_unchanged()
         with open(dest, "r+b" if dest.exists() else "wb") as out:
@@ -142,7 +139,6 @@ def download(file: RemoteFile, dest: Path, stopped: Callable[[], bool] = lambda:
 
 
 def _read(file: RemoteFile, begin: int, end: int) -> Iterator[bytes]:
-    """Yield bytes `begin` to `end` - 1 in pieces."""
     while begin < end:
         stop = min(begin + _CHUNK_BYTES, end)
         data = _retrying(lambda first=begin, last=stop: _read_range(file, first, last), file.url)  # type: ignore[misc]

@@ -203,7 +203,6 @@ def load_index(file: RemoteFile, path: Path) -> ShardIndex | None:
 
 
 def _is_sound(index: ShardIndex) -> bool:
-    """Return whether the parts of a stored index fit each other and the file."""
     labels, tar = index.labels, index.tar
     if labels is not None:
         kind = (np.dtype(np.int64), 1) if labels.ndim == 1 else (np.dtype(np.float32), 2)

@@ -84,7 +84,6 @@ class StreamedDataset(ImageDataset):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """State for another process, which opens shards itself."""
         return {**super().__getstate__(), "_opened": {}}
 
     @contextmanager
@@ -150,7 +149,6 @@ class StreamedDataset(ImageDataset):
             )
 
     def _locate(self, raw_idx: int) -> tuple[int, int]:
-        """Return the shard of a stored image, and its number within the shard."""
         shard = bisect.bisect_right(self._ends, raw_idx)
         return shard, raw_idx - (self._ends[shard - 1] if shard else 0)
 
@@ -180,11 +178,14 @@ class StreamedDataset(ImageDataset):
         """Return a shard that is in the cache, and the rows of its images."""
         opened = self._opened.pop(shard, None)
         if opened is None:
-            self._close_unused()
+            # Close shards used long ago, and those removed from the cache, which occupy the disk while they are open.
+            for other, (files, _) in list(self._opened.items()):
+                if len(self._opened) >= self._most_open or not files.path.exists():
+                    self._opened.pop(other, None)
             file = self.shards[shard]
             path = self.shard_cache.path(file)
             if suffix_of(file.url) == ".tar":
-                files: Files = TarFiles(path, load_table(file, self._index_folder))
+                files = TarFiles(path, load_table(file, self._index_folder))
             else:
                 files = ZipFiles(path)
             rows = np.array([row for row, name in enumerate(files.names) if is_item(name)], dtype=np.int64)
@@ -193,12 +194,6 @@ class StreamedDataset(ImageDataset):
             opened = files, rows
         self._opened[shard] = opened
         return opened
-
-    def _close_unused(self) -> None:
-        """Close shards used long ago, and those removed from the cache, which occupy the disk while they are open."""
-        for shard, (files, _) in list(self._opened.items()):
-            if len(self._opened) >= self._most_open or not files.path.exists():
-                self._opened.pop(shard, None)
 
 
 def expand_url(url: str) -> list[str]:

@@ -82,10 +82,7 @@ class Mixture:
         return index.reshape(x.shape[:-1])
 
     def sample(
-        self,
-        shape: int | Sequence[int],
-        sigma: float | torch.Tensor = 0,
-        generator: torch.Generator | None = None,
+        self, shape: int | Sequence[int], sigma: float | torch.Tensor = 0, generator: torch.Generator | None = None
     ) -> torch.Tensor:
         """Draw points [*shape, 2]: first an integer for each, which selects its component, then two normal numbers."""
         shape = [shape] if isinstance(shape, int) else list(shape)
@@ -108,7 +105,7 @@ class Mixture:
         branches = [self._tensor(value, x.dtype) for value in values]
         size = _CHUNK if x.device.type == "cpu" else _CHUNK_GPU
         chunks = zip(x.reshape(-1, 2).split(size), level.split(size), strict=True)
-        return torch.cat([evaluate(_Parts(*chunk, *branches)) for chunk in chunks])
+        return torch.cat([evaluate(_Parts(*chunk, branches)) for chunk in chunks])
 
 
 class _Parts:
@@ -118,16 +115,8 @@ class _Parts:
     therefore a parabola in t, whose [N, B] coefficients are computed once per branch and not T times.
     """
 
-    def __init__(
-        self,
-        x: torch.Tensor,
-        sigma: torch.Tensor,
-        center: torch.Tensor,
-        extent: torch.Tensor,
-        covariance: torch.Tensor,
-        log_weight: torch.Tensor,
-        steps: torch.Tensor,
-    ) -> None:
+    def __init__(self, x: torch.Tensor, sigma: torch.Tensor, branches: Sequence[torch.Tensor]) -> None:
+        center, extent, covariance, log_weight, self.steps = branches
         variance = sigma.square()[:, None]
         s11, s12, s22 = covariance[:, 0, 0] + variance, covariance[:, 0, 1], covariance[:, 1, 1] + variance
         det = s11 * s22 - s12.square()
@@ -139,7 +128,6 @@ class _Parts:
         self.offset = log_weight - math.log(2 * math.pi) - (det.log() + dx * self.dx + dy * self.dy) / 2
         self.cross = dx * self.ex + dy * self.ey
         self.curvature = ex * self.ex + ey * self.ey
-        self.steps = steps
 
     def log_terms(self) -> torch.Tensor:
         """Logarithm of each component's share of the density, [N, T, B]: many branches innermost, since T is small."""
@@ -164,10 +152,7 @@ def gt(
     origin: Sequence[float] = (0.0030, 0.0325),
     scale: Sequence[float] = (1.3136, 1.3844),
 ) -> Mixture:
-    """The true distribution of the classes 'A', 'B' or 'AB'. Raises ConfigError for others.
-
-    Class B alone is the same as together with class A.
-    """
+    """The true distribution of 'A', 'B' or 'AB', where B is the same as alone. Raises ConfigError for other classes."""
     if not classes or any(name not in CLASSES for name in classes) or len(set(classes)) < len(classes):
         raise ConfigError(f"unknown classes={classes!r} of the toy example; use A, B or AB")
     rng = np.random.RandomState(seed)

@@ -97,10 +97,7 @@ def density_threshold(truth: Mixture) -> float:
 
 
 def fidelity(truth: Mixture, samples: torch.Tensor, threshold: float | None = None) -> Fidelity:
-    """Measure `samples` [N, 2]. A sample on the tree hits the component that most likely generated it.
-
-    `threshold` is `density_threshold(truth)`, for callers that need it several times.
-    """
+    """Measure `samples` [N, 2]; each on the tree hits its likeliest component. `threshold`: see `density_threshold`."""
     threshold = density_threshold(truth) if threshold is None else threshold
     on_tree = truth.logp(samples) >= threshold
     hit = truth.component(samples[on_tree]).unique()

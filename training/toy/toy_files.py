@@ -51,10 +51,7 @@ def load_toy_model(source: str | os.PathLike[str], *, device: torch.device | str
 
 
 def save_toy_model(net: ToyModel, path: str | os.PathLike[str], *, info: Mapping[str, Any] | None = None) -> None:
-    """Write the network to `path`, whole or not at all, in the format of its suffix.
-
-    Parameters stay float32. Only .safetensors files keep `info`, a mapping of plain values.
-    """
+    """Write the network atomically, in the format of the suffix, as float32; only .safetensors files keep `info`."""
     path = Path(path)
     if path.suffix not in (".pkl", ".safetensors"):
         raise ConfigError(f"{path} lacks the suffix of a network file; use .pkl or .safetensors")
@@ -74,7 +71,6 @@ def save_toy_model(net: ToyModel, path: str | os.PathLike[str], *, info: Mapping
 
 
 def _parts_of(tree: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Constructor arguments and tensors from the inert tree of a pickle."""
     if not isinstance(tree, StoredObject):
         raise ConfigError("this is not a toy network, which is pickled by itself; was a network for images given?")
     if tree.class_name != ToyModel.__name__:

@@ -1,8 +1,4 @@
-"""Figure of the toy example: the effect of guidance on samples, densities and trajectories (Figures 1 and 2).
-
-`compare` computes, `draw_comparison` and `draw_progress` draw on a matplotlib Figure, and `FigureOutput` shows it or
-writes it to a file.
-"""
+"""Figure of the toy example: the effect of guidance on samples, densities and trajectories (Figures 1 and 2)."""
 
 import math
 from dataclasses import dataclass
@@ -25,11 +21,6 @@ class View:
 
     center: tuple[float, float]
     half_size: float
-
-    def extent(self) -> tuple[float, float, float, float]:
-        """Left, right, bottom, top."""
-        (x, y), half = self.center, self.half_size
-        return x - half, x + half, y - half, y + half
 
     def grid(self, num: int, device: torch.device) -> torch.Tensor:
         """Centers [num, num, 2] of the cells, rows from bottom to top."""
@@ -100,7 +91,7 @@ def draw_comparison(figure: Any, result: Comparison) -> None:
         _prepare(ax, WIDE, f"{title}{share}")
         for classes, color in (("B", _COLOR_B), ("A", _COLOR_A)):
             _outline(ax, gt(classes, result.truth.device), WIDE, color)
-        _dots(ax, result.samples[name])
+        ax.plot(*result.samples[name].cpu().numpy().T, ".", markersize=1, color="black", markeredgewidth=0)
     for row, name in enumerate(("unguided", "guided")):
         ax = axes[row, 3]
         _prepare(ax, CLOSE_UP, f"Trajectories, {titles[name][0].lower()}{titles[name][1:]}")
@@ -125,8 +116,8 @@ def draw_progress(figure: Any, truth: Mixture, net: ToyModel, title: str) -> Non
 
 
 def _prepare(ax: Any, view: View, title: str) -> None:
-    left, right, bottom, top = view.extent()
-    ax.set(xlim=(left, right), ylim=(bottom, top), aspect="equal", xticks=[], yticks=[])
+    (x, y), half = view.center, view.half_size
+    ax.set(xlim=(x - half, x + half), ylim=(y - half, y + half), aspect="equal", xticks=[], yticks=[])
     ax.set_title(title, fontsize=10)
 
 
@@ -139,10 +130,6 @@ def _outline(ax: Any, truth: Mixture, view: View, color: str) -> None:
     x, y = points.cpu().unbind(2)
     excess = (truth.logp(points, sigma) - level).cpu()
     ax.contourf(x.numpy(), y.numpy(), excess.numpy(), levels=[0, math.inf], colors=[color], alpha=0.25)
-
-
-def _dots(ax: Any, points: torch.Tensor) -> None:
-    ax.plot(*points.cpu().numpy().T, ".", markersize=1, color="black", markeredgewidth=0)
 
 
 def _paths(ax: Any, trajectories: torch.Tensor) -> None:
@@ -194,10 +181,7 @@ def _device_of(density: Any) -> torch.device:
 
 
 class FigureOutput:
-    """A matplotlib figure in a window, or in the file `save`; without a display, in the file `default`.
-
-    Raises ConfigError if matplotlib cannot open a window or cannot write files with that suffix.
-    """
+    """A matplotlib figure in a window or in `save`; without a display in `default`. Raises ConfigError if it fails."""
 
     def __init__(self, size: tuple[float, float], *, save: Path | None, default: Path) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

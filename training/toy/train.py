@@ -53,12 +53,7 @@ class ToyRun:
     """One training run, as a sequence of one ToyStep per iteration. Without `outdir` it writes no files."""
 
     def __init__(
-        self,
-        config: ToyConfig,
-        outdir: Path | None = None,
-        *,
-        device: torch.device | str = "cpu",
-        suffix: str = ".pkl",
+        self, config: ToyConfig, outdir: Path | None = None, *, device: torch.device | str = "cpu", suffix: str = ".pkl"
     ) -> None:
         self.config = config
         self.outdir = outdir
@@ -87,9 +82,8 @@ class ToyRun:
             loss.backward()
             optimizer.step()
             ema.update(index + 1, 1)
-            average: Any = None
-            if (index + 1) % config.snapshot == 0 or index + 1 == config.num_iters:
-                ((average, _),) = ema.get()
+            writes = (index + 1) % config.snapshot == 0 or index + 1 == config.num_iters
+            average: Any = ema.get()[0][0] if writes else None
             path = None if average is None else self._save(average, index + 1)
             yield ToyStep(iteration=index + 1, loss=loss.detach(), net=average, path=path)
 
