@@ -144,3 +144,13 @@ def test_whatever_a_test_starts_has_a_time_limit():
             if (starts and not limited) or (waits and not (limited or call.args)):
                 unlimited.append(f"{path.relative_to(ROOT)}:{call.lineno}: {ast.unparse(call)[:80]}")
     assert not unlimited
+
+
+def test_what_several_tests_use_lies_in_helpers():
+    """A test module imports from no other, apart from the measures in this folder."""
+    found = []
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        names = {node.module or "" for node in ast.walk(ast.parse(read(path))) if isinstance(node, ast.ImportFrom)}
+        others = {name for name in names if name.startswith("tests.") and not name.startswith("tests.helpers")}
+        found += [f"{path.relative_to(ROOT)}: {name}" for name in sorted(others - {"tests.test_layers"})]
+    assert not found

@@ -1,20 +1,27 @@
 """Writing in the background: order, full disks, failures, ends; copies in the host's memory."""
 
 import errno
+import gc
+import io
 import subprocess
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from dnnlib.atomic import LineFile
-from dnnlib.background import BackgroundWriter, Write
+from dnnlib.background import BackgroundWriter, Write, map_in_order
 from dnnlib.disk import DiskFull
 from dnnlib.errors import ConfigError
 from dnnlib.text import format_bytes
 from tests.helpers.paths import ROOT
+from torch_utils.checkpoints import host_copy
 from torch_utils.checkpoints.host_copy import HostCopy, on_host
 
 
@@ -126,13 +133,56 @@ def test_a_copy_is_of_its_moment_and_its_memory_is_used_again():
     reserved.reserve(data)
     assert reserved._reserving is not None
     reserved._reserving.join()
-    places = [buffer.data_ptr() for buffer in reserved._buffers]
+    places = [view.data_ptr() for view, _ in reserved._buffers]
     reserved.take(data)
-    assert places == [buffer.data_ptr() for buffer in reserved._buffers]
+    assert places == [view.data_ptr() for view, _ in reserved._buffers]
     half = HostCopy().take(dict(net.state_dict()), dtype=torch.float16)
     assert torch.equal(half["weight"], net.weight.detach().half())
     other = copy.take([torch.zeros(5), torch.ones(7, dtype=torch.int64)])
     assert torch.equal(other[0], torch.zeros(5)) and torch.equal(other[1], torch.ones(7, dtype=torch.int64))
+
+
+def test_copies_share_a_few_slabs_and_are_stored_one_by_one(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(host_copy, "_SLAB_BYTES", 1024)
+    allocated: list[int] = []
+    real = torch.empty
+
+    def empty(size: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        allocated.append(size)
+        return real(size, *args, **kwargs)
+
+    monkeypatch.setattr(host_copy.torch, "empty", empty)
+    data = {n: torch.randn(n) for n in (100, 130, 300, 0, 4, 60)} | {
+        "half": torch.randn(3, 5).half(),
+        "one": torch.ones([]),
+    }
+    copy = HostCopy()
+    taken = copy.take(data)
+    assert allocated == [448 + 576, 1216, 64 + 256 + 64 + 64]  # for 400 and 520 bytes; 1200; 16, 240, 30 and 4
+    for key, value in data.items():
+        assert torch.equal(taken[key], value)
+        assert taken[key].untyped_storage().nbytes() == value.nbytes
+    files = [io.BytesIO(), io.BytesIO()]
+    for file, content in zip(files, (taken, data), strict=True):
+        torch.save(content, file)
+    assert files[0].getvalue() == files[1].getvalue()
+
+
+def test_memory_that_a_gpu_still_writes_to_is_not_dropped():
+    """The event of the last copy comes before the end of its slab; a copy that is held outlives its HostCopy."""
+    copy = HostCopy()
+    first = copy.take([torch.arange(5.0)])
+    assert copy._buffers[0][0].untyped_storage()._cdata != first[0].untyped_storage()._cdata
+    waited = []
+    copy._copied = SimpleNamespace(synchronize=lambda: waited.append(len(copy._buffers)))
+    copy.take([torch.arange(5.0) + 1])
+    assert waited == [] and first[0].tolist() == [1, 2, 3, 4, 5]  # into the same memory, in the GPU's order
+    copy._copied = SimpleNamespace(synchronize=lambda: waited.append(len(copy._buffers)))
+    copy.take([torch.arange(6.0)])
+    assert waited == [1]
+    gc.collect()
+    other = torch.full([5], 9.0)
+    assert first[0].tolist() == [1, 2, 3, 4, 5] and other.data_ptr() != first[0].data_ptr()
 
 
 @pytest.mark.gpu
@@ -200,3 +250,24 @@ def test_lines_are_appended_whole_or_not_at_all(tmp_path: Path, monkeypatch, roo
 
 def test_sizes_are_told_in_units():
     assert [format_bytes(n) for n in (999, 12_345, 2_510_000_000)] == ["999 bytes", "12.3 kB", "2.51 GB"]
+
+
+def test_results_come_in_order_and_few_are_computed_ahead():
+    started = []
+
+    def double(number):
+        started.append(number)
+        return 2 * number
+
+    for index, number in enumerate(map_in_order(ThreadPoolExecutor(1), double, iter(range(20)), max_pending=4)):
+        assert number == 2 * index
+        time.sleep(0.002)
+        assert len(started) <= index + 4
+    assert started == list(range(20))
+
+
+def test_an_error_ahead_is_raised_where_the_item_is_due():
+    numbers = map_in_order(ThreadPoolExecutor(1), lambda number: 1 // number, [1, 1, 0, 1], max_pending=4)
+    assert [next(numbers), next(numbers)] == [1, 1]
+    with pytest.raises(ZeroDivisionError):
+        next(numbers)

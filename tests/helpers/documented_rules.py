@@ -18,7 +18,7 @@ class Rule:
     put: str = ""  # options in place of the documented ones, or in addition
     instead: str = ""  # options in place of the documented ones, where these are given
     replace: tuple[str, str] | None = None  # (regular expression, replacement) in every word
-    processes: int = 1  # of a torchrun that is really started; with 1 its script is run in this process
+    processes: int = 1  # of a run that torchrun starts; with 1 its script is run in this process
 
     def fits(self, command: str) -> bool:
         """Whether the rule is for this command."""
@@ -47,6 +47,10 @@ RULES = [
     Rule(of=r"dataset_tool\.py convert.*mine\.zip", put="--resolution=32x32"),
     Rule(of=r"train_edm2\.py.*--preset=small", put="--batch=8 --duration=16 --snapshot=8 --attn-resolutions=16"),
     Rule(of=r"train_edm2\.py.*--preset=fashion(?!.*(--init|--data))", put="--data=tiny/pictures.zip"),
+    Rule(
+        of=r"train_edm2\.py.*--data=datasets/fashion",
+        replace=(r"^--data=datasets/fashion.*$", "--data=tiny/pictures.zip"),
+    ),
     Rule(of=r"train_edm2\.py.*--encode-on-the-fly", put="--batch=4 --duration=8 --snapshot=0 --attn-resolutions=8"),
     Rule(of=r"train_edm2\.py.*--init", put="--batch=4 --duration=8"),
     Rule(
@@ -75,6 +79,7 @@ NOT_RUN = {
     r"^(pip|\S*python -m pip) ": "installs packages",
     r"^docker ": "needs docker",
     r"^rclone ": "fetches gigabytes",
+    r"^(df|gcc|python -c) ": "shows what a machine has",
     r"^python explore\.py": "a server; tests/edm2/explorer/test_explore_page.py runs it in a browser",
     r"^tensorboard ": "a server that runs until it is stopped",
     r"^(OMP_NUM_THREADS=1 )?python -m benchmarks\.": "minutes; benchmarks are not tests",

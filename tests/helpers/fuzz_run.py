@@ -6,6 +6,7 @@ python -m tests.helpers.fuzz_run 17 18             # one of them
 
 import codecs
 import faulthandler
+import importlib
 import json
 import random
 import shutil
@@ -39,7 +40,8 @@ def main(first: int, last: int) -> None:
         place = Path(name)
         (place / "made").mkdir()
         known = subjects(place / "made")
-        # Much is imported at the first use.
+        # Much is imported at the first use: by the readers, and by the judges, which build networks on the meta device.
+        importlib.import_module("torch._dynamo")
         originals = {name: _in_folder(place, each.files, each, strict=False) for name, each in known.items()}
         _limit_space()
         for seed in range(first, last):

@@ -2,11 +2,14 @@
 
 import json
 from datetime import UTC, datetime
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from edm2.report.document import render
+from edm2.report.record import read_run
 from tests.helpers.tiny import tiny_config
 from training.images.sheet import write_sheet
 
@@ -88,3 +91,41 @@ def write_run(folder: Path) -> Path:
     record = {"format": "edm2-sweep", "format_version": 1, "settings": {"num_images": 500}, "points": points}
     (folder / "sweep.json").write_text(json.dumps(record))
     return folder
+
+
+class Page(HTMLParser):
+    """What a page is made of."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.texts: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: Any) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open[-1:] != ["style"]:
+            self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+
+def page_of(folder: Path, *sweeps: Path) -> tuple[str, Page]:
+    """The report of a run, and what it is made of."""
+    text = render(read_run(folder, sweeps), now=NOW)
+    return text, Page(text)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from training.metrics.detectors import DetectorOutput
+from training.metrics.detectors.common import DetectorOutput
 
 NUM_FEATURES = 12
 NUM_CLASSES = 20

@@ -1,5 +1,6 @@
 """The command line of train_edm2.py: what it prints and writes, and how it refuses."""
 
+import dataclasses
 import json
 import os
 import re
@@ -9,40 +10,28 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-import dnnlib.cli
-import train_edm2 as script
+from edm2 import run_log
 from tests.helpers.paths import GOLDEN_DIR
+from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import assert_close, assert_same_state, write_dataset
+from tests.helpers.train_command import SHORT, TINY, printed_options, run
 from torch_utils.checkpoints.checkpoint import load_checkpoint
+from torch_utils.distributed import World
+from training.config import TrainingConfig
 from training.dataset import ImageFolderDataset
 from training.presets import REPOSITORY_DIR
-
-TINY = ["--preset=edm2-img64-s", "--device=cpu", "--channels=4", "--channel-mult=1,2", "--num-blocks=1", "--rampup=0"]
-SHORT = [*TINY, "--batch=8", "--duration=32"]
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_dataset(tmp_path_factory.mktemp("data") / "data.zip")
-
-
-def run(*args: Any) -> int:
-    try:
-        dnnlib.cli.main(script.train_edm2, [str(arg) for arg in args])
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
-
-
-def printed_options(text: str) -> dict[str, Any]:
-    options: dict[str, Any] = json.JSONDecoder().raw_decode(text, text.index("{"))[0]
-    return options
 
 
 def test_a_run_writes_its_options_log_statistics_snapshots_and_checkpoints(data, tmp_path, capsys):
@@ -393,17 +382,8 @@ def test_a_killed_run_continues_to_the_same_end(data, tmp_path):
 def test_two_processes_agree_with_one(data, tmp_path):
     args = [*TINY, f"--data={data}", "--batch=16", "--duration=48", "--status=16", "--checkpoint=48", "--snapshot=0"]
     args += ["--balance", "--label-dropout=0.5"]  # drawn for positions, as data order and noise are
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    two = subprocess.run(
-        [sys.executable, *launcher, *command(*args, "--batch-gpu=4", f"--outdir={tmp_path / 'two'}")],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert two.returncode == 0, two.stderr
-    assert two.stdout.count("Training for 3 iterations on 2 process(es)") == 1
+    two = run_ranks("train_edm2.py", *args, "--batch-gpu=4", f"--outdir={tmp_path / 'two'}")
+    assert two.count("Training for 3 iterations on 2 process(es)") == 1
     assert run(*args, f"--outdir={tmp_path / 'one'}") == 0
     stats = [
         [json.loads(line)["Loss/loss"] for line in (tmp_path / name / "stats.jsonl").read_text().splitlines()]
@@ -414,3 +394,22 @@ def test_two_processes_agree_with_one(data, tmp_path):
     assert one.keys() == pair.keys()
     for name, value in one.items():
         assert_close(pair[name], value, 1e-5, name)
+
+
+@pytest.mark.parametrize("missing", [None, "no compiler was found"])
+def test_what_compiling_takes_is_said_before_it_begins(missing: str | None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("edm2.run_log.missing_compiler", lambda device: missing)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "there")
+    unet = SimpleNamespace(enc=range(17), dec=range(20))
+    run: Any = SimpleNamespace(
+        config=dataclasses.replace(TrainingConfig(data="none"), compile=True),
+        world=World(),
+        state=SimpleNamespace(net=SimpleNamespace(unet=unet)),
+    )
+    (line,) = run_log._compile_notes(run)
+    if missing is None:
+        assert line.startswith("Compiling 37 blocks in the first iteration: about 7 min") and line.endswith(" there.")
+    else:
+        assert line == "The network is not compiled, and several times slower: no compiler was found."
+    run.config = dataclasses.replace(run.config, compile=None)
+    assert list(run_log._compile_notes(run)) == []

@@ -5,6 +5,7 @@ import json
 import math
 
 import pytest
+import torch
 
 from dnnlib.errors import ConfigError
 from dnnlib.fields import option_name
@@ -155,7 +156,15 @@ def test_every_field_is_an_option_or_one_of_these():
     parts = (TrainingConfig, NetworkConfig, MetricsConfig, SamplesConfig)
     fields = [(part, item) for part in parts for item in dataclasses.fields(part)]
     without = {item.name for _, item in fields if item.metadata.get("help") is None}
-    assert without == {"vae", "network", "metrics", "samples", "channels_per_head", "weights"}
+    assert without == {"vae", "encoder_precision", "network", "metrics", "samples", "channels_per_head", "weights"}
     names = [option_name(part, item) for part, item in fields if item.name not in without]
     known = {name.removeprefix("--") for option in train_edm2.params for name in option.opts}
     assert len(set(names)) == len(names) and set(names) <= known
+
+
+def test_a_run_compiles_only_where_a_compiler_is_found(monkeypatch: pytest.MonkeyPatch):
+    config, gpu = CONFIG, torch.device("cuda")
+    for missing in (None, "no compiler was found"):
+        monkeypatch.setattr("training.config.missing_compiler", lambda device, missing=missing: missing)
+        assert config.compiles_on(gpu) == (missing is None) and config.asks_to_compile_on(gpu)
+        assert not config.compiles_on(torch.device("cpu"))

@@ -85,6 +85,15 @@ def test_products_are_those_of_the_layers_shapes():
     assert all(not parameter.is_meta for parameter in net.parameters())
 
 
+def test_only_products_count_against_a_matrix_rate():
+    with torch.device("meta"):
+        count = count_flops(Precond(8, 3, 3, model_channels=8, channel_mult=[1], num_blocks=1, attn_resolutions=[8],
+                                    channels_per_head=8))  # fmt: skip
+    by_kind = count.by_operation
+    products = by_kind["convolution"] + by_kind["attention"] + by_kind["fully connected"]
+    assert count.matrix_flops == products < count.total_flops
+
+
 def test_a_whole_run_adds_up():
     net, guide = network_of(str(GOLDEN_DIR / "snapshots" / "rgb-cond.pkl")), network_of("fashion")
     one, other = (count_flops(network).total_flops for network in (net, guide))

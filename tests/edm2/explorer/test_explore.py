@@ -21,6 +21,7 @@ from edm2.explorer.grids import Explorer, Film, Grid, Pair, Progress, generate_f
 from edm2.explorer.networks import BoundedCache, Loading, Networks, RunSnapshots
 from edm2.explorer.setting import Setting, commands_for
 from tests.helpers.paths import GOLDEN_DIR
+from torch_utils import cuda
 from training.images.png import encode_png
 from training.images.png_files import read_png
 from training.sampling.options import HeunOptions, SamplerOptions
@@ -265,6 +266,18 @@ def test_a_network_beyond_the_bound_is_used_but_not_cached():
     networks = Networks(torch.device("cpu"), max_bytes=1000)
     grid = last(generate_grid(small(), networks))
     assert len(networks.cache) == 0 and any("--cache-size" in note for note in grid.notes)
+
+
+def test_on_a_gpu_the_number_of_networks_is_bounded():
+    """Their graphs take memory that --cache-size does not count, and a stream each."""
+    assert Networks(torch.device("cpu")).cache.max_values is None
+    bound = Networks(torch.device("cuda")).cache.max_values
+    assert bound is not None
+    cache = BoundedCache(100, bound)
+    for number in range(20):
+        cache.put(number, number, 1)
+    assert (len(cache), cache.num_bytes, cache.get(19), cache.get(19 - bound)) == (bound, bound, 19, None)
+    assert bound * cuda._MAX_RECORDINGS < cuda._POOL_SIZE
 
 
 def test_the_cache_counts_its_bytes_right_from_many_threads():

@@ -6,7 +6,6 @@ import json
 import math
 import re
 import shlex
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -22,54 +21,24 @@ import generate_images
 import reconstruct_phema
 import report as script
 from edm2.report.chart import HEIGHT, WIDTH, Chart, Line, Point, begins_outside, smooth, svg, thin
-from edm2.report.document import render
 from edm2.report.next_commands import commands_for
 from edm2.report.record import Series, read_run, read_stats
 from edm2.report.sample_grids import MAX_EARLIER, earlier_images, newest_image, spread, strip_of
-from tests.helpers.report_run import COMMAND, NOW, gray_of, stats_line, write_grid, write_run, write_stats
+from tests.helpers.report_run import (
+    COMMAND,
+    gray_of,
+    page_of,
+    stats_line,
+    write_grid,
+    write_run,
+    write_stats,
+)
 from tests.helpers.tiny import tiny_config, train, write_dataset
 from torch_utils.distributed import World
 from training.config import SamplesConfig
 from training.run.run_folder import RunFolder
 from training.run.session import record_session
 from training.training_loop import TrainingRun
-
-
-class Page(HTMLParser):
-    """What a page is made of."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[str] = []
-        self.texts: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: Any) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "img"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: Any) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open[-1:] != ["style"]:
-            self.texts.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.texts).split())
-
-
-def page_of(folder: Path, *sweeps: Path) -> tuple[str, Page]:
-    text = render(read_run(folder, sweeps), now=NOW)
-    return text, Page(text)
 
 
 def test_a_page_shows_the_run_and_brings_everything_with_it(tmp_path):
@@ -298,7 +267,7 @@ def test_a_large_run_has_a_page_of_bounded_size(tmp_path):
 
 
 def purposes(folder: Path) -> dict[str, str]:
-    return {command.purpose: command.text for command in commands_for(read_run(folder))}
+    return dict(commands_for(read_run(folder)))
 
 
 def test_the_commands_continue_from_the_run(tmp_path, monkeypatch):

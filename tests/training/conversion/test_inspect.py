@@ -166,7 +166,8 @@ def test_the_command_says_by_its_exit_code(sound, tmp_path):
 
     result = run(sound, "--json", tmp_path / "r.json", "--grid", tmp_path / "new" / "g.png")
     assert result.exit_code == 0
-    assert json.loads((tmp_path / "r.json").read_text())["accepted"] is True
+    record = json.loads((tmp_path / "r.json").read_text())
+    assert (record["accepted"], record["kind"]) == (True, "pictures")
     with PIL.Image.open(tmp_path / "new" / "g.png") as sheet:
         assert sheet.size == (8 * 10 + 2, 12)
     assert run(write(tmp_path / "bad.zip", {"a.png": b"?"})).exit_code == 1

@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -18,7 +16,7 @@ import dataset_tool
 import train_edm2
 from dnnlib.errors import ConfigError
 from tests.helpers.killed import killed_at_replace, needs_sigkill
-from tests.helpers.paths import ROOT
+from tests.helpers.ranks import run_ranks
 from torch_utils.distributed import World
 from training.conversion import transcode
 from training.conversion.transcode import Transcoding, own_encoder
@@ -303,6 +301,49 @@ def test_decoding_differently_is_other_work(vae, images, tmp_path, small_chunks)
     assert sum(step.num_images for step in work()) == 20
 
 
+def test_encoding_in_another_precision_is_other_work(vae, images, tmp_path, small_chunks):
+    dataset = ImageFolderDataset(images)
+
+    def work(**precision):
+        encoder = vae_encoder(dataset, vae, batch_size=4).with_encoder(**precision)
+        place = {"source_path": images, "world": World()}
+        return Transcoding(dataset, tmp_path / "z.zip", encoder, to_latents=True, **place)
+
+    steps = iter(work())
+    next(steps)
+    steps.close()
+    with pytest.raises(ConfigError, match="unfinished work of another command"):
+        list(work(tf32=False))
+    assert sum(step.num_images for step in work(tf32=True)) == 20
+
+
+def test_on_a_cpu_the_encoders_precision_changes_no_byte(vae, images, tmp_path):
+    for name, words in (("a", []), ("b", ["--encoder-precision=fp32"]), ("c", ["--encoder-precision=tf32"])):
+        run("encode", "--source", images, "--dest", tmp_path / f"{name}.zip", "--model-url", vae, *words)
+    pixels = [ImageFolderDataset(tmp_path / f"{name}.zip").read_batch(range(20))[0] for name in "abc"]
+    assert np.array_equal(pixels[0], pixels[1]) and np.array_equal(pixels[0], pixels[2])
+
+
+@pytest.mark.parametrize(
+    ("device", "num", "to_latents", "compiled"),
+    [
+        ("cuda", 10**6, True, (True, False)),
+        ("cuda", 10**6, False, (False, True)),
+        ("cuda", 1000, True, (False, False)),
+        ("cpu", 10**6, True, (False, False)),
+    ],
+)
+def test_the_vae_is_compiled_for_many_images_on_a_gpu(vae, monkeypatch, device, num, to_latents, compiled):
+    monkeypatch.setattr(transcode, "missing_compiler", lambda device: None)
+    monkeypatch.setattr(transcode, "keep_compiled_code", lambda: None)
+    told = []
+    world = World(device=torch.device(device))
+    encoder = StabilityVAEEncoder(vae).with_encoder(tf32=False)
+    made = transcode.compiled_for(encoder, num, world, to_latents=to_latents, announce=told.append)
+    assert (made._encoder_compile, made._decoder_compile) == compiled and not made._encoder_tf32
+    assert len(told) == any(compiled)
+
+
 def test_fewer_shards_than_before_remain(vae, images, tmp_path):
     command = ["encode", "--source", images, "--dest", tmp_path / "z.zip", "--model-url", vae]
     run(*command, "--shards=4")
@@ -364,15 +405,8 @@ def test_damaged_work_is_computed_again(vae, images, tmp_path, small_chunks):
 @pytest.mark.slow
 def test_two_processes_write_what_one_writes(vae, images, tmp_path):
     command = ["encode", f"--source={images}", f"--model-url={vae}", "--batch=4", "--device=cpu", "--shards=2"]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     run(*command, "--dest", tmp_path / "one.zip")
-    subprocess.run(
-        [sys.executable, *launcher, ROOT / "dataset_tool.py", *command, f"--dest={tmp_path / 'two.zip'}"],
-        check=True,
-        capture_output=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=120,
-    )
+    run_ranks("dataset_tool.py", *command, f"--dest={tmp_path / 'two.zip'}")
     for number in range(2):
         first, second = (tmp_path / f"{name}-{number:05d}.zip" for name in ("one", "two"))
         assert first.read_bytes() == second.read_bytes()
@@ -400,10 +434,22 @@ def test_encode_train_generate_decode(vae, images, tmp_path):
     assert batch.images.shape == (3, 3, 32, 32) and batch.images.dtype == torch.uint8
 
 
-def test_training_encodes_pixels_as_it_goes(vae, images, tmp_path):
+def test_training_encodes_pixels_as_it_goes(vae, images, tmp_path, monkeypatch):
     """From the same statistics, a run that encodes on the fly learns what one on encoded data learns."""
     run("encode", "--source", images, "--dest", tmp_path / "z.zip", "--model-url", vae)
     train("--data", tmp_path / "z.zip", "--outdir", tmp_path / "stored")
+    precisions = []
+    load = StabilityVAEEncoder.init
+
+    def noted(encoder, device):
+        precisions.append(encoder._encoder_tf32)
+        load(encoder, device)
+
+    monkeypatch.setattr(StabilityVAEEncoder, "init", noted)
+    options = ["--encode-on-the-fly", "--encoder-precision=fp32", "--model-url", vae]
+    train("--data", images, "--outdir", tmp_path / "exact", *options)
+    assert precisions and set(precisions) == {False}  # while the statistics are measured, too
+    monkeypatch.undo()
     output = train("--data", images, "--outdir", tmp_path / "fly", "--encode-on-the-fly", "--model-url", vae)
     assert f"8x8, 3 channels by {vae}" in output
     nets = []
@@ -476,6 +522,7 @@ def test_bad_input_ends_in_one_line_and_writes_nothing(vae, images, tmp_path):
         (["--data", tmp_path / "z.zip", "--encode-on-the-fly"], "holds latents already"),
         (["--data", odd, "--cond=False"], "24x24, not a power of two"),
         (["--data", images, "--model-url", vae], "needs --encode-on-the-fly"),
+        (["--data", images, "--encoder-precision=fp32"], "--encoder-precision=fp32 needs --encode-on-the-fly"),
     ]:
         with pytest.raises(ConfigError, match=message):
             train("--outdir", tmp_path / "run", *args)

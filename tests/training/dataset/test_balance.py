@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.edm2.report.test_report import page_of
+from tests.helpers.report_run import page_of
 from tests.helpers.shards import stream
 from tests.helpers.tiny import tiny_config, train, write_labels
+from tests.helpers.train_command import SHORT, printed_options, run
 from tests.helpers.two_brightnesses import write_flat_pictures
-from tests.scripts.test_train_edm2 import SHORT, printed_options, run
 from torch_utils.distributed import World
 from training.dataset import ImageFolderDataset
 from training.dataset.order import BalancedOrder, BatchPositions

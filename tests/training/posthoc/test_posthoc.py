@@ -366,27 +366,6 @@ def test_memory_does_not_grow_with_the_number_of_inputs(tmp_path, suffix):
     assert size > 10 << 20 and growth < bound < (12 if suffix == ".pkl" else 5) * size
 
 
-def test_reading_ahead_keeps_the_order_and_stays_within_its_depth():
-    started = []
-
-    def double(number):
-        started.append(number)
-        return 2 * number
-
-    for index, number in enumerate(sums.read_ahead(double, iter(range(20)), depth=3)):
-        assert number == 2 * index
-        time.sleep(0.002)
-        assert len(started) <= index + 4
-    assert started == list(range(20))
-
-
-def test_an_error_ahead_is_raised_where_the_item_is_due():
-    numbers = sums.read_ahead(lambda number: 1 // number, [1, 1, 0, 1], depth=3)
-    assert [next(numbers), next(numbers)] == [1, 1]
-    with pytest.raises(ZeroDivisionError):
-        next(numbers)
-
-
 def test_the_responses_of_the_plot_are_those_of_the_fit():
     inputs = [reconstruction.Input(path="", nimg=i << 20, std=std) for i in range(1, 9) for std in (0.05, 0.1)]
     stds = [0.03, 0.08, 0.2]

@@ -104,9 +104,8 @@ def test_cifar10_gets_the_batch_of_ddpm_and_the_parameters_of_edm():
 @pytest.mark.parametrize("number", NUMBERS)
 def test_every_option_has_a_reason_and_a_value_that_the_command_line_reads_back(kind, number):
     config, choices = choose(facts(number, kind), SHAPES[kind])
-    assert len({choice.option for choice in choices}) == len(choices) == 18
-    assert all(choice.why for choice in choices)
-    args = [f"--{choice.option}={value_of(config, choice.option)}" for choice in choices]
+    assert len(choices) == 18 and all(choices.values())
+    args = [f"--{option}={value_of(config, option)}" for option in choices]
     context = script.train_edm2.make_context("train_edm2.py", ["--outdir=x", "--data=x", *args])
     given = {name: context.params[name] for name in context.params if name not in _NOT_OPTIONS}
     spelled_out = script.configure("fashion", given)
