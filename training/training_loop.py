@@ -12,7 +12,7 @@ import torch
 
 from dnnlib.errors import ConfigError
 from torch_utils import distributed
-from torch_utils.checkpoints.stored import read_whole
+from torch_utils.checkpoints import read_whole
 from torch_utils.distributed import World
 from torch_utils.precision import numerics
 from torch_utils.training_stats import RunningMeans

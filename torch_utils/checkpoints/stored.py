@@ -1,7 +1,4 @@
-"""Nested data with tensors, read from a checkpoint of either form: a file (checkpoint.py) or a folder (sharded.py).
-
-The reader of folders is imported on first use: importing it takes nearly as long as torch itself.
-"""
+"""Nested data with tensors, of which some may still be in the folder of a checkpoint (sharded.py)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from torch_utils.checkpoints.checkpoint import load_checkpoint
 
 
 @dataclass(frozen=True)
@@ -55,25 +50,3 @@ def check_same(stored: dict[str, Any], ours: dict[str, Any]) -> None:
     if shapes[0] != shapes[1]:
         differences = sorted(set(shapes[0].items()) ^ set(shapes[1].items()))
         raise ValueError(f"the stored tensors have other names or shapes: {differences[:4]}")
-
-
-def read_checkpoint(path: Path, *, verify: bool = True) -> dict[str, Any]:
-    """Read a file, or a folder with a StoredTensor in place of each tensor.
-
-    `verify` compares the digests of a folder's files; that of a file is always compared. Raises DamagedCheckpoint if
-    the checkpoint is not as it was written, ConfigError if it is missing or something else.
-    """
-    if not path.is_dir():
-        return load_checkpoint(path)
-    from torch_utils.checkpoints.sharded import open_sharded
-
-    return open_sharded(path, verify=verify)
-
-
-def read_whole(data: Any) -> Any:
-    """Return `data` with whole tensors on the CPU in place of StoredTensors. Every process must call this."""
-    if not has_stored(data):
-        return data
-    from torch_utils.checkpoints.sharded import read_all
-
-    return read_all(data)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from dnnlib.errors import ConfigError, reason_of
+from torch_utils.checkpoints import read_checkpoint
 from torch_utils.checkpoints.checkpoint import DamagedCheckpoint, set_aside
-from torch_utils.checkpoints.stored import read_checkpoint
 from torch_utils.distributed import World
 from torch_utils.processes.together import everywhere, on_main
 from training.config import TrainingConfig

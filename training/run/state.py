@@ -8,7 +8,8 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from dnnlib.errors import ConfigError
-from torch_utils.checkpoints.stored import has_stored, read_whole
+from torch_utils.checkpoints import read_whole
+from torch_utils.checkpoints.stored import has_stored
 from torch_utils.distributed import World
 from torch_utils.loss_scale import LossScale
 from torch_utils.precision import compute_dtype

@@ -9,9 +9,10 @@ import torch
 
 from dnnlib.errors import ConfigError
 from tests.helpers.tiny import assert_same_state
+from torch_utils.checkpoints import read_whole
 from torch_utils.checkpoints.checkpoint import MANIFEST, DamagedCheckpoint, remove_older
 from torch_utils.checkpoints.sharded import open_sharded, read_into, save_sharded
-from torch_utils.checkpoints.stored import StoredTensor, read_whole
+from torch_utils.checkpoints.stored import StoredTensor
 from torch_utils.distributed import World
 from training.run.resuming import find_resumption
 from training.run.run_folder import RunFolder
