@@ -29,9 +29,9 @@ class NoHostReads(TorchDispatchMode):
 
 
 def _place() -> str:
-    """Return the innermost line of this repository outside of this file."""
+    """Return the innermost line of this repository outside of this file, and of a virtual environment in it."""
     for frame in reversed(traceback.extract_stack()):
         path = Path(frame.filename)
-        if path.is_relative_to(ROOT) and path != Path(__file__):
+        if path.is_relative_to(ROOT) and path != Path(__file__) and "site-packages" not in path.parts:
             return f"{path.relative_to(ROOT)}:{frame.lineno}: {frame.line}"
     return "outside of the repository"
