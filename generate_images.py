@@ -1,37 +1,45 @@
 """Generate images from a trained network: command line."""
 
+from __future__ import annotations
+
 import functools
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
+
+from dnnlib.start import ASKED_FOR_HELP
 
 import click
-import numpy as np
 from tqdm import tqdm
 
 import dnnlib.cli
+from dnnlib.cli import PATH, say_next
 from dnnlib.disk import make_folder, require_folder
 from dnnlib.errors import ConfigError
 from dnnlib.parse import parse_int_list
-from edm2.options.sampling import file_options, sampling_options
-from torch_utils import distributed
-from torch_utils.distributed import World
-from torch_utils.precision import numerics
-from training.condition.conditioning import with_sources
-from training.images.png_files import read_png
-from training.images.sheet import require_sheet, write_sheet
+from edm2.options.sampling import file_options, sampling_options, settled_precision
 from training.presets import describe_generation_presets
-from training.sampling.generation import generate_images
-from training.sampling.image_batches import GeneratedImages
-from training.sampling.networks import require_writable_images
-from training.sampling.request import SamplingRequest, resolve_sampling
-from training.sampling.sampler import StackedRandomGenerator, edm_sampler
-from training.snapshot.code import EmbeddedCode
 
-_Classes = Literal["all", "none"]
+if not ASKED_FOR_HELP:  # which does not wait for torch
+    import numpy as np
+
+    from torch_utils import distributed
+    from torch_utils.distributed import World
+    from torch_utils.precision import numerics
+    from training.condition.conditioning import with_sources
+    from training.images.png_files import read_png
+    from training.images.sheet import require_sheet, write_sheet
+    from training.sampling.generation import generate_images
+    from training.sampling.image_batches import GeneratedImages
+    from training.sampling.networks import require_writable_images
+    from training.sampling.request import SamplingRequest, resolve_sampling
+    from training.sampling.sampler import StackedRandomGenerator, edm_sampler
+    from training.snapshot.code import EmbeddedCode
 
 # Names that people's scripts import from here.
 __all__ = ["StackedRandomGenerator", "edm_sampler", "generate_images", "parse_int_list"]
+
+MANY = 1000  # images that are worth measuring
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +48,7 @@ class Request:
 
     sampling: SamplingRequest
     seeds: list[int]
-    class_idx: int | _Classes | None
+    class_idx: int | str | None  # a number, a name, 'all' or 'none'
     outdir: Path | None
     subdirs: bool
     grid: Path | None
@@ -62,24 +70,20 @@ class Request:
 
 
 class _ClassType(click.ParamType):
-    name = "int|all|none"
+    name = "int|name|all|none"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | _Classes:
-        if isinstance(value, int) or value in ("all", "none"):
-            return value
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
         try:
             return int(value)
         except ValueError:
-            self.fail(f"'{value}' is not a class; give its number, all, or none", param, ctx)
+            return str(value)
 
 
 @click.command()
 @sampling_options
-@click.option("--outdir", metavar="DIR", type=click.Path(path_type=Path), help="Where to write {seed:06d}.png")
+@click.option("--outdir", metavar="DIR", type=PATH, help="Where to write {seed:06d}.png")
 @click.option("--subdirs", is_flag=True, help="Write into a folder for every thousand seeds")
-@click.option(
-    "--grid", metavar="FILE.png", type=click.Path(path_type=Path), help="Write one contact sheet of all images"
-)
+@click.option("--grid", metavar="FILE.png", type=PATH, help="Write one contact sheet of all images")
 @click.option("--seeds", type=dnnlib.cli.INT_LIST, default="16-19", show_default=True, help="One per image: 1,2,5-10")
 @click.option(
     "--class",
@@ -115,6 +119,7 @@ def cmdline(list_presets: bool, device: str | None, **options: Any) -> None:
     if list_presets:
         click.echo(describe_generation_presets())
         return
+    options["precision"] = settled_precision(options["precision"], device)
     request = resolve(**options)
     with distributed.joined(device) as world:
         if world.is_main:
@@ -167,6 +172,11 @@ def run(request: Request, world: World) -> None:
         paths = [str(path) for path in (request.outdir, request.grid) if path is not None]
         kept = f", {len(images.existing)} existed already" if images.existing else ""
         click.echo(f"Wrote {len(request.seeds) - len(images.existing)} images{kept}: {', '.join(paths)}")
+        if request.outdir is not None and len(request.seeds) >= MANY:
+            num = f"--num={len(request.seeds)}"
+            say_next("calculate_metrics.py", "calc", f"--images={request.outdir}", num, "--ref=STATISTICS")
+        elif images.conditioning is None:
+            say_next("explore.py", f"--net={request.sampling.net}")
 
 
 def announce_code(world: World, code: EmbeddedCode) -> None:
@@ -192,4 +202,7 @@ def write_grid(path: Path, images: GeneratedImages, tiles: dict[int, np.ndarray]
 
 
 if __name__ == "__main__":
-    dnnlib.cli.main(cmdline)
+    dnnlib.cli.main(
+        cmdline,
+        interrupted="Images in --outdir are complete; the same command with --skip-existing makes the others.",
+    )

@@ -10,15 +10,17 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dnnlib.errors import ConfigError
+from dnnlib.parse import split_url
+from dnnlib.text import did_you_mean, unknown
 from training.networks_edm2 import Precond, image_size
-from training.presets import MODEL_ROOT, TRAINING, locate
+from training.presets import GENERATION, MODEL_ROOT, TRAINING, locate
 from training.run.run_data import open_dataset
 from training.sampling.options import SamplerOptions
 from training.sampling.solvers import result_of
@@ -166,20 +168,24 @@ def network_of(source: str) -> Precond:
         return _preset_network(f"edm2-{hosted[1]}", conditional=hosted[2] is None)
     if source in TRAINING:
         return _preset_network(source)
-    header = read_header(source)
+    try:
+        header = read_header(source)
+    except ConfigError as error:
+        is_name = Path(source).name == source
+        raise ConfigError(f"{error}{did_you_mean(source, [*TRAINING, *GENERATION]) if is_name else ''}") from None
     return _on_meta(header.config["arguments"])
 
 
 def _published(source: str) -> re.Match[str] | None:
     """The parts of a published file's name; None for files from elsewhere, whose names prove nothing."""
-    return _HOSTED.search(source) if urlsplit(source).hostname == urlsplit(MODEL_ROOT).hostname else None
+    return _HOSTED.search(source) if split_url(source).hostname == split_url(MODEL_ROOT).hostname else None
 
 
 def _preset_network(name: str, *, conditional: bool = True) -> Precond:
     # Some sizes of img64 have no training preset of their own; their networks are those of img512.
     config = TRAINING.get(name) or TRAINING.get(name.replace("img64", "img512"))
     if config is None:
-        raise ConfigError(f"unknown architecture '{name}'; give the network file itself")
+        raise ConfigError(f"{unknown('architecture', name, TRAINING)}; else give the network file itself")
     if config.data:
         dataset = open_dataset(dataclasses.replace(config, data=locate(config.data)))
         shape = (dataset.resolution, dataset.num_channels, dataset.label_dim)
@@ -225,7 +231,7 @@ def run_cost(
 
         return denoise
 
-    denoise = sampler.guidance.wrap(counting(0), [counting(1 + i) for i in range(len(guides))])
+    denoise = sampler.exact_guidance.wrap(counting(0), [counting(1 + i) for i in range(len(guides))])
     result_of(sampler.solve(denoise, torch.zeros([1])))
     costs = [count_flops(network).total_flops for network in (net, *guides)]
     return RunCost(

@@ -5,7 +5,6 @@ interval of noise levels. The published network files are licensed for non-comme
 this code.
 """
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,12 +12,16 @@ from typing import TypeVar
 
 from dnnlib.download import is_url
 from dnnlib.errors import ConfigError
+from dnnlib.parse import PrintedNumber
+from dnnlib.text import unknown
 from training.config import NetworkConfig, TrainingConfig
 
 MODEL_ROOT = "https://nvlabs-fi-cdn.nvidia.com/edm2/posthoc-reconstructions/"
 
 # Relative network paths of presets start here.
 REPOSITORY_DIR = Path(__file__).parents[1]
+
+SMALL = "small"  # of training, chosen by the data: training/small_data/plan.py
 
 T = TypeVar("T")
 
@@ -78,11 +81,12 @@ _PUBLISHED: tuple[tuple[str, str, str | None, float, float], ...] = (
     ("edm2-img64-s-autog-fid", "img64-s-1073741-0.045", "img64-xs-0134217-0.110", 1.70, 1.01),
     ("edm2-img64-s-autog-dino", "img64-s-1073741-0.105", "img64-xs-0134217-0.175", 2.20, 31.85),
 )
+# As printed: bounds mean the nearest noise levels of the schedule, such as 2.9015 (training/sampling/guidance.py).
 _INTERVALS = {
-    "edm2-img512-s-guid-interval-fid": (0.28, 2.90),
-    "edm2-img512-s-guid-interval-dino": (0.60, 5.00),
-    "edm2-img512-xxl-guid-interval-fid": (0.19, 1.61),
-    "edm2-img512-xxl-guid-interval-dino": (0.60, 5.00),
+    "edm2-img512-s-guid-interval-fid": ("0.28", "2.90"),
+    "edm2-img512-s-guid-interval-dino": ("0.60", "5.00"),
+    "edm2-img512-xxl-guid-interval-fid": ("0.19", "1.61"),
+    "edm2-img512-xxl-guid-interval-dino": ("0.60", "5.00"),
 }
 
 
@@ -91,12 +95,13 @@ def _hosted(name: str) -> str:
 
 
 def _published(preset: str, net: str, gnet: str | None, guidance: float, score: float) -> GenerationPreset:
+    low, high = _INTERVALS.get(preset, (None, None))
     # The last part of a preset's name is the metric that it was tuned for.
     return GenerationPreset(
         net=_hosted(net),
         gnet=None if gnet is None else _hosted(gnet),
         guidance=guidance,
-        interval=_INTERVALS.get(preset),
+        interval=None if low is None or high is None else (PrintedNumber(low), PrintedNumber(high)),
         metric={"fid": "fid", "dino": "fd_dinov2"}[preset.rpartition("-")[2]],
         score=score,
     )
@@ -162,7 +167,7 @@ def generation_preset(name: str) -> GenerationPreset:
 
 def training_preset(name: str) -> TrainingConfig:
     """Return the row `name`. Raises ConfigError with similar names if it does not exist."""
-    return _look_up(TRAINING, name, "training")
+    return _look_up(TRAINING, name, "training", (SMALL,))
 
 
 def describe_generation_presets() -> str:
@@ -171,7 +176,7 @@ def describe_generation_presets() -> str:
     for name, row in GENERATION.items():
         guidance = f"guidance {row.guidance:.2f}" if row.gnet is not None else ""
         score = f"{row.metric} {row.score:.2f}" if row.metric is not None and row.score is not None else ""
-        interval = "interval {:.2f},{:.2f}".format(*row.interval) if row.interval is not None else ""
+        interval = "interval {},{}".format(*row.interval) if row.interval is not None else ""
         lines.append(f"{name:<36}{guidance:<16}{score:<18}{interval}".rstrip())
     return "\n".join(lines)
 
@@ -181,8 +186,7 @@ def locate(network: str) -> str:
     return network if is_url(network) else str(REPOSITORY_DIR / network)
 
 
-def _look_up(table: Mapping[str, T], name: str, kind: str) -> T:
+def _look_up(table: Mapping[str, T], name: str, kind: str, more: tuple[str, ...] = ()) -> T:
     if name in table:
         return table[name]
-    similar = difflib.get_close_matches(name, table, n=3, cutoff=0.5) or list(table)[:3]
-    raise ConfigError(f"unknown {kind} preset '{name}'; there are {len(table)}, such as {', '.join(similar)}")
+    raise ConfigError(unknown(f"{kind} preset", name, [*table, *more]))

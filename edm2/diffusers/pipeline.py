@@ -4,6 +4,7 @@ Shape legend: N images, C channels, H x W pixels, L labels; latents and images m
 """
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from diffusers.utils import BaseOutput, is_accelerate_available
 
 from dnnlib import hub
 from dnnlib.errors import ConfigError
+from dnnlib.text import did_you_mean, shortened
 from edm2.diffusers.pipeline_inputs import Randomness, count_images, source_images
 from edm2.diffusers.scheduler import EDM2HeunScheduler
 from edm2.diffusers.unet import EDM2UNet
@@ -25,6 +27,7 @@ from training.encoders import Encoder, StabilityVAEEncoder
 from training.fast.prepare import PrepareNetwork
 from training.networks_edm2 import Precond
 from training.sampling.denoisers import SELF, WithoutLabels, as_list, conditioned, map_networks
+from training.sampling.generation import class_index
 from training.sampling.guidance import Guidance
 from training.sampling.networks import require_label_dropout, require_matching_guide
 from training.snapshot import load_snapshot
@@ -66,6 +69,22 @@ def _prepared(network: Any, device: torch.device) -> Any:
 def _has_hooks(network: torch.nn.Module) -> bool:
     parts = network.modules()
     return any(hasattr(part, "_hf_hook") or part._forward_hooks or part._forward_pre_hooks for part in parts)
+
+
+def _guidance(
+    scale: float, num_guides: int, shares: tuple[float, ...] | None, interval: tuple[float, float] | None
+) -> Guidance:
+    """Return the guidance of a pipeline's arguments; a ConfigError has their names."""
+    if scale != 1 and not num_guides:
+        raise ConfigError(f"guidance_scale={scale:g} needs a guiding network; add guide=..., or use guidance_scale=1")
+    try:
+        return Guidance(weight=scale, num_guides=num_guides, shares=shares, interval=interval)
+    except ConfigError as error:
+        names = {"guidance=": "guidance_scale=", "the guidance interval": "guidance_interval", "shares": "guide_shares"}
+        text = str(error)
+        for name, own in names.items():
+            text = re.sub(rf"(?<![_\w]){name}", own, text)
+        raise ConfigError(text) from None
 
 
 class EDM2Pipeline(DiffusionPipeline):
@@ -134,7 +153,7 @@ class EDM2Pipeline(DiffusionPipeline):
         num_inference_steps: of Heun's method, two evaluations each except for the last.
         output_type: pil (a list), np (float32 [N, H, W, C] from 0 to 1), pt (float32 [N, C, H, W] from 0 to 1), or
             latent (the network's output [N, C, H, W], float32).
-        guidance_interval: guide only the steps that start at noise levels in (low, high].
+        guidance_interval: guide only the steps that start at noise levels in (low, high], which may be rounded levels.
         latents: standard normal noise [N, C, H, W] to start from, in place of drawn noise.
         image, mask_image: for a network that is conditioned on images (docs/condition.md): a PIL image, a list of them,
             or a path as for generate_images.py --source and --masks. Image i is made from source image i, and after the
@@ -145,10 +164,11 @@ class EDM2Pipeline(DiffusionPipeline):
         Raises ConfigError, a ValueError, for invalid values.
         """
         if output_type not in OUTPUT_TYPES:
-            raise ConfigError(f"output_type={output_type!r} is unknown; choose from {', '.join(OUTPUT_TYPES)}")
+            known, meant = ", ".join(OUTPUT_TYPES), did_you_mean(output_type, OUTPUT_TYPES)
+            raise ConfigError(f"output_type={output_type!r} is unknown; choose from {known}{meant}")
         guides = as_list(guide)
         shares = None if guide_shares is None else tuple(guide_shares)
-        guidance = Guidance(weight=guidance_scale, num_guides=len(guides), shares=shares, interval=guidance_interval)
+        guidance = _guidance(guidance_scale, len(guides), shares, guidance_interval)
         default = len(image) if isinstance(image, list | tuple) else 1
         num_images = count_images(class_labels, generator, latents, batch_size, default)
         device = self._execution_device
@@ -162,6 +182,7 @@ class EDM2Pipeline(DiffusionPipeline):
             networks = conditioned(networks, conditioning.images(range(num_images), device))
         noise, classes = self._draw(generator, latents, class_labels, num_images, device)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
+        guidance = guidance.on_schedule(self.scheduler.evaluated)
         denoise = guidance.denoiser(networks[0], networks[1:], self._weights(classes))
         x = noise * self.scheduler.init_noise_sigma
         for index, (sigma, timestep) in enumerate(
@@ -212,6 +233,8 @@ class EDM2Pipeline(DiffusionPipeline):
         if isinstance(source, str | os.PathLike):
             snapshot = load_snapshot(os.fspath(source), device=device)
             network, condition = snapshot.net, snapshot.info.get("condition")
+        if not isinstance(network, torch.nn.Module):
+            raise ConfigError(f"guide={shortened(source)} is not a network, pipeline, file, folder, URL or hub name")
         plain = network.denoiser if isinstance(network, EDM2UNet) else network
         require_same_condition(self.unet.denoiser, self.unet.condition, plain, condition)
         require_matching_guide(self.unet.denoiser, plain)
@@ -237,7 +260,15 @@ class EDM2Pipeline(DiffusionPipeline):
         num_classes = self.unet.label_dim
         if not num_classes:
             raise ConfigError("the network is unconditional and takes no class; leave out class_labels")
-        labels = torch.as_tensor(given, device=device)
+        names = ((self.unet.config.snapshot or {}).get("info") or {}).get("classes") or []
+        indices = given
+        if isinstance(given, str | list | tuple):
+            each = [class_index(name, names, num_classes) for name in ([given] if isinstance(given, str) else given)]
+            indices = each[0] if isinstance(given, str) else each
+        try:
+            labels = torch.as_tensor(indices, device=device)
+        except (TypeError, ValueError, RuntimeError):
+            raise ConfigError(f"class_labels={given!r} names no classes; give numbers below {num_classes}") from None
         if labels.is_floating_point():
             if labels.shape != (num_images, num_classes):
                 expected = [num_images, num_classes]
@@ -267,7 +298,7 @@ class EDM2Pipeline(DiffusionPipeline):
         rows = pixels.permute(0, 2, 3, 1).cpu().numpy()
         if output_type == "np":
             return rows.astype(np.float32) / 255
-        if rows.shape[3] not in (1, 3):
+        if rows.shape[3] > 4:
             raise ConfigError(f"images of {rows.shape[3]} channels do not fit PIL; use output_type='np' or 'pt'")
         return [PIL.Image.fromarray(row.squeeze(2) if row.shape[2] == 1 else row) for row in rows]
 

@@ -12,7 +12,7 @@ from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 
-from training.sampling.options import HeunOptions
+from training.sampling.schedule import HeunOptions
 
 
 @dataclass

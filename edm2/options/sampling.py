@@ -1,23 +1,22 @@
 """Options of scripts that generate images: what to sample from, how, and what to write."""
 
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import click
 
-from torch_utils.precision import PRECISIONS
-from training.sampling.options import HeunOptions, SamplerOptions
-from training.sampling.solvers import SOLVERS
+from dnnlib.cli import KEYWORDS, PATH, SOURCE
+from dnnlib.parse import PrintedNumber
+from torch_utils.precision_names import AUTO, PRECISIONS, Precision
+from training.sampling.schedule import SOLVER_NAMES, HeunOptions
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_PATH = click.Path(path_type=Path)
 
-
-class _Numbers(click.ParamType):
-    """Numbers separated by commas, as a tuple; `count` of them if that is fixed."""
+class Numbers(click.ParamType):
+    """Numbers separated by commas, as a tuple with their digits; `count` of them if that is fixed."""
 
     name = "list"
 
@@ -26,10 +25,11 @@ class _Numbers(click.ParamType):
         self._count = count
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        """Return the numbers in `value`."""
         if isinstance(value, tuple):
             return value
         try:
-            numbers = tuple(float(part) for part in value.split(","))
+            numbers: tuple[float, ...] = tuple(PrintedNumber(part) for part in value.split(","))
         except ValueError:
             numbers = ()
         if not numbers or self._count not in (None, len(numbers)):
@@ -38,7 +38,7 @@ class _Numbers(click.ParamType):
         return numbers
 
 
-NUMBERS = _Numbers("1,1.5,2")
+NUMBERS = Numbers("1,1.5,2")
 
 
 def _either(names: Sequence[str]) -> str:
@@ -56,32 +56,46 @@ def _heun_options() -> dict[str, dict[str, Any]]:
     }
 
 
+OWN_NETWORKS: dict[str, Any] = {
+    "name": "own_networks",
+    "metavar": "MODULE:CLASS",
+    "multiple": True,
+    "help": "Own class to import for a network's file that is of this class (docs/extending.md)",
+}
+
 # Keywords of click.option by flag, in the order of the help page. Options left out are None, or () for --gnet.
 _OPTIONS: dict[str, dict[str, Any]] = {
     "preset": {"metavar": "NAME", "help": "Networks and guidance of a published result; other options win over it"},
-    "net": {"metavar": "PATH|URL|NAME", "help": "Network: file, model folder, URL or hub name"},
+    "net": {"metavar": "PATH|URL|NAME", "type": SOURCE, "help": "Network: file, model folder, URL or hub name"},
     "gnet": {
         "metavar": "PATH|URL|NAME",
+        "type": SOURCE,
         "multiple": True,
         "help": "Guiding network, used if guidance is not 1; self = --net without labels; several share the guidance",
     },
     "gnet-shares": {
         "metavar": "LIST",
-        "type": _Numbers("0.7,0.3"),
+        "type": Numbers("0.7,0.3"),
         "help": "Share of each --gnet, 1 in all [default: equal]",
     },
     "guidance": {"type": float, "help": "Guidance strength; 1 = none [default: 1]"},
     "interval": {
         "metavar": "LO,HI",
-        "type": _Numbers("0.28,2.90", count=2),
+        "type": Numbers("0.28,2.90", count=2),
         "help": "Guide only the steps that start at noise levels in (LO, HI] [default: all]",
     },
-    "solver": {"metavar": "NAME", "help": f"{_either(list(SOLVERS))} [default: {SamplerOptions().solver}]"},
+    "solver": {"metavar": "NAME", "help": f"{_either(SOLVER_NAMES)} [default: {SOLVER_NAMES[0]}]"},
     **_heun_options(),
+    "sampler": {
+        "metavar": "MODULE:FUNCTION",
+        "help": "Own sampler in place of ours (docs/extending.md); it gets the options that are given",
+    },
+    "sampler-args": {"metavar": "KEY=VALUE,...", "type": KEYWORDS, "help": "Further arguments of --sampler"},
+    "network": OWN_NETWORKS,
     "precision": {
         "metavar": "NAME",
-        "type": click.Choice(PRECISIONS),
-        "help": f"{_either(PRECISIONS)} [default: fp16 on CUDA if the network says so, else fp32]",
+        "type": click.Choice((*PRECISIONS, AUTO)),
+        "help": f"{', '.join(PRECISIONS)}; auto = fastest [default: fp16 on CUDA if the network says so, else fp32]",
     },
     "compile": {
         "is_flag": True,
@@ -92,10 +106,14 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "decoder-precision": {"metavar": "NAME", "help": "fp32, tf32, fp16 or bf16 [default: fp16 on CUDA, else fp32]"},
     "source": {
         "metavar": "PATH",
-        "type": _PATH,
+        "type": PATH,
         "help": "Images for a network of --condition: file, folder or ZIP; one per seed, in turn",
     },
-    "masks": {"metavar": "PATH", "type": _PATH, "help": "What to fill of these: white; one for all, or each"},
+    "masks": {
+        "metavar": "PATH",
+        "type": PATH,
+        "help": "Masks that are white where --source is to be filled; one for all images, or one each",
+    },
 }
 
 _FILE_OPTIONS: dict[str, dict[str, Any]] = {
@@ -117,6 +135,22 @@ _FILE_OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+def settled_precision(precision: Precision | Literal["auto"] | None, device: str | None) -> Precision | None:
+    """Return `precision`, or the fastest on the device of this name for 'auto', and print which.
+
+    float16 is left to the network's file (None), which knows whether the network can be computed in it.
+    """
+    if precision != "auto":  # AUTO, which the type checker does not know for one of its choices
+        return precision
+    from torch_utils.distributed import resolve_device  # here, because --help does not wait for torch
+    from torch_utils.precision import fastest_precision
+
+    fastest, reason = fastest_precision(resolve_device(device))
+    if os.environ.get("RANK", "0") == "0":
+        click.echo(f"--precision=auto: {fastest}{' if the network is for it' * (fastest == 'fp16')}, {reason}.")
+    return None if fastest == "fp16" else fastest
+
+
 def sampling_options(command: F) -> F:
     """Add the options of `training.sampling.request.resolve_sampling` to a command function, by the same names."""
     return _add(_OPTIONS, command)
@@ -125,6 +159,11 @@ def sampling_options(command: F) -> F:
 def sampling_options_without(*names: str) -> Callable[[F], F]:
     """Add the same options, except for `--{name}` in `names`."""
     return lambda command: _add({flag: row for flag, row in _OPTIONS.items() if flag not in names}, command)
+
+
+def own_networks_option(command: F) -> F:
+    """Add --network, as `own_networks`, to a command function that reads networks without sampling options."""
+    return _add({"network": OWN_NETWORKS}, command)
 
 
 def file_options(command: F) -> F:

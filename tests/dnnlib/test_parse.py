@@ -44,10 +44,15 @@ def test_text_that_is_no_image_count_is_refused(text):
         parse_nimg(text)
 
 
-@pytest.mark.parametrize("text", ["", "a", "1,", "1-", "-1", "1-2-3", "1.5", "1;2"])
+@pytest.mark.parametrize("text", ["", "a", "1,", "1-", "--1", "1-2-3", "1.5", "1;2"])
 def test_text_that_is_no_list_of_numbers_is_refused(text):
     with pytest.raises(ConfigError, match="neither a number nor a range"):
         parse_int_list(text)
+
+
+def test_numbers_and_ends_of_ranges_may_be_negative():
+    assert parse_int_list("-3") == [-3]
+    assert parse_int_list("-2-1,5,-4--3") == [-2, -1, 0, 1, 5, -4, -3]
 
 
 def test_a_range_that_runs_backwards_is_refused_with_the_right_one():

@@ -1,6 +1,7 @@
 """The command line of generate_images.py: what it makes, and how it refuses."""
 
 import inspect
+import json
 import os
 import re
 import subprocess
@@ -15,11 +16,25 @@ import torch
 
 import dnnlib.cli
 import generate_images as script
+from dnnlib.errors import ConfigError
+from edm2.explorer import show
+from edm2.explorer.grids import generate_film, generate_grid
+from edm2.explorer.networks import Networks
+from edm2.explorer.setting import Setting
+from edm2.run_log import describe_run
+from tests.helpers import train_command
 from tests.helpers.paths import GOLDEN_DIR
 from tests.helpers.ranks import run_ranks
+from tests.helpers.report_run import page_of
+from tests.helpers.tiny import tiny_config, write_dataset, write_labels
+from torch_utils.distributed import World
+from training.config import SamplesConfig
 from training.presets import GENERATION, MODEL_ROOT, REPOSITORY_DIR
-from training.sampling.options import HeunOptions
+from training.run.run_folder import RunFolder
+from training.sampling.schedule import HeunOptions
 from training.sampling.solvers import SOLVERS
+from training.snapshot import load_snapshot
+from training.training_loop import TrainingRun
 
 NET = GOLDEN_DIR / "snapshots" / "rgb-cond.pkl"  # 16x16 pixels
 GUIDE = GOLDEN_DIR / "snapshots" / "rgb-cond-guide.pkl"
@@ -124,6 +139,16 @@ def test_guidance_in_an_interval_that_no_step_starts_in_is_none(tmp_path: Path, 
     succeed(*QUICK, "--seeds=1", f"--grid={tmp_path / 'none.png'}", *options)
     assert "No step starts at a noise level in (100, 200]" in capsys.readouterr().out
     assert (tmp_path / "plain.png").read_bytes() == (tmp_path / "none.png").read_bytes()
+
+
+def test_printed_bounds_are_the_papers_steps_and_the_command_names_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    options = [f"--gnet={GUIDE}", "--guidance=2", "--seeds=1", "--steps=32"]
+    succeed(f"--net={NET}", *options, "--interval=0.28,2.90", f"--grid={tmp_path / 'printed.png'}")
+    assert "Guided: steps 15 to 21 of 0 to 31, which start at noise levels 2.902 to 0.4154." in capsys.readouterr().out
+    succeed(f"--net={NET}", *options, "--interval=0.30,2.95", f"--grid={tmp_path / 'between.png'}")
+    assert (tmp_path / "printed.png").read_bytes() == (tmp_path / "between.png").read_bytes()
 
 
 def test_two_equal_guides_are_one_and_solvers_differ(tmp_path: Path):
@@ -259,3 +284,74 @@ def test_two_processes_make_what_one_makes(tmp_path: Path):
     pairs = [("two.png", "one.png")] + [(f"two/{seed:06d}.png", f"one/{seed:06d}.png") for seed in range(5)]
     for two, one in pairs:
         assert np.abs(pixels(tmp_path / two).astype(int) - pixels(tmp_path / one)).max() <= 1
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_networks_of_images_with_alpha_are_trained_and_sampled(tmp_path: Path, channels: int, capfd: Any):
+    data, out = write_dataset(tmp_path / "data.zip", channels=channels), tmp_path / "run"
+    quick = ["--status=0", "--snapshot=32", "--checkpoint=0", "--workers=0", "--samples=2", "--samples-steps=2"]
+    assert train_command.run(*train_command.SHORT, *quick, f"--data={data}", f"--outdir={out}") == 0, (
+        capfd.readouterr().err
+    )
+    grid = next(out.glob("samples-*.png"))
+    assert pixels(grid).shape[2] == channels
+    net = next(out.glob("network-snapshot-*-0.050.pkl"))
+    sampled = ["--device=cpu", f"--net={net}", "--steps=2", "--seeds=0-1", f"--outdir={tmp_path / 'images'}"]
+    succeed(*sampled, f"--grid={tmp_path / 'grid.png'}")
+    assert pixels(tmp_path / "images" / "000000.png").shape == (8, 8, channels)
+    whole = pixels(tmp_path / "grid.png")
+    succeed(*sampled, "--skip-existing", f"--grid={tmp_path / 'grid.png'}")
+    assert np.array_equal(pixels(tmp_path / "grid.png"), whole) and whole.shape[2] == channels
+    text, _ = page_of(out)
+    assert text.count("data:image/png") >= 1
+
+
+def test_the_fastest_precision_is_named_and_noted_in_the_files(tmp_path: Path, monkeypatch: Any, capsys: Any):
+    for has_bf16, name in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda v=has_bf16: v, raising=False)
+        out = tmp_path / name
+        run("--net=models/fashion-guide.safetensors", "--steps=2", "--seeds=0", f"--outdir={out}", "--precision=auto")
+        assert f"--precision=auto: {name}" in capsys.readouterr().out
+        run("--net=models/fashion-guide.safetensors", "--steps=2", "--seeds=0", f"--outdir={out}-given",
+            f"--precision={name}")  # fmt: skip
+        assert (out / "000000.png").read_bytes() == (tmp_path / f"{name}-given" / "000000.png").read_bytes()
+
+
+def test_classes_have_the_names_of_the_data_set_from_training_to_images(tmp_path: Path, capsys):
+    data = write_labels(tmp_path / "data.zip", ["dog", "cat", "emu"])
+    run_folder = tmp_path / "run"
+    config = tiny_config(
+        data, duration=1024, batch=512, snapshot=1024, ema_stds=(0.1,), samples=SamplesConfig(num=2, steps=2)
+    )
+    training = TrainingRun(config, RunFolder(run_folder), world=World())
+    run_folder.mkdir()
+    list(training)
+    (net,) = run_folder.glob("network-snapshot-*.pkl")
+    assert load_snapshot(net).info["classes"] == ["cat", "dog", "emu"]
+    dry = [*train_command.SHORT, f"--data={data}", f"--outdir={tmp_path / 'dry'}", "--dry-run"]
+    capsys.readouterr()
+    assert train_command.run(*dry, "--samples=2", "--samples-classes=emu,0-1") == 0
+    assert train_command.printed_options(capsys.readouterr().out)["samples"]["classes"] == [2, 0, 1]
+    networks = Networks(torch.device("cpu"))
+    facts = networks.facts(str(net))
+    assert facts.class_names == ("cat", "dog", "emu")
+    setting = Setting(net=str(net), num_images=1, num_steps=2, class_idx=1)
+    shown, shot = list(generate_grid(setting, networks))[-1], list(generate_film(setting, networks, num_frames=2))[-1]
+    assert "Seed 0, class 1: dog" in show.grid(shown, [], name="grid", class_names=facts.class_names)
+    assert "Seed 0, class 1: dog" in show.film(shot, [], facts.class_names)
+    (grid,) = run_folder.glob("samples-*.png")
+    with PIL.Image.open(grid) as image:
+        assert json.loads(image.info["edm2"])["class_names"] == ["cat", "dog", "emu"]
+    assert "Classes:               3 (cat, dog, emu)" in describe_run(config, run_folder, training.dataset, num_ranks=1)
+    (run_folder / "training_options.json").write_text(config.to_json())
+    assert "A row for each class: cat, dog, emu." in page_of(run_folder)[0]
+    quick = ["--device=cpu", f"--net={net}", "--steps=2", "--seeds=3"]
+    for name in ("dog", "1", "2"):
+        succeed(*quick, f"--class={name}", "--outdir", tmp_path / name)
+    images = [pixels(tmp_path / name / "000003.png") for name in ("dog", "1", "2")]
+    assert np.array_equal(images[0], images[1]) and not np.array_equal(images[0], images[2])
+    with pytest.raises(ConfigError, match="'Dogs' is not a class; the network knows 3, such as dog;"):
+        succeed(*quick, "--class=Dogs", "--outdir", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    panel = pytest.importorskip("edm2.explorer.panel")
+    assert [text for text, _ in panel._classes(facts)] == ["random", "all, a row for each", "0 cat", "1 dog", "2 emu"]

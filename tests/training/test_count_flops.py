@@ -15,7 +15,8 @@ from training import flops
 from training.flops import count_decoder, count_flops, decoder_of, network_of, run_cost
 from training.networks_edm2 import MPConv, Precond
 from training.presets import GENERATION, MODEL_ROOT
-from training.sampling.options import HeunOptions, SamplerOptions
+from training.sampling.options import SamplerOptions
+from training.sampling.schedule import HeunOptions
 
 # arXiv 2312.02696, Table 2: parameters (the first six exactly) and operations of one evaluation, for latents.
 PAPER = {

@@ -14,6 +14,8 @@ from training.presets import (
     locate,
     training_preset,
 )
+from training.sampling.options import HeunOptions
+from training.sampling.request import resolve_sampling
 
 PUBLISHED = {name: row for name, row in GENERATION.items() if name.startswith("edm2-")}
 
@@ -69,6 +71,22 @@ def test_guidance_in_an_interval_uses_the_networks_of_guidance_everywhere(size: 
         ("xxl", "dino"): ((0.60, 5.00), 2.9, 29.16),
     }
     assert (limited.interval, limited.guidance, limited.score) == expected[size, goal]
+
+
+@pytest.mark.parametrize(
+    ("preset", "first", "last"),
+    [("s-guid-interval-fid", 15, 21), ("s-guid-interval-dino", 13, 19), ("xxl-guid-interval-fid", 17, 22),
+     ("xxl-guid-interval-dino", 13, 19)],
+)  # fmt: skip
+def test_guidance_in_an_interval_guides_the_steps_of_the_paper(preset: str, first: int, last: int):
+    sampler = resolve_sampling(preset=f"edm2-img512-{preset}").sampler
+    assert sampler.guided_steps == list(range(first, last + 1))
+    # With 64 steps the levels 2 i of 63 are near the levels i of 31: about twice the steps.
+    steps = resolve_sampling(preset=f"edm2-img512-{preset}", num_steps=64).sampler.guided_steps
+    levels = [sigma for i, sigma in enumerate(HeunOptions(num_steps=64).sigmas()) if i in steps]
+    low, high = HeunOptions().sigmas()[last + 1], HeunOptions().sigmas()[first]
+    assert len(steps) == pytest.approx(2 * (last + 1 - first), abs=1)
+    assert all(low < level <= high for level in levels)
 
 
 def test_a_row_has_a_guide_exactly_where_it_has_guidance():

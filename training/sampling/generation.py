@@ -4,13 +4,14 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed
 
 from dnnlib.disk import make_folder, require_folder
 from dnnlib.errors import ConfigError
+from dnnlib.text import similar_names
 from torch_utils.distributed import World, resolve_device
 from torch_utils.processes.dealing import all_batches, remaining_batches
 from training.condition.conditioning import Conditioning, Source, conditioning_of
@@ -25,9 +26,8 @@ from training.sampling.networks import (
     prepare_networks,
     require_writable_images,
 )
-from training.sampling.options import SamplerOptions
 from training.sampling.output_files import plan_files, request_record
-from training.sampling.sampler import edm_sampler, sampler_of
+from training.sampling.sampler import Sampler, edm_sampler, sampler_of
 from training.snapshot.code import TrustCode
 
 
@@ -38,7 +38,7 @@ def generate_images(
     outdir: str | os.PathLike[str] | None = None,
     subdirs: bool = False,
     seeds: Sequence[int] = range(16, 24),
-    class_idx: int | Sequence[int] | Literal["all", "none"] | None = None,
+    class_idx: int | Sequence[int] | str | None = None,
     max_batch_size: int = 32,
     encoder_batch_size: int = 4,
     verbose: bool = True,
@@ -55,7 +55,8 @@ def generate_images(
     source: Source | None = None,
     masks: str | os.PathLike[str] | None = None,
     condition: str | None = None,
-    sampler_options: SamplerOptions | None = None,
+    sampler_options: Sampler | None = None,
+    own_networks: Sequence[str] = (),
     **sampler_kwargs: Any,
 ) -> GeneratedImages:
     """Check the request, load the networks, and return an iterable over this process's batches (`ImageBatch`).
@@ -64,14 +65,14 @@ def generate_images(
         labels (`WithoutLabels`). A snapshot must say that it was trained so; for a network, the caller must know.
     encoder: default the one of the snapshot of `net`; without either, images are grayscale or RGB.
     outdir, subdirs: where {seed:06d}.png are written, with `subdirs` in folders of a thousand.
-    class_idx: one class for all, one per seed, 'all' (see `deal_classes`), or 'none' (without labels, for networks as
-        with 'self'); default: the seeds draw them.
+    class_idx: one class for all (its index, or its name if the file has names), one index per seed, 'all' (see
+        `deal_classes`), or 'none' (without labels, for networks as with 'self'); default: the seeds draw them.
     max_batch_size, encoder_batch_size: images sampled, and decoded, at once per process.
     verbose: accepted and ignored; progress is the caller's.
     device, world: default that of `world`, else the best of this machine; and torch.distributed's processes.
-    sampler_fn, sampler_kwargs: a function called like `edm_sampler`, and its further keywords. `sampler_options`: those
-        of `edm_sampler` as one value.
-    trust_code: see `load_snapshot`.
+    sampler_fn, sampler_kwargs: a function called like `edm_sampler`, and its further keywords. `sampler_options`: both
+        as one value.
+    trust_code, own_networks: see `load_snapshot`.
     prepare: applied to `net` and each guide before use (see `Prepare`). Its attribute `settings`, a dictionary, if it
         has one, goes into the files' records; with a true attribute `compile`, the decoder is compiled too, on CUDA.
     skip_existing: images whose files are in `outdir` stay, and the others are dealt evenly (see `remaining_batches`).
@@ -96,7 +97,9 @@ def generate_images(
     world = _world_on(device, world)
 
     unlabelled = isinstance(class_idx, str) and class_idx == "none"
-    loaded = load_networks(net, guides, world.device, trust_code, unlabelled=unlabelled, condition=condition)
+    loaded = load_networks(
+        net, guides, world.device, trust_code, unlabelled=unlabelled, condition=condition, own_networks=own_networks
+    )
     encoder = encoder or loaded.encoder or StandardRGBEncoder()
     makes_pixels = isinstance(encoder, StandardRGBEncoder)
     if outdir is not None:
@@ -104,6 +107,7 @@ def generate_images(
     conditioning = conditioning_of(loaded.net, loaded.condition, source, masks, num_images=len(seeds))
     if conditioning is not None:
         class_idx = _class_of_sources(conditioning, class_idx, loaded.net, len(seeds), makes_pixels=makes_pixels)
+    class_idx = class_index(class_idx, loaded.class_names, loaded.net.label_dim)
     classes = ClassChoice.of(class_idx, len(seeds), loaded.net.label_dim)
     encoder, decoder_record = (decoder or DecoderOptions()).apply(
         encoder, world.device, encoder_batch_size, compile=getattr(prepare, "compile", False)
@@ -141,6 +145,22 @@ def generate_images(
         files=files,
         conditioning=conditioning,
     )
+
+
+def class_index(name: Any, names: Sequence[str], label_dim: int, owner: str = "the network's file") -> Any:
+    """Return `name` with the name of a class replaced by its index. Raises ConfigError with similar names.
+
+    `owner` has the names.
+    """
+    if not isinstance(name, str) or name in ("all", "none") or not label_dim:
+        return name
+    names = names[:label_dim]
+    if name in names:
+        return names.index(name)
+    if not names:
+        raise ConfigError(f"'{name}' is not a class: {owner} has no names; give a number below {label_dim}")
+    known = ", ".join(similar_names(name, names) or names[:5])
+    raise ConfigError(f"'{name}' is not a class; the network knows {len(names)}, such as {known}; numbers work as well")
 
 
 def _require_counts(**counts: int) -> None:

@@ -8,11 +8,12 @@ Shape legend: N images, C channels, H x W pixels, L labels.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from dnnlib.errors import ConfigError
+from dnnlib.parse import half_unit
 from torch_utils.cuda import SideBySide
 from training.sampling.denoisers import BothDenoisers, Network, WithoutLabels, bind_labels, merged_call
 from training.sampling.solvers import Denoiser
@@ -23,6 +24,17 @@ def extrapolate(d_guide: torch.Tensor, d_main: torch.Tensor, weight: float) -> t
     return torch.lerp(d_guide, d_main, weight)
 
 
+def nearest_level(bound: float, levels: Sequence[float]) -> float:
+    """Return the level of a schedule that `bound` means, or `bound` itself.
+
+    Papers set bounds to levels and print them rounded: 2.90 for 2.9015. A bound therefore means the nearest level if
+    that is within half a unit of its last digit. 0 means no level.
+    """
+    level = min(levels, key=lambda level: abs(level - bound))
+    # At least a millionth, for levels that were computed in float32.
+    return level if bound > 0 and abs(level - bound) <= max(half_unit(bound), 1e-6 * level) else bound
+
+
 @dataclass(frozen=True, kw_only=True)
 class Guidance:
     """Strength of guidance, shares of the guides, and guided steps. Raises ConfigError for invalid values."""
@@ -30,7 +42,7 @@ class Guidance:
     weight: float = 1  # of `extrapolate`; with 1 no guide is called
     num_guides: int = 0
     shares: tuple[float, ...] | None = None  # of the guides, from 0 to 1 and 1 in sum; None = equal
-    interval: tuple[float, float] | None = None  # guide the steps that start at noise levels in (low, high]
+    interval: tuple[float, float] | None = None  # guide the steps at noise levels in (low, high]; see `on_schedule`
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.weight):
@@ -59,6 +71,16 @@ class Guidance:
         """Whether a step that starts at this noise level of the schedule is guided."""
         low, high = self.interval or (0, math.inf)
         return self.weight != 1 and low < step_sigma <= high
+
+    def on_schedule(self, levels: Sequence[float]) -> "Guidance":
+        """Return the guidance whose interval ends at the noise levels that it means (see `nearest_level`).
+
+        Bounds that would mean the same level stay as they are, so that they can enclose it.
+        """
+        if self.interval is None:
+            return self
+        low, high = (nearest_level(bound, levels) for bound in self.interval)
+        return replace(self, interval=(low, high)) if low < high else self
 
     def denoiser(self, net: Network, guides: Sequence[Network], labels: torch.Tensor | None) -> Denoiser:
         """Return the guided denoiser of `net` for fixed `labels` [N, L], which go to the guides, too.

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from dnnlib.errors import ConfigError
+from dnnlib.text import did_you_mean
 from torch_utils.compiling import missing_compiler
 from training.condition.conditioning import require_same_condition
 from training.encoders import Encoder, StabilityVAEEncoder, StandardRGBEncoder
@@ -32,6 +33,7 @@ class LoadedNetworks:
     guides: list[Any]
     encoder: Encoder | None
     condition: str | None  # what `net` is conditioned on, see training/condition/spec.py
+    class_names: list[str]  # in the order of the indices; empty if the file has none
 
     @property
     def size(self) -> tuple[int, int]:
@@ -39,9 +41,9 @@ class LoadedNetworks:
         return image_size(self.net)
 
 
-def load_network(source: Any, device: torch.device) -> Any:
-    """Return a network on `device`: from a snapshot's path or URL, or as given."""
-    return _load(source, device, None)[0]
+def load_network(source: Any, device: torch.device, own_networks: Sequence[str] = ()) -> Any:
+    """Return a network on `device`: from a snapshot's path or URL, or as given. `own_networks`: see `load_snapshot`."""
+    return _load(source, device, None, own_networks)[0]
 
 
 def load_networks(
@@ -52,13 +54,15 @@ def load_networks(
     *,
     unlabelled: bool,
     condition: str | None,
+    own_networks: Sequence[str] = (),
 ) -> LoadedNetworks:
     """Load the main network and its guides likewise. The guide 'self' is the main network without labels.
 
-    `unlabelled`: images are generated without labels. `condition` replaces what the file says. Raises ConfigError if
-    networks do not fit together, or if the main one must do without labels and its file does not say that it can.
+    `unlabelled`: images are generated without labels. `condition` replaces what the file says. For `own_networks` see
+    `load_snapshot`. Raises ConfigError if networks do not fit together, or if the main one must do without labels and
+    its file does not say that it can.
     """
-    net, encoder, info = _load(source, device, trust_code)
+    net, encoder, info = _load(source, device, trust_code, own_networks)
     for use, applies in (("--gnet=self", any(map(_is_self, guides))), ("--class=none", unlabelled)):
         if applies:
             require_label_dropout(net.label_dim, info, source, use)
@@ -68,11 +72,19 @@ def load_networks(
         if _is_self(guide):
             loaded.append(WithoutLabels(net))
             continue
-        guide, _, guide_info = _load(guide, device, trust_code)
+        guide, _, guide_info = _load(guide, device, trust_code, own_networks)
         require_same_condition(net, condition, guide, _condition(guide_info))
         require_matching_guide(net, guide)
         loaded.append(guide)
-    return LoadedNetworks(net=net, guides=loaded, encoder=encoder, condition=condition)
+    return LoadedNetworks(
+        net=net, guides=loaded, encoder=encoder, condition=condition, class_names=class_names(info or {})
+    )
+
+
+def class_names(info: Mapping[str, Any]) -> list[str]:
+    """Return the names of the classes from the `info` of a network's file, in order; empty if it has none."""
+    names = info.get("classes")
+    return [str(name) for name in names] if isinstance(names, list) else []
 
 
 def prepare_networks(prepare: Prepare, networks: Sequence[Any], device: torch.device) -> list[Any]:
@@ -128,8 +140,9 @@ class DecoderOptions:
 
     def __post_init__(self) -> None:
         if self.precision not in ("auto", *DECODER_DTYPES):
-            known = ", ".join(DECODER_DTYPES)
-            raise ConfigError(f"--decoder-precision={self.precision} is unknown; choose from auto, {known}")
+            known = ("auto", *DECODER_DTYPES)
+            meant = did_you_mean(self.precision, known)
+            raise ConfigError(f"--decoder-precision={self.precision} is unknown; choose from {', '.join(known)}{meant}")
         if self.tile is not None and self.tile < 1:
             raise ConfigError(f"--decoder-tile={self.tile} must be a number of pixels, such as 512")
 
@@ -164,11 +177,11 @@ class DecoderOptions:
 
 
 def _load(
-    source: Any, device: torch.device, trust_code: TrustCode | None
+    source: Any, device: torch.device, trust_code: TrustCode | None, own_networks: Sequence[str]
 ) -> tuple[Any, Encoder | None, dict[str, Any] | None]:
     """Return a network, its encoder, and what a snapshot says of its training; None for networks given in memory."""
     if isinstance(source, str | os.PathLike):
-        snapshot = load_snapshot(os.fspath(source), trust_code, device=device)
+        snapshot = load_snapshot(os.fspath(source), trust_code, device=device, own_networks=own_networks)
         return snapshot.net, snapshot.encoder, snapshot.info
     return (source.to(device) if isinstance(source, torch.nn.Module) else source), None, None
 

@@ -1,12 +1,7 @@
-"""Everything `edm_sampler` takes besides networks and tensors: noise levels, churn, guidance and solver.
-
-Source: Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models", arXiv 2206.00364,
-Algorithm 2 and Eq. 5.
-"""
+"""Everything `edm_sampler` takes besides networks and tensors: noise levels, churn, guidance and solver."""
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,72 +9,13 @@ from typing import Any
 import torch
 
 from dnnlib.errors import ConfigError
-from dnnlib.fields import option
+from dnnlib.text import unknown
 from training.sampling.denoisers import Network
 from training.sampling.guidance import Guidance
-from training.sampling.solvers import CHURNING, SOLVERS, Churn, Denoiser, Evaluations, result_of
+from training.sampling.schedule import SOLVER_NAMES, HeunOptions
+from training.sampling.solvers import CHURNING, SOLVERS, Denoiser, Evaluations, result_of
 
 Noise = Callable[[torch.Tensor], torch.Tensor]  # standard normal numbers in the shape of its argument
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeunOptions:
-    """Noise levels and churn of one sampling run. Raises ConfigError for invalid values.
-
-    edm2/options/sampling.py makes a command-line option from each field and its help.
-    """
-
-    num_steps: int = option(32, "Sampling steps", flag="steps")
-    sigma_min: float = option(0.002, "Lowest noise level")  # the last one before zero
-    sigma_max: float = option(80, "Highest noise level")  # the first one
-    rho: float = option(7, "Exponent of the noise levels")  # larger values put more steps at low noise levels
-    S_churn: float = option(0, "Strength of added noise; heun, euler")  # sum of the relative increases of sigma
-    S_min: float = option(0, "Add noise from this noise level ...")
-    S_max: float = option(math.inf, "... up to this one")
-    S_noise: float = option(1, "Inflation of added noise")  # its standard deviation; above 1 makes up for lost detail
-
-    def __post_init__(self) -> None:
-        if self.num_steps < 1 or self.num_steps != int(self.num_steps):
-            raise ConfigError(f"{self.num_steps} sampling steps are impossible; ask for a whole number from 1 up")
-        if not 0 < self.sigma_min <= self.sigma_max < math.inf:
-            raise ConfigError(
-                f"noise levels cannot run from sigma_max={self.sigma_max:g} down to sigma_min={self.sigma_min:g}; "
-                "they need 0 < sigma_min <= sigma_max"
-            )
-        if not 0 < self.rho < math.inf:
-            raise ConfigError(f"rho={self.rho:g} must be above 0; 7 is usual")
-        for name in ("S_churn", "S_min", "S_max", "S_noise"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name}={getattr(self, name):g} must be 0 or above")
-
-    def sigmas(self) -> list[float]:
-        """Return the N+1 noise levels t_0 = sigma_max, ..., t_{N-1} = sigma_min, t_N = 0. One step has sigma_max and 0.
-
-        Eq. 5: t_i = (sigma_max^(1/rho) + i / (N-1) * (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho for i < N.
-
-        Here sigma_max is factored out, t_i = sigma_max * (1 + i / (N-1) * ((sigma_min / sigma_max)^(1/rho) - 1))^rho,
-        so that no rho overflows. The end points are exact, so that limits such as S_max = sigma_max include them.
-        """
-        if self.num_steps == 1:
-            return [float(self.sigma_max), 0.0]
-        slope = (self.sigma_min / self.sigma_max) ** (1 / self.rho) - 1
-        inner = [
-            self.sigma_max * (1 + i / (self.num_steps - 1) * slope) ** self.rho
-            for i in range(1, int(self.num_steps) - 1)
-        ]
-        return [float(self.sigma_max), *inner, float(self.sigma_min), 0.0]
-
-    def churn(self, randn_like: Noise) -> Churn:
-        """Return the function that raises a state's noise level a little by fresh noise, within the limits."""
-        gamma = min(self.S_churn / self.num_steps, math.sqrt(2) - 1)
-
-        def churn(x: torch.Tensor, sigma: float) -> tuple[torch.Tensor, float]:
-            if not self.S_min <= sigma <= self.S_max:
-                return x, sigma
-            sigma_hat = sigma * (1 + gamma)
-            return x + math.sqrt(sigma_hat**2 - sigma**2) * self.S_noise * randn_like(x), sigma_hat
-
-        return churn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,12 +24,12 @@ class SamplerOptions:
 
     heun: HeunOptions = field(default_factory=HeunOptions)  # noise levels of all solvers, churn of heun and euler
     guidance: Guidance = field(default_factory=Guidance)
-    solver: str = "heun"  # a key of SOLVERS
+    solver: str = SOLVER_NAMES[0]  # a key of SOLVERS
     dtype: torch.dtype = torch.float32  # of the states, and so of the images
 
     def __post_init__(self) -> None:
         if self.solver not in SOLVERS:
-            raise ConfigError(f"unknown solver '{self.solver}'; choose from {', '.join(SOLVERS)}")
+            raise ConfigError(unknown("solver", self.solver, SOLVERS))
         if SOLVERS[self.solver] in CHURNING:
             return
         default = HeunOptions()
@@ -111,7 +47,7 @@ class SamplerOptions:
         guidance: float = 1,
         interval: tuple[float, float] | None = None,
         shares: Sequence[float] | None = None,
-        solver: str = "heun",
+        solver: str = SOLVER_NAMES[0],
         dtype: torch.dtype = torch.float32,
         **heun: Any,
     ) -> "SamplerOptions":
@@ -136,9 +72,15 @@ class SamplerOptions:
         }
 
     @property
-    def is_guided(self) -> bool:
-        """Whether any step calls a guide."""
-        return any(self.guidance.applies(sigma) for sigma in self.heun.sigmas()[:-1])
+    def exact_guidance(self) -> Guidance:
+        """`guidance` on the noise levels of this schedule, which decide what its printed interval means."""
+        return self.guidance.on_schedule(self.heun.sigmas()[:-1])
+
+    @property
+    def guided_steps(self) -> list[int]:
+        """Indices of the steps that call a guide."""
+        guidance = self.exact_guidance
+        return [i for i, sigma in enumerate(self.heun.sigmas()[:-1]) if guidance.applies(sigma)]
 
     def record(self) -> dict[str, Any]:
         """Return the keywords that differ from their defaults, as PNG files note them."""
@@ -159,7 +101,7 @@ class SamplerOptions:
         randn_like: Noise = torch.randn_like,
     ) -> Evaluations:
         """Return `edm_sampler` as a generator of the guided denoiser's evaluations, which returns the images."""
-        return self.solve(self.guidance.denoiser(net, guides, labels), noise, randn_like)
+        return self.solve(self.exact_guidance.denoiser(net, guides, labels), noise, randn_like)
 
     def sample(
         self,

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.distributed
 
-from dnnlib.atomic import TEMPORARY
+from dnnlib.atomic import TEMPORARY, short_name
 from dnnlib.errors import ConfigError
 from torch_utils.distributed import World
 from torch_utils.processes.together import on_main
@@ -30,7 +30,7 @@ from training.encoders import Encoder, StandardRGBEncoder
 from training.images.png_files import ImageWriter, PngHead, read_png_head
 from training.sampling.denoisers import WithoutLabels
 from training.sampling.options import as_json
-from training.sampling.sampler import Sampler
+from training.sampling.sampler import ForeignSampler, Sampler
 from training.sampling.two_stages import queued_event
 from training.snapshot.parts import described
 
@@ -144,7 +144,7 @@ def request_record(
     Options at the sampler's defaults are left out, and so are guides with guidance 1.
     """
     record: dict[str, Any] = {"net": network_digest(net), "device": device.type, **sampler.record()}
-    if guides and sampler.guidance.weight != 1:
+    if guides and (sampler.guidance.weight != 1 or isinstance(sampler, ForeignSampler)):
         record["gnet"] = [network_digest(guide) for guide in guides]
     if not isinstance(encoder, StandardRGBEncoder):
         record["encoder"] = encoder_digest(encoder)
@@ -201,7 +201,7 @@ def existing_images(
 
 def remove_leftovers(paths: Sequence[Path]) -> None:
     """Remove the temporary files that a killed run left for these files (see dnnlib.atomic)."""
-    expected = set(paths)
+    expected = {path.with_name(short_name(path.name)) for path in paths}
     for folder in {path.parent for path in paths}:
         for name in _names_in(folder):
             match = TEMPORARY.fullmatch(name)

@@ -11,7 +11,8 @@ import torch
 from dnnlib.errors import ConfigError
 from torch_utils.compiling import missing_compiler
 from torch_utils.distributed import World
-from torch_utils.precision import Precision, precision_note
+from torch_utils.precision import precision_note
+from torch_utils.precision_names import Precision
 from training.fast.prepare import PrepareNetwork
 from training.presets import generation_preset, locate
 from training.sampling.generation import generate_images
@@ -19,6 +20,8 @@ from training.sampling.guidance import Guidance
 from training.sampling.image_batches import GeneratedImages
 from training.sampling.networks import DecoderOptions
 from training.sampling.options import SamplerOptions
+from training.sampling.own_sampler import own_sampler
+from training.sampling.sampler import Sampler
 
 # Images of a process from which compiling pays on a GPU: it saves about 6 ms an image of EDM2-S, and more of larger
 # networks, and takes about two minutes the first time and half a minute later. Estimates, not measured.
@@ -31,7 +34,8 @@ class SamplingRequest:
 
     net: str  # path or URL
     gnets: tuple[str, ...] = ()  # the guides; none if no step is guided
-    sampler: SamplerOptions = field(default_factory=SamplerOptions)
+    sampler: Sampler = field(default_factory=SamplerOptions)
+    own_networks: tuple[str, ...] = ()  # classes of the user's own that may be imported for the networks' files
     precision: Precision | None = None  # None = as the network's file says
     compile: bool | None = None  # None = by the number of images, on CUDA
     source: Path | None = None  # images for a network that is conditioned on images
@@ -80,6 +84,7 @@ class SamplingRequest:
             gnet=gnets,
             prepare=prepare,
             sampler_options=self.sampler,
+            own_networks=self.own_networks,
             decoder=self.decoder,
             source=self.source,
             masks=self.masks,
@@ -118,6 +123,9 @@ def resolve_sampling(
     guidance: float | None = None,
     interval: tuple[float, float] | None = None,
     solver: str | None = None,
+    sampler: str | None = None,
+    sampler_args: dict[str, Any] | None = None,
+    own_networks: Sequence[str] = (),
     precision: Precision | None = None,
     compile: bool | None = None,
     source: Path | None = None,
@@ -141,26 +149,44 @@ def resolve_sampling(
     if net is None:
         raise ConfigError("no network to sample from; give --net=FILE or --preset=NAME (--list-presets shows them)")
     guidance = 1.0 if guidance is None else guidance
-    if not gnets:
+    if not gnets and sampler is None:
         _require_no_guidance(guidance, interval, gnet_shares)
+    options = {"guidance": guidance, "interval": interval, "shares": gnet_shares, "solver": solver, **heun}
     request = SamplingRequest(
         net=net,
         gnets=gnets,
-        sampler=SamplerOptions.from_keywords(
-            num_guides=len(gnets),
-            guidance=guidance,
-            interval=interval,
-            shares=gnet_shares,
-            solver=solver or "heun",
-            **{name: value for name, value in heun.items() if value is not None},  # type: ignore[arg-type]
-        ),
+        sampler=_sampler(sampler, sampler_args, options, len(gnets)),
+        own_networks=tuple(own_networks),
         precision=precision,
         compile=compile,
         source=source,
         masks=masks,
         decoder=DecoderOptions(precision=decoder_precision or "auto", tile=decoder_tile),
     )
-    return request if request.sampler.is_guided else _without_guides(request, explain=bool(gnet))
+    if not isinstance(request.sampler, SamplerOptions):  # it may call the guides as it likes
+        return request
+    if not request.sampler.guided_steps:
+        return _without_guides(request, request.sampler, explain=bool(gnet))
+    return request if interval is None else dataclasses.replace(request, notes=(_guided_note(request.sampler),))
+
+
+def _sampler(name: str | None, arguments: dict[str, Any] | None, options: dict[str, Any], num_guides: int) -> Sampler:
+    """Return ours, or that of the user's own called `name`; it gets what was given, and has defaults of its own."""
+    given = {option: value for option, value in options.items() if value is not None}
+    if name is not None:
+        return own_sampler(name, given | (arguments or {}), num_guides)
+    if arguments is not None:
+        raise ConfigError("--sampler-args needs --sampler=module:function")
+    return SamplerOptions.from_keywords(num_guides=num_guides, **given)
+
+
+def _guided_note(sampler: SamplerOptions) -> str:
+    levels = sampler.heun.sigmas()
+    first, last = sampler.guided_steps[0], sampler.guided_steps[-1]
+    return (
+        f"Guided: steps {first} to {last} of 0 to {len(levels) - 2}, which start at noise levels {levels[first]:.4g} to"
+        f" {levels[last]:.4g}."
+    )
 
 
 def _require_no_guidance(
@@ -172,13 +198,13 @@ def _require_no_guidance(
             raise ConfigError(f"--{option}={text} needs a guiding network; add --gnet=FILE or leave out --{option}")
 
 
-def _without_guides(request: SamplingRequest, *, explain: bool) -> SamplingRequest:
+def _without_guides(request: SamplingRequest, sampler: SamplerOptions, *, explain: bool) -> SamplingRequest:
     """Leave out guides that no step calls, so that their files need not exist; with `explain`, note why."""
-    guidance = request.sampler.guidance
+    guidance = sampler.guidance
     note = "Guidance is 1, so the guide is not used; --guidance=1.4, for example, uses it."
     if guidance.weight != 1 and guidance.interval is not None:
         low, high = guidance.interval
         note = f"No step starts at a noise level in ({low:g}, {high:g}], so the guide is not used."
         explain = True
-    sampler = dataclasses.replace(request.sampler, guidance=Guidance(weight=1.0))
+    sampler = dataclasses.replace(sampler, guidance=Guidance(weight=1.0))
     return dataclasses.replace(request, gnets=(), sampler=sampler, notes=(note,) if explain else ())

@@ -47,10 +47,11 @@ def edm_sampler(
     networks that are conditioned on images, pass those of `training.sampling.denoisers.conditioned`.
 
     With guidance 1 no guide is called. `interval` (low, high] restricts guidance to the steps that start at these noise
-    levels of the schedule. `shares` split guidance among several guides; they add up to 1 and are equal by default.
-    `solver`: heun (2 * num_steps - 1 evaluations), euler or dpmpp2m (num_steps each). `num_steps` = 1 gives
-    D(sigma_max * noise, sigma_max), the mean of all images, since only the Euler step to zero remains. `randn_like`
-    draws the churn. Raises ConfigError for invalid values.
+    levels of the schedule; its bounds may be rounded (`training.sampling.guidance.nearest_level`). `shares` split
+    guidance among several guides; they add up to 1 and are equal by default. `solver`: heun (2 * num_steps - 1
+    evaluations), euler or dpmpp2m (num_steps each). `num_steps` = 1 gives D(sigma_max * noise, sigma_max), the mean of
+    all images, since only the Euler step to zero remains. `randn_like` draws the churn. Raises ConfigError for invalid
+    values.
     """
     guides = as_list(gnet)
     options = SamplerOptions.from_keywords(
@@ -68,11 +69,12 @@ class ForeignSampler:
     function: Callable[..., torch.Tensor]
     keywords: dict[str, Any]
     guidance: Guidance
+    name: str | None = None  # module:function, if the user gave it by name
 
     def record(self) -> dict[str, Any]:
         """Return its name and the keywords that differ from their defaults, as PNG files note them."""
         defaults = {name: p.default for name, p in inspect.signature(self.function).parameters.items()}
-        name = getattr(self.function, "__name__", type(self.function).__name__)
+        name = self.name or getattr(self.function, "__name__", type(self.function).__name__)
         return {**non_default(self.keywords, defaults), "sampler": name}
 
     def sample(
@@ -90,6 +92,13 @@ class ForeignSampler:
 
 
 Sampler = SamplerOptions | ForeignSampler
+
+
+def sampler_keywords(sampler: Sampler) -> dict[str, Any]:
+    """Return all keywords, for records; those of a caller's own sampler as they were given, and its name."""
+    if isinstance(sampler, SamplerOptions):
+        return sampler.keywords()
+    return {**sampler.keywords, "sampler": sampler.record()["sampler"]}
 
 
 def sampler_of(function: Callable[..., torch.Tensor], keywords: dict[str, Any], num_guides: int) -> Sampler:

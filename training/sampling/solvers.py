@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from training.sampling.schedule import SOLVER_NAMES
+
 # What solvers call: D = denoise(x, sigma, step_sigma) for a state x [N, ...] with noise of standard deviation sigma.
 # step_sigma is the level of the schedule at which the current step started: the same for all evaluations of a step, and
 # without churn, so that a wrapper such as guidance can decide for whole steps.
@@ -127,5 +129,5 @@ def dpmpp2m(denoise: Denoiser, sigmas: Sequence[float], noise: torch.Tensor) -> 
     return x  # for noise levels that end above zero
 
 
-SOLVERS: Mapping[str, Solver] = {"heun": heun, "euler": euler, "dpmpp2m": dpmpp2m}
+SOLVERS: Mapping[str, Solver] = dict(zip(SOLVER_NAMES, (heun, euler, dpmpp2m), strict=True))
 CHURNING: frozenset[Any] = frozenset({heun, euler})  # those with a keyword `churn`

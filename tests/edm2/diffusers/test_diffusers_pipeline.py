@@ -19,11 +19,12 @@ from dnnlib.errors import ConfigError
 from edm2.diffusers import EDM2HeunScheduler, EDM2Pipeline, EDM2UNet
 from tests.helpers.fake_hub import FakeHub, serve_hub
 from tests.helpers.paths import GOLDEN_DIR
+from tests.helpers.small_network import small_network
 from training.encoders import StabilityVAEEncoder
 from training.fast.inference_network import InferencePrecond
 from training.fast.prepare import PrepareNetwork
 from training.sampling.generation import generate_images
-from training.sampling.options import HeunOptions
+from training.sampling.schedule import HeunOptions
 from training.sharing.write_folder import save_folder
 from training.snapshot import Snapshot, load_snapshot
 
@@ -99,6 +100,14 @@ def test_with_chosen_classes(pipeline: EDM2Pipeline) -> None:
         assert torch.equal(sample(pipeline, class_labels=given), images)
 
 
+def test_a_printed_interval_means_the_levels_of_the_schedule(pipeline: EDM2Pipeline) -> None:
+    high, low = (float(f"{level:.1f}") for level in HeunOptions(num_steps=STEPS).sigmas()[1:3])
+    options = {"guide": str(GUIDE), "guidance_scale": 1.7}
+    guided = sample(pipeline, guidance_interval=(low, high), **options)
+    assert torch.equal(guided, reference(gnet=GUIDE, guidance=1.7, interval=(low, high))[0])
+    assert torch.equal(guided, sample(pipeline, guidance_interval=(2 * low, 2 * high), **options))
+
+
 @pytest.mark.parametrize("kind", ["path", "pipeline", "model", "network", "list"])
 def test_with_a_guide_of_any_kind(pipeline: EDM2Pipeline, kind: str) -> None:
     interval = (0.1, 10.0)
@@ -164,7 +173,16 @@ def test_given_noise_and_a_callback(pipeline: EDM2Pipeline) -> None:
         ({"class_labels": 99}, "out of range"),
         ({"class_labels": [0, 1]}, "2 from class_labels, 3 from generator|3 from generator, 2 from class_labels"),
         ({"class_labels": torch.zeros(3, 2)}, r"\[3, 2\]"),
-        ({"guidance_scale": 2.0}, "needs a guiding network"),
+        ({"class_labels": "cat"}, "'cat' is not a class"),
+        ({"class_labels": ["cat", 1, 2]}, "'cat' is not a class"),
+        ({"class_labels": "all"}, "class_labels='all' names no classes"),
+        ({"class_labels": [0, None, 1]}, "names no classes; give numbers below"),
+        ({"output_type": "pill"}, "did you mean pil"),
+        ({"guidance_scale": 2.0}, "guidance_scale=2 needs a guiding network; add guide="),
+        ({"guidance_scale": float("nan"), "guide": NET}, "guidance_scale=nan must be"),
+        ({"guidance_scale": 2.0, "guide": NET, "guidance_interval": (3, 1)}, "guidance_interval 3,1 must be"),
+        ({"guidance_scale": 2.0, "guide": NET, "guide_shares": [0.5, 0.5]}, "2 guide_shares do not fit 1 guides"),
+        ({"guidance_scale": 2.0, "guide": 5}, "guide=5 is not a network"),
         ({"guidance_scale": 2.0, "guide": "missing.pkl"}, "missing.pkl"),
         ({"guidance_scale": 2.0, "guide": SNAPSHOTS / "latent-cond.pkl"}, "the guide is for images of"),
         ({"num_inference_steps": 0}, "0 sampling steps"),
@@ -360,3 +378,14 @@ def test_without_diffusers_it_says_which_extra_is_missing(monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(ImportError, match=r'pip install "edm2\[vae\]"'):
         import edm2.diffusers  # noqa: F401
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(2, "LA"), (4, "RGBA")])
+def test_images_with_alpha_keep_it(tmp_path: Path, channels: int, mode: str):
+    save_folder(replace(load_snapshot(NET), net=small_network(img_channels=channels).eval()), tmp_path / "net")
+    pipeline = EDM2Pipeline.from_pretrained(tmp_path / "net")
+    options: dict[str, Any] = {"generator": generators(), "num_inference_steps": 2}
+    images = pipeline(**options).images
+    assert {image.mode for image in images} == {mode}
+    options["generator"] = generators()
+    assert np.array_equal(np.stack(images), (pipeline(**options, output_type="np").images * 255).round())

@@ -1,17 +1,22 @@
 """Guidance around a denoiser: by how much, by which guides, in which steps."""
 
+import copy
+import json
 import math
+import pickle
 from itertools import pairwise
 
 import pytest
 import torch
 
 from dnnlib.errors import ConfigError
+from dnnlib.parse import PrintedNumber, half_unit
 from tests.helpers.sampling import GaussianDenoiser
 from training.sampling.denoisers import bind_labels
 from training.sampling.guidance import Guidance, extrapolate
-from training.sampling.options import HeunOptions
+from training.sampling.options import SamplerOptions
 from training.sampling.sampler import edm_sampler
+from training.sampling.schedule import HeunOptions
 
 NOISE = torch.randn([2, 1, 3, 3], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -95,6 +100,72 @@ def test_churn_does_not_move_a_step_into_or_out_of_the_interval():
     options = {"S_churn": 2, "randn_like": torch.zeros_like}
     edm_sampler(GaussianDenoiser(), NOISE, gnet=gnet, num_steps=8, guidance=2, interval=(0, sigmas[4]), **options)
     assert len(gnet.calls) == 2 * 4 - 1 and gnet.calls[0] > sigmas[4]
+
+
+def guided_steps(interval: tuple[float, float], num_steps: int = 32, **options: float) -> list[int]:
+    return SamplerOptions.from_keywords(
+        num_guides=1, guidance=2, interval=interval, num_steps=num_steps, **options
+    ).guided_steps
+
+
+def printed(low: str, high: str) -> tuple[PrintedNumber, PrintedNumber]:
+    return PrintedNumber(low), PrintedNumber(high)
+
+
+@pytest.mark.parametrize(
+    ("interval", "first", "last"),
+    [
+        (("0.28", "2.90"), 15, 21),
+        (("0.60", "5.00"), 13, 19),
+        (("0.19", "1.61"), 17, 22),
+        (("0.6", "5"), 13, 19),
+        (("0.283", "2.902"), 15, 21),
+        (("0", "2.90"), 15, 31),
+        (("0.00", "inf"), 0, 31),
+        (("0.28", "80"), 0, 21),
+        (("2.8e-1", "2.90e0"), 15, 21),
+        (("0.282", "2.8"), 16, 22),  # neither is a level
+    ],
+)
+def test_printed_bounds_mean_the_levels_that_they_are_rounded_from(interval, first, last):
+    expected = list(range(first, last + 1))
+    assert guided_steps(printed(*interval)) == expected
+    assert guided_steps(tuple(map(float, interval))) == expected  # Python prints floats, without trailing zeros
+
+
+@pytest.mark.parametrize("num_steps", [8, 16, 18, 32, 40, 64, 128, 256])
+def test_bounds_printed_to_two_or_more_decimals_give_their_steps_for_any_number_of_steps(num_steps: int):
+    for options in ({}, {"rho": 5, "sigma_max": 40}):
+        levels = HeunOptions(num_steps=num_steps, **options).sigmas()[:-1]
+        wanted = [i for i, level in enumerate(levels) if 0.3 < level < 20]
+        for first, after in ((wanted[0], wanted[-1]), (wanted[len(wanted) // 3], wanted[len(wanted) // 2 + 1])):
+            for digits in (2, 3, 4, 17):
+                bounds = printed(f"{levels[after]:.{digits}f}", f"{levels[first]:.{digits}f}")
+                for interval in (bounds, tuple(map(float, bounds))):
+                    assert guided_steps(interval, num_steps, **options) == list(range(first, after)), (bounds, digits)
+
+
+def test_levels_in_float32_are_levels_and_a_single_level_can_be_enclosed():
+    levels = HeunOptions().sigmas()
+    low, high = torch.tensor([levels[22], levels[15]])
+    assert guided_steps((float(low), float(high))) == guided_steps((low, high)) == list(range(15, 22))
+    assert guided_steps(printed("2.9", "3")) == [15]  # both are nearest to level 15
+
+
+def test_a_printed_number_keeps_its_digits_in_copies():
+    number = PrintedNumber(" 2.90 ")
+    again = pickle.loads(pickle.dumps(copy.deepcopy(number)))
+    assert number == again == 2.9 and str(number) == str(again) == "2.90"
+    assert [half_unit(value) for value in (number, 2.9, 3, math.inf)] == [0.005, 0.05, 0.5, 0]
+    assert json.dumps(number) == "2.9"
+
+
+def test_the_guide_runs_on_the_steps_that_printed_bounds_mean():
+    sigmas = HeunOptions().sigmas()
+    gnet = GaussianDenoiser()
+    edm_sampler(GaussianDenoiser(), NOISE, gnet=gnet, guidance=2, interval=(0.28, 2.90))
+    assert gnet.calls[0] == pytest.approx(sigmas[15]) and gnet.calls[-1] == pytest.approx(sigmas[22])
+    assert len(gnet.calls) == 14
 
 
 @pytest.mark.parametrize(("solver", "calls"), [("heun", 63), ("euler", 32), ("dpmpp2m", 32)])

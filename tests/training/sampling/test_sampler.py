@@ -13,8 +13,9 @@ from dnnlib.errors import ConfigError
 from tests.helpers.paths import Golden
 from tests.helpers.sampling import CASES, GaussianDenoiser, golden_network
 from training.sampling.denoisers import bind_labels
-from training.sampling.options import HeunOptions, SamplerOptions
+from training.sampling.options import SamplerOptions
 from training.sampling.sampler import StackedRandomGenerator, edm_sampler
+from training.sampling.schedule import HeunOptions
 from training.sampling.solvers import result_of
 
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from training.sampling.options import HeunOptions
+from training.sampling.schedule import HeunOptions
 from training.sampling.solvers import SOLVERS, euler, heun
 
 MEANS = torch.tensor([-0.8, 0.1, 0.9], dtype=torch.float64)
