@@ -1,5 +1,7 @@
 """The toy example as users run it: sampling, measures, training, the figure and the two commands."""
 
+import json
+import re
 import sys
 import types
 from pathlib import Path
@@ -12,11 +14,13 @@ from matplotlib.backend_bases import FigureManagerBase
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
+from safetensors import safe_open
 
 import toy_example
 from dnnlib.errors import ConfigError
 from tests.helpers.paths import GOLDEN_DIR
 from training.presets import locate
+from training.sampling.options import HeunOptions
 from training.toy import sample as toy_sample
 from training.toy import toy_plot
 from training.toy.mixture import gt
@@ -70,9 +74,9 @@ def test_guidance_extrapolates_from_the_guide_through_the_network() -> None:
     net, guide = gt("A"), gt("AB")
     x_init = net.sample(50, 5.0, torch.Generator().manual_seed(1))
     blend = types.SimpleNamespace(score=lambda x, s: 3 * net.score(x, s) - 2 * guide.score(x, s))
-    guided = do_sample(net, x_init, guide, 3, num_steps=6)
+    guided = do_sample(net, x_init, 3, guide, num_steps=6)
     torch.testing.assert_close(guided, do_sample(blend, x_init, num_steps=6), rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(do_sample(net, x_init, guide, 1, num_steps=6), do_sample(net, x_init, num_steps=6))
+    torch.testing.assert_close(do_sample(net, x_init, 1, guide, num_steps=6), do_sample(net, x_init, num_steps=6))
 
 
 def test_thinned_points_keep_their_distance_and_are_as_many_as_fit() -> None:
@@ -90,10 +94,11 @@ def test_the_measures_count_what_is_off_the_tree_and_what_is_hit(monkeypatch) ->
     threshold = density_threshold(truth)
     true = truth.sample(20_000, generator=torch.Generator().manual_seed(3))
     assert fidelity(truth, true, threshold).off_tree == pytest.approx(0.001, abs=0.0008)
+    assert fidelity(truth, true, threshold).outside == pytest.approx(0.01, abs=0.003)
     # The first ten branches' components by their means, and as many points that are far from all.
     points = torch.cat([truth.mu[:80], torch.full((80, 2), 7.0)])
     measured = fidelity(truth, points)
-    assert measured.off_tree == 0.5
+    assert measured.off_tree == measured.outside == 0.5
     assert measured.components == 80 / 1016
     assert measured.branches == 10 / 127
     assert fidelity(truth, torch.full((3, 2), 9.0), threshold).branches == 0
@@ -101,7 +106,7 @@ def test_the_measures_count_what_is_off_the_tree_and_what_is_hit(monkeypatch) ->
 
 def test_training_learns_repeats_itself_and_names_its_files(tmp_path) -> None:
     config = ToyConfig(num_layers=2, hidden_dim=16, num_iters=60, batch=256, snapshot=25, seed=4)
-    steps = list(ToyRun(config, tmp_path / "run"))
+    steps = list(ToyRun(config, tmp_path / "run" / "iter{:04d}.pkl"))
     assert len(steps) == len(ToyRun(config)) == 60
     paths = [step.path for step in steps if step.path is not None]
     assert [path.name for path in paths] == ["iter0025.pkl", "iter0050.pkl", "iter0060.pkl"]
@@ -146,7 +151,7 @@ def test_without_a_display_plot_writes_a_file_and_says_where() -> None:
     assert result.exit_code == 0, result.output
     assert "Wrote toy-example.png" in result.output
     lines = result.output.splitlines()
-    assert lines[0].split() == ["off", "the", "tree", "components", "hit", "branches", "hit"]
+    assert re.split(r"  +", lines[0].strip()) == ["off the tree", "outside 99 %", "components hit", "branches hit"]
     assert [line.split("  ")[0] for line in lines[1:4]] == ["true samples", "without guidance", "guidance 3"]
     with Image.open("toy-example.png") as image:
         assert image.size == (1600, 840)
@@ -155,9 +160,10 @@ def test_without_a_display_plot_writes_a_file_and_says_where() -> None:
 
 @pytest.mark.usefixtures("small")
 def test_plot_takes_other_networks_strength_and_file() -> None:
-    result = run("plot", f"--net={SNAPSHOT}", f"--gnet={SNAPSHOT}", "--guidance=2.5", "--save=out/figure.svg")
+    options = ["--guidance=2.5", "--interval=0.01,0.1", "--save=out/figure.svg"]
+    result = run("plot", f"--net={SNAPSHOT}", f"--gnet={SNAPSHOT}", *options)
     assert result.exit_code == 0, result.output
-    assert "guidance 2.5" in result.output
+    assert "guidance 2.5 in (0.01, 0.1]" in result.output
     text = Path("out", "figure.svg").read_text(encoding="utf-8")
     assert text.startswith("<?xml")
 
@@ -169,6 +175,7 @@ def test_plot_takes_other_networks_strength_and_file() -> None:
         (["--save=figure.doc"], r"figure.doc lacks the suffix of an image; use one of .*png"),
         (["--net=none.pkl"], r"'none.pkl' does not exist"),
         (["--guidance=nan"], r"guidance=nan must be a finite number"),
+        (["--interval=2,1"], r"interval 2,1 must be two noise levels LO,HI"),
         (["--device=abacus"], r"--device=abacus is not a device"),
     ],
 )
@@ -189,9 +196,74 @@ def test_train_writes_files_that_plot_reads() -> None:
 
 @pytest.mark.usefixtures("small")
 def test_do_train_returns_the_network_and_without_a_folder_writes_nothing() -> None:
-    net = toy_example.do_train(num_layers=1, hidden_dim=4, num_iters=1)
+    net = toy_example.do_train("A", 1, 4, 64, 1)
     assert net.score(torch.zeros(3, 2), 0.5).shape == (3, 2)
     assert not list(Path().iterdir())
+
+
+@pytest.mark.usefixtures("small")
+def test_do_train_takes_the_published_arguments_in_their_order() -> None:
+    net = toy_example.do_train("B", 1, 4, 64, 5, 7, -2, 1.2, 0.4, 0.02, 8, 0.05, "run/%d.safetensors", 2, None, "cpu")
+    assert sorted(path.name for path in Path("run").iterdir()) == ["2.safetensors", "4.safetensors", "5.safetensors"]
+    assert (net.sigma_data, len(net.layers)) == (0.4, 3)
+    with safe_open("run/2.safetensors", framework="pt") as file:
+        info = json.loads(file.metadata()["info"])
+    assert info == {
+        "classes": "B", "num_layers": 1, "hidden_dim": 4, "batch": 64, "num_iters": 5, "seed": 7, "P_mean": -2,
+        "P_std": 1.2, "sigma_data": 0.4, "lr": 0.02, "lr_decay": 8, "ema_std": 0.05, "snapshot": 2, "iteration": 2,
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match=r"iter.pkl names one file for all iterations; use e.g. iter%04d.pkl"):
+        toy_example.do_train(pkl_pattern="iter.pkl")
+
+
+@pytest.mark.usefixtures("small")
+def test_a_folder_of_any_name_is_trained_into() -> None:
+    for name in ("50%d{x}", "{:d}"):
+        trained = run("train", f"--outdir={name}", "--viz=0", "--layers=1", "--dim=4", "--iters=1")
+        assert trained.exit_code == 0, trained.output
+        assert [path.name for path in Path(name).iterdir()] == ["iter0001.pkl"]
+
+
+@pytest.mark.usefixtures("small")
+def test_do_plot_draws_a_panel_on_the_current_axes() -> None:
+    from matplotlib import pyplot
+
+    net, guide = (load_toy_model(SNAPSHOT) for _ in range(2))
+    small = {"grid_resolution": 20, "num_samples": 30}
+    for elems in ({"gt_uncond", "gt_outline", "samples"}, {"density_net", "arrows_net", "paths"}, {"density_ratio"}):
+        figure, axes = pyplot.subplots()
+        toy_example.do_plot(net, 2, guide, elems, 0.45, 1.22, 0.3, **small, sigma_max=0.03, sample_distance=0.01)
+        assert axes.get_xlim() == pytest.approx((0.15, 0.75)) and axes.get_ylim() == pytest.approx((0.92, 1.52))
+        assert axes.lines or axes.collections
+        pyplot.close(figure)
+    axes = Figure().subplots()
+    toy_example.do_plot(num_samples=30, grid_resolution=20, ax=axes)  # the true distribution
+    assert len(axes.lines[0].get_xdata()) == 30
+    assert not list(Path().iterdir())
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"elems": {"sample"}}, r"unknown element 'sample'; choose from density_net, .*samples, paths"),
+        ({"elems": {"density_guide"}}, r"densities and scores of a guide need one; add gnet"),
+        ({"guidance": 2}, r"guidance=2 needs a guiding network"),
+    ],
+)
+def test_a_panel_that_cannot_be_drawn_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        toy_example.do_plot(num_samples=8, grid_resolution=4, ax=Figure().subplots(), **options)
+
+
+def test_guidance_below_a_noise_level_is_none_above_it() -> None:
+    net, guide = gt("A"), gt("AB")
+    x_init = net.sample(20, 5.0, torch.Generator().manual_seed(1))
+    path = do_sample(net, x_init, 3, guide, 12, interval=(0, 0.5))
+    plain, guided = do_sample(net, x_init, num_steps=12), do_sample(net, x_init, 3, guide, 12)
+    limit = sum(sigma > 0.55 for sigma in HeunOptions(num_steps=12, sigma_max=5).sigmas())
+    torch.testing.assert_close(path[: limit + 1], plain[: limit + 1])
+    assert not torch.equal(path[-1], plain[-1]) and not torch.equal(path[-1], guided[-1])
 
 
 @pytest.mark.usefixtures("small")
@@ -236,7 +308,7 @@ def test_a_display_that_cannot_be_opened_is_reported_in_one_line(monkeypatch) ->
 
     monkeypatch.setattr(pyplot, "figure", refuse)
     with pytest.raises(ConfigError, match=r"cannot open a window \(Cannot load backend 'TkAgg'\); unset MPLBACKEND"):
-        toy_example.do_plot()
+        toy_example.cmdline.main(["plot"], standalone_mode=False)
 
 
 @pytest.mark.parametrize("name", [toy_example.NET, toy_example.GNET])
@@ -251,7 +323,7 @@ def test_with_the_shipped_networks_guidance_leaves_fewer_samples_off_the_tree_an
     net, guide = (load_toy_model(locate(name)) for name in (toy_example.NET, toy_example.GNET))
     x_init = truth.sample(4096, 5.0, torch.Generator().manual_seed(1))
     threshold = density_threshold(truth)
-    samples = {guidance: do_sample(net, x_init, guide, guidance)[-1] for guidance in (1, 3)}
+    samples = {guidance: do_sample(net, x_init, guidance, guide)[-1] for guidance in (1, 3)}
     assert fidelity(truth, samples[3], threshold).off_tree < 0.75 * fidelity(truth, samples[1], threshold).off_tree
     # A branch and what grows out of it are listed together: 31 to each branch of the third generation.
     branch = truth.component(samples[3][truth.logp(samples[3]) > threshold]) // 8

@@ -64,13 +64,14 @@ class Mixture:
         self._table = torch.from_numpy(table).to(self.device)
         self.num_branches = len(branches)
 
-    def logp(self, x: torch.Tensor, sigma: float | torch.Tensor = 0) -> torch.Tensor:
-        """Log density [...]."""
-        return self._chunked(lambda parts: parts.log_terms().flatten(1).logsumexp(1), x, sigma).reshape(x.shape[:-1])
+    def logp(self, x: torch.Tensor, sigma: float | torch.Tensor = 0, max_batch_size: int = 1 << 14) -> torch.Tensor:
+        """Log density [...]. No more than `max_batch_size` points are computed at once."""
+        terms = self._chunked(lambda parts: parts.log_terms().flatten(1).logsumexp(1), x, sigma, max_batch_size)
+        return terms.reshape(x.shape[:-1])
 
-    def pdf(self, x: torch.Tensor, sigma: float | torch.Tensor = 0) -> torch.Tensor:
+    def pdf(self, x: torch.Tensor, sigma: float | torch.Tensor = 0, max_batch_size: int = 1 << 14) -> torch.Tensor:
         """Density [...]; it may underflow to zero."""
-        return self.logp(x, sigma).exp()
+        return self.logp(x, sigma, max_batch_size).exp()
 
     def score(self, x: torch.Tensor, sigma: float | torch.Tensor = 0) -> torch.Tensor:
         """Gradient [..., 2] of the log density."""
@@ -98,12 +99,16 @@ class Mixture:
         return torch.from_numpy(values).to(dtype).to(self.device)  # in this order: MPS has no float64
 
     def _chunked(
-        self, evaluate: Callable[["_Parts"], torch.Tensor], x: torch.Tensor, sigma: float | torch.Tensor
+        self,
+        evaluate: Callable[["_Parts"], torch.Tensor],
+        x: torch.Tensor,
+        sigma: float | torch.Tensor,
+        max_batch_size: int = 1 << 14,
     ) -> torch.Tensor:
         level = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).expand(x.shape[:-1]).flatten()
         values = (self._center, self._extent, self._covariance, self._log_weight, _POSITIONS - 0.5)
         branches = [self._tensor(value, x.dtype) for value in values]
-        size = _CHUNK if x.device.type == "cpu" else _CHUNK_GPU
+        size = min(_CHUNK if x.device.type == "cpu" else _CHUNK_GPU, max_batch_size)
         chunks = zip(x.reshape(-1, 2).split(size), level.split(size), strict=True)
         return torch.cat([evaluate(_Parts(*chunk, branches)) for chunk in chunks])
 

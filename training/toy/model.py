@@ -53,7 +53,7 @@ class MPLinear(nn.Module):
 
 @persistence.persistent_class
 class ToyModel(nn.Module):
-    """Learned log density and score at any noise level above 0.
+    """Learned log density and score at any noise level above 0; at 0 they are not finite.
 
     Points x are [..., D], and `sigma` is a number or a tensor that broadcasts to [...].
     """
@@ -67,22 +67,27 @@ class ToyModel(nn.Module):
         self.layers = nn.Sequential(*layers)
         self.gain = nn.Parameter(torch.zeros([]))
 
-    def forward(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, sigma: float | torch.Tensor = 0) -> torch.Tensor:
         """Log density [...], up to a constant for each sigma."""
         level, _, scaled, features = self._input(x, sigma)
         y = self.layers(features)
         return (y.square().mean(-1) * (self.gain / level) - scaled.square().sum(-1) / 2).reshape(x.shape[:-1])
 
-    def logp(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
+    def logp(self, x: torch.Tensor, sigma: float | torch.Tensor = 0) -> torch.Tensor:
         """Log density [...], up to a constant for each sigma."""
         return self(x, sigma)
 
-    def pdf(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
-        """Density [...], up to a factor for each sigma."""
-        return self(x, sigma).exp()
+    def pdf(self, x: torch.Tensor, sigma: float | torch.Tensor = 0) -> torch.Tensor:
+        """Density [...], scaled to a maximum of 1: at low noise levels all values would underflow otherwise."""
+        logp = self(x, sigma)
+        return (logp - logp.max()).exp()
 
-    def score(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
-        """Gradient [..., D] of the log density, by the chain rule written out; it is differentiable itself."""
+    def score(self, x: torch.Tensor, sigma: float | torch.Tensor = 0, graph: bool = False) -> torch.Tensor:
+        """Gradient [..., D] of the log density, by the chain rule written out; with `graph` differentiable itself."""
+        with torch.set_grad_enabled(graph and torch.is_grad_enabled()):
+            return self._score(x, sigma)
+
+    def _score(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
         level, scale, scaled, features = self._input(x, sigma)
         first, *rest = [layer.matrix() for layer in self.layers if isinstance(layer, MPLinear)]
         y = features @ first.t()

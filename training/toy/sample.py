@@ -12,7 +12,8 @@ import torch
 from training.sampling.sampler import edm_sampler
 from training.toy.mixture import Mixture
 
-THRESHOLD_SHARE = 0.999  # of the true samples have a higher density than the threshold
+TREE_SHARE = 0.999  # of the true samples are on the tree
+CONTOUR_SHARE = 0.99  # of the true samples are inside the paper's contour
 _THRESHOLD_SAMPLES = 1 << 16
 
 
@@ -29,17 +30,19 @@ class Density(Protocol):
 def do_sample(
     net: Density,
     x_init: torch.Tensor,
-    gnet: Density | None = None,
     guidance: float = 1,
+    gnet: Density | None = None,
     num_steps: int = 32,
     sigma_min: float = 0.002,
     sigma_max: float = 5,
     rho: float = 7,
+    *,
+    interval: tuple[float, float] | None = None,
 ) -> torch.Tensor:
     """Return the trajectories [S + 1, N, 2] of the points `x_init` [N, 2] from noise level `sigma_max` to zero.
 
-    The last entry contains the samples. The denoiser is D = x + sigma**2 score, the solver is Heun's. Raises
-    ConfigError for invalid values.
+    The last entry contains the samples. The denoiser is D = x + sigma**2 score, the solver is Heun's. `interval`: see
+    `edm_sampler`. Raises ConfigError for invalid values.
     """
     starts: dict[float, torch.Tensor] = {}
     denoise = _denoiser(net)
@@ -60,6 +63,7 @@ def do_sample(
             sigma_max=sigma_max,
             rho=rho,
             dtype=x_init.dtype,
+            interval=interval,
         )
     return torch.stack([*starts.values(), samples])
 
@@ -85,26 +89,35 @@ class Fidelity:
     """Measures of how well samples keep to the true distribution; all are shares from 0 to 1."""
 
     off_tree: float  # samples at a lower true density than 99.9 % of the true samples
+    outside: float  # samples outside the contour with 99 % of the true distribution, the paper's measure
     components: float  # mixture components hit by at least one sample on the tree
     branches: float  # branches hit by at least one sample on the tree
 
 
-def density_threshold(truth: Mixture) -> float:
-    """Log density without noise that `THRESHOLD_SHARE` of the true samples exceed."""
+def density_threshold(truth: Mixture, share: float = TREE_SHARE) -> float:
+    """Log density without noise that `share` of the true samples exceed."""
     generator = torch.Generator(truth.device).manual_seed(0)
     logp = truth.logp(truth.sample(_THRESHOLD_SAMPLES, generator=generator))
-    return float(logp.sort().values[round(_THRESHOLD_SAMPLES * (1 - THRESHOLD_SHARE))])
+    return float(logp.sort().values[round(_THRESHOLD_SAMPLES * (1 - share))])
 
 
-def fidelity(truth: Mixture, samples: torch.Tensor, threshold: float | None = None) -> Fidelity:
-    """Measure `samples` [N, 2]; each on the tree hits its likeliest component. `threshold`: see `density_threshold`."""
+def fidelity(
+    truth: Mixture, samples: torch.Tensor, threshold: float | None = None, contour: float | None = None
+) -> Fidelity:
+    """Measure `samples` [N, 2]; each on the tree hits its likeliest component.
+
+    `threshold` and `contour`: see `density_threshold`, for the tree and for the paper's contour.
+    """
     threshold = density_threshold(truth) if threshold is None else threshold
-    on_tree = truth.logp(samples) >= threshold
+    contour = density_threshold(truth, CONTOUR_SHARE) if contour is None else contour
+    logp = truth.logp(samples)
+    on_tree = logp >= threshold
     hit = truth.component(samples[on_tree]).unique()
     num_components = len(truth.phi)
     branches = (hit // (num_components // truth.num_branches)).unique()
     return Fidelity(
         off_tree=1 - float(on_tree.double().mean()),
+        outside=float((logp < contour).double().mean()),
         components=len(hit) / num_components,
         branches=len(branches) / truth.num_branches,
     )

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from dnnlib.atomic import atomic_path
 from dnnlib.download import open_url
 from dnnlib.errors import ConfigError, one_line, reason_of
 from torch_utils.pickles.safe_pickle import StoredObject, file_format, read_pickle
+from torch_utils.tensor_file import save_tensors
 from training.snapshot.parts import arguments_of, described, plain
 from training.snapshot.pickle_file import flatten
 from training.toy.model import ToyModel
@@ -65,7 +65,8 @@ def save_toy_model(net: ToyModel, path: str | os.PathLike[str], *, info: Mapping
             else:
                 entries = {"network": {"class": ToyModel.__name__, "arguments": arguments}, "info": dict(info or {})}
                 metadata = {key: json.dumps(plain(value, key), sort_keys=True) for key, value in entries.items()}
-                save_file(tensors, temp, {"format": FORMAT, "format_version": VERSION} | metadata)
+                arrays = {name: value.numpy() for name, value in tensors.items()}
+                save_tensors(temp, arrays, {"format": FORMAT, "format_version": VERSION} | metadata)
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {reason_of(error)}") from error
 

@@ -111,6 +111,13 @@ def test_samples_have_the_mean_and_covariance_of_the_mixture() -> None:
     torch.testing.assert_close(sample.T.cov(), covariance + 0.09 * torch.eye(2), rtol=0, atol=5e-3)
 
 
+def test_the_largest_number_of_points_at_once_does_not_matter() -> None:
+    mixture, x = gt("A"), torch.rand(9, 2)
+    for size in (1, 4, 100):
+        torch.testing.assert_close(mixture.logp(x, 0.1, size), mixture.logp(x, 0.1))
+        torch.testing.assert_close(mixture.pdf(x, 0.1, max_batch_size=size), mixture.pdf(x, 0.1))
+
+
 def test_points_may_have_any_shape_and_share_a_noise_level() -> None:
     mixture = gt("A")
     x = torch.linspace(-1, 1, 3 * 5 * 2).reshape(3, 5, 2)

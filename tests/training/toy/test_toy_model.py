@@ -1,5 +1,6 @@
 """The toy network and its files: golden numbers, autograd as the oracle of the written-out score, refused files."""
 
+import inspect
 import json
 import pickle
 import subprocess
@@ -16,6 +17,9 @@ from dnnlib.errors import ConfigError
 from tests.helpers.paths import GOLDEN_DIR
 from tests.test_layers import ROOT, foreign_imports
 from torch_utils.pickles.safe_pickle import read_pickle
+from toy_example import NET
+from training.presets import locate
+from training.toy.mixture import gt
 from training.toy.model import MPLinear, MPSiLU, ToyModel
 from training.toy.toy_files import load_toy_model, save_toy_model
 
@@ -51,7 +55,25 @@ def test_the_published_file_gives_the_published_density_and_score(golden) -> Non
     state = {f"model.state.{name}": value for name, value in net.state_dict().items()}
     assert state.keys() == {name for name in reference if name.startswith("model.state.")}
     assert all(torch.equal(value, reference[name]) for name, value in state.items())
-    torch.testing.assert_close(net.pdf(x[:4], 0.5), net.logp(x[:4], 0.5).exp())
+    density = net.logp(x[:4], 0.5).exp()
+    torch.testing.assert_close(net.pdf(x[:4], 0.5), density / density.max())
+
+
+def test_densities_have_a_maximum_of_1_at_every_noise_level() -> None:
+    net, mixture = load_toy_model(locate(NET)), gt()
+    for sigma in (0.002, 0.005, 0.03, 1.0):
+        x = mixture.sample(200, sigma, torch.Generator().manual_seed(0))
+        pdf, logp = net.pdf(x, sigma), net.logp(x, sigma)
+        assert pdf.max() == 1 and (pdf > 0).sum() > 1
+        torch.testing.assert_close(pdf, (logp - logp.max()).exp())
+
+
+def test_scores_keep_a_graph_only_if_asked() -> None:
+    net = small_model()
+    x, sigma = noisy_points()
+    assert not net.score(x, sigma).requires_grad and net.score(x, sigma, True).requires_grad
+    assert not net.score(x.requires_grad_(), sigma, graph=False).requires_grad
+    assert inspect.signature(net.forward).parameters["sigma"].default == 0
 
 
 @pytest.mark.parametrize("num_layers", [0, 1, 3])
@@ -66,7 +88,7 @@ def test_training_on_the_score_has_the_gradients_that_autograd_finds_by_differen
     x, sigma = noisy_points()
     target = torch.sin(3 * x)
     gradients = []
-    for score in (net.score(x, sigma), autograd_score(net, x, sigma)):
+    for score in (net.score(x, sigma, graph=True), autograd_score(net, x, sigma)):
         net.zero_grad()
         (score - target).square().mean().backward()
         gradients.append([parameter.grad.clone() for parameter in net.parameters()])
