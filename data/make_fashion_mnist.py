@@ -11,12 +11,17 @@ import gzip
 import io
 import json
 import struct
+import sys
 import zipfile
 import zlib
 from pathlib import Path
 
 import click
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the checkout, which need not be installed
+
+from dnnlib.cli import PathType
 
 CLASSES = (
     "T-shirt/top",
@@ -42,11 +47,11 @@ STRATEGIES = (zlib.Z_DEFAULT_STRATEGY, zlib.Z_FILTERED, zlib.Z_HUFFMAN_ONLY, zli
 @click.command()
 @click.option(
     "--source",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    type=PathType(exists=True, file_okay=False),
     required=True,
     help="Folder with the four .gz files.",
 )
-@click.option("--dest", type=click.Path(dir_okay=False, path_type=Path), required=True, help="ZIP file to write.")
+@click.option("--dest", type=PathType(dir_okay=False), required=True, help="ZIP file to write.")
 @click.option("--split", type=click.Choice(list(FILES)), default="train", show_default=True)
 @click.option("--per-class", type=click.IntRange(min=1), help="Take the first N images of every class, not all.")
 def main(source: Path, dest: Path, split: str, per_class: int | None) -> None:

@@ -15,16 +15,18 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the checkout, which need not be installed
 
-from dnnlib.cli import main
+from dnnlib.cli import PATH, SOURCE, main
 from dnnlib.errors import ConfigError
 from training.dataset.image_folder import ImageFolderDataset
 from training.images.sheet import require_sheet, write_sheet
 
 
 @click.command()
-@click.option("--images", metavar="DIR|ZIP", required=True, help="Generated images")
-@click.option("--data", metavar="DIR|ZIP", required=True, help="The data set that the network was trained on")
-@click.option("--grid", metavar="FILE.png", type=click.Path(path_type=Path), required=True, help="Sheet to write")
+@click.option("--images", metavar="DIR|ZIP", type=SOURCE, required=True, help="Generated images")
+@click.option(
+    "--data", metavar="DIR|ZIP", type=SOURCE, required=True, help="The data set that the network was trained on"
+)
+@click.option("--grid", metavar="FILE.png", type=PATH, required=True, help="Sheet to write")
 @click.option("--rows", type=click.IntRange(min=1), default=12, show_default=True, help="Generated images on the sheet")
 @click.option("--neighbours", type=click.IntRange(min=1), default=4, show_default=True, help="Training images for each")
 @click.option(

@@ -1,27 +1,31 @@
-"""Sort the images of the npm package emoji-datasource-google into a folder for each category, on white.
+"""Sort the images of the npm package emoji-datasource-google into a folder for each category.
 
     npm pack emoji-datasource-google@16.0.0
     tar -xf emoji-datasource-google-16.0.0.tgz
     python data/sort_emoji.py --source=package --dest=emoji
 
-The images are Noto Emoji, under Apache-2.0. dataset_tool.py takes the colors of transparent pixels as they are stored,
-so images with an alpha channel are put on a background first. See docs/own-data.md.
+The images are Noto Emoji, under Apache-2.0, with transparent pixels. See docs/own-data.md.
 """
 
 import json
 import re
+import shutil
+import sys
 from pathlib import Path
 
 import click
-import PIL.Image
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the checkout, which need not be installed
+
+from dnnlib.cli import PATH
 
 IMAGES = Path("img", "google", "64")
 LEFT_OUT = "Component"  # five plain squares in skin colors
 
 
 @click.command()
-@click.option("--source", type=click.Path(path_type=Path), required=True, help="The folder `package` of the package.")
-@click.option("--dest", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@click.option("--source", type=PATH, required=True, help="The folder `package` of the package.")
+@click.option("--dest", type=PATH, required=True, help="Folder to write.")
 def main(source: Path, dest: Path) -> None:
     """Write DEST/{category}/{emoji}.png for all emoji with an image in the package, skin tones included."""
     try:
@@ -37,16 +41,9 @@ def main(source: Path, dest: Path) -> None:
         for variant in (entry, *entry.get("skin_variations", {}).values()):
             path = source / IMAGES / variant["image"]
             if path.is_file():
-                on_white(path).save(folder / variant["image"])
+                shutil.copyfile(path, folder / variant["image"])
                 number += 1
     click.echo(f"{dest}: {number} images in {len(list(dest.iterdir()))} folders")
-
-
-def on_white(path: Path) -> PIL.Image.Image:
-    """Return the image as RGB, with white where it is transparent."""
-    image = PIL.Image.open(path).convert("RGBA")
-    white = PIL.Image.new("RGBA", image.size, "white")
-    return PIL.Image.alpha_composite(white, image).convert("RGB")
 
 
 if __name__ == "__main__":

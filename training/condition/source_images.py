@@ -4,9 +4,7 @@ Shape legend: N images, C channels, H x W pixels.
 """
 
 import hashlib
-import io
 import os
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +16,11 @@ import PIL.Image
 from dnnlib.errors import ConfigError, reason_of
 from training.dataset.contract import ImageDataset
 from training.dataset.item_files import Files, open_files
-from training.dataset.items import IMAGE_SUFFIXES, is_item, is_latents
+from training.dataset.items import is_item, is_latents
 from training.dataset.label_file import labels_array, read_file_labels
-from training.images.decode import Unreadable, decode_rgb
+from training.images.decode import IMAGE_SUFFIXES, KEEP_ALPHA, DecodeOptions, Unreadable, alpha_channel, decode_image
 
 _DIGITS = 16  # of digests
-_WITH_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 _THRESHOLD = 128  # a mask is white, and an alpha channel opaque, from this value up
 
 
@@ -88,13 +85,13 @@ class FileImages:
     def read(self, index: int) -> SourceImage:
         """See SourceImages."""
         name, data = self._files.describe(index), self._files.read(index)
-        pixels = _decoded(data, name, self._channels)
-        image = SourceImage(pixels=pixels, hidden=_transparent_in(data, name), name=name)
+        pixels, hidden = _decoded(data, name, self._channels)
+        image = SourceImage(pixels=pixels, hidden=hidden, name=name)
         if self._masks is None:
             return image
         place = index % len(self._masks)
         mask_name = self._masks.describe(place)
-        mask = _decoded(self._masks.read(place), mask_name, 1)[0] >= _THRESHOLD
+        mask = _decoded(self._masks.read(place), mask_name, 1)[0][0] >= _THRESHOLD
         return masked(image, mask, mask_name)
 
     def digest(self, index: int) -> str:
@@ -164,9 +161,8 @@ def masked(image: SourceImage, mask: np.ndarray, mask_name: str) -> SourceImage:
 
 def transparent(image: PIL.Image.Image) -> np.ndarray | None:
     """Return the transparent pixels of an image, which are to be filled: bool [H, W]; None for opaque images."""
-    if image.mode not in _WITH_ALPHA and "transparency" not in image.info:
-        return None
-    return np.asarray(image.convert("RGBA").getchannel("A")) < _THRESHOLD
+    alpha = alpha_channel(image)
+    return None if alpha is None else np.asarray(alpha) < _THRESHOLD
 
 
 def white(mask: PIL.Image.Image) -> np.ndarray:
@@ -213,26 +209,20 @@ class _FileList:
         if self._files is None:
             return None
         labels = read_file_labels(self._files, [self._files.names[row] for row in self._rows])
-        array = None if labels is None else labels_array(labels)
-        return array.tolist() if array is not None and array.dtype == np.int64 else None
+        if labels is None or labels.named:  # names are numbered differently than in the network's data set
+            return None
+        array = labels_array(labels.values)
+        return array.tolist() if array.dtype == np.int64 else None
 
 
-def _decoded(data: bytes, name: str, channels: int) -> np.ndarray:
-    """Return the pixels as uint8 [channels, H, W], grayscale or RGB."""
+def _decoded(data: bytes, name: str, channels: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return the pixels as uint8 [channels, H, W], grayscale or RGB, and which are transparent; see `transparent`."""
     assert channels in (1, 3)
     try:
-        rgb = decode_rgb(data)
+        image = decode_image(data, DecodeOptions(background=KEEP_ALPHA)).image
     except Unreadable as error:
         raise ConfigError(f"{name} cannot be read as an image: {error}") from None
+    rgb = image.convert("RGB")
     pixels = np.atleast_3d(np.asarray(rgb.convert("L") if channels == 1 else rgb))
-    return np.array(pixels.transpose(2, 0, 1), order="C")  # a copy: Pillow's own memory is read-only
-
-
-def _transparent_in(data: bytes, name: str) -> np.ndarray | None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            with PIL.Image.open(io.BytesIO(data)) as image:
-                return transparent(image)
-        except Exception as error:
-            raise ConfigError(f"{name} cannot be read as an image: {error}") from None
+    # A copy: Pillow's own memory is read-only.
+    return np.array(pixels.transpose(2, 0, 1), order="C"), transparent(image)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from dnnlib.errors import ConfigError
+from dnnlib.text import did_you_mean
 from training.condition.masks import random_masks
 
 MAX_FACTOR = 256  # so that the sum over an area of pixels is exact in float32
@@ -116,5 +117,5 @@ def parse_condition(text: str) -> Condition:
     shown = text if text.isprintable() and len(text) <= 40 else repr(text[:40])
     raise ConfigError(
         f"condition '{shown}' is unknown; choose lowres:FACTOR, e.g. lowres:4, inpaint, or inpaint:MIN-MAX, e.g."
-        " inpaint:0.1-0.5"
+        f" inpaint:0.1-0.5{did_you_mean(text.partition(':')[0], ('lowres', 'inpaint'))}"
     )

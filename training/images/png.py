@@ -29,6 +29,7 @@ SMALL = 6  # Pillow's default; about six times the work of FAST
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 HEADER = struct.Struct(">IIBBBBB")  # width, height, bits, color type, compression, filter, interlacing
 COLOR_TYPE = {1: 0, 2: 4, 3: 2, 4: 6}  # by number of channels
+CHANNELS = {color_type: channels for channels, color_type in COLOR_TYPE.items()}
 _CHUNK = struct.Struct(">I4s")  # length, name
 _AVERAGE = 3  # filter type: difference to the mean of the bytes to the left and above
 
@@ -42,10 +43,10 @@ END = _chunk(b"IEND")
 
 def require_png_channels(num_channels: int) -> None:
     """Raise ConfigError unless images of `num_channels` can be written as PNG."""
-    if num_channels not in (1, 3):
+    if num_channels not in COLOR_TYPE:
         raise ConfigError(
-            f"images of {num_channels} channels cannot be written as PNG files, only gray (1) and RGB (3) ones can; "
-            "latents need the decoder of their data set"
+            f"images of {num_channels} channels cannot be written as PNG files, only gray (1) and RGB (3) ones can, "
+            "with alpha or without; latents need the decoder of their data set"
         )
 
 
@@ -56,7 +57,7 @@ def require_compression(level: int) -> None:
 
 
 def encode_png(image: np.ndarray, *, compression: int = FAST, texts: dict[str, str] | None = None) -> bytes:
-    """Encode `image` (uint8 [C, H, W], C 1 or 3). The pixels are the same at every `compression`.
+    """Encode `image` (uint8 [C, H, W], C 1 to 4). The pixels are the same at every `compression`.
 
     0 (`PLAIN`) stores the pixels as they are, 1 is fast, 2 to 9 are Pillow's: smaller for smooth images, at 3 to 15
     times the work. `texts` go into tEXt chunks by their keywords (section 11.3.3), in ASCII.
@@ -103,13 +104,20 @@ def _encode_by_pillow(image: np.ndarray, compression: int) -> bytes:
     return file.getvalue()
 
 
-def decode_plain_png(data: Any, shape: tuple[int, int, int]) -> np.ndarray | None:
-    """Decode a plain PNG of this `shape`: a view uint8 [C, H, W], not contiguous; None for any other file."""
+def png_shape(data: Any) -> tuple[int, int, int] | None:
+    """Return [C, H, W] of a PNG with 8 bits, without palette or interlacing, from its header; None for other files."""
     if data[:8] != SIGNATURE or len(data) < 33 or data[12:16] != b"IHDR":
         return None
-    channels, height, width = shape
-    if HEADER.unpack_from(data, 16) != (width, height, 8, COLOR_TYPE.get(channels), 0, 0, 0):
+    width, height, bits, color_type, *methods = HEADER.unpack_from(data, 16)
+    channels = CHANNELS.get(color_type)
+    return (channels, height, width) if channels and bits == 8 and not any(methods) else None
+
+
+def decode_plain_png(data: Any, shape: tuple[int, int, int]) -> np.ndarray | None:
+    """Decode a plain PNG of this `shape`: a view uint8 [C, H, W], not contiguous; None for any other file."""
+    if png_shape(data) != shape:
         return None
+    channels, height, width = shape
     packed = _image_data(data)
     if packed is None:
         return None

@@ -1,6 +1,6 @@
 """PNG files: written whole or not at all, by a few threads next to the sampling, and read back with their texts.
 
-Shape legend: C channels (1 gray, 3 RGB), H x W pixels.
+Shape legend: C channels (1 gray, 2 gray and alpha, 3 RGB, 4 RGB and alpha), H x W pixels.
 """
 
 import io
@@ -18,7 +18,7 @@ import numpy as np
 from dnnlib.atomic import atomic_path
 from dnnlib.errors import ConfigError, reason_of
 from torch_utils.processes.dealing import cores_per_process
-from training.images.png import COLOR_TYPE, END, FAST, HEADER, SIGNATURE, encode_png
+from training.images.png import CHANNELS, END, FAST, HEADER, SIGNATURE, encode_png
 
 _MAX_TEXT_BYTES = 1 << 16  # longer texts in files of others are skipped
 _MAX_THREADS = 16
@@ -103,7 +103,9 @@ class ImageWriter:
 class PngHead:
     """Content of a PNG file in front of its pixels."""
 
-    shape: tuple[int, int, int] | None  # C, H, W of an 8-bit gray or RGB image; None for other kinds
+    shape: (
+        tuple[int, int, int] | None
+    )  # C, H, W of an 8-bit gray or RGB image, with alpha or without; None for other kinds
     texts: dict[str, str]  # by keyword
 
 
@@ -127,7 +129,7 @@ def _read_chunks(file: io.BufferedReader) -> PngHead | None:
         length, name = struct.unpack(">I4s", file.read(8))
         if name == b"IHDR" and length == HEADER.size:
             width, height, bits, color_type, *_ = HEADER.unpack(file.read(length))
-            channels = {COLOR_TYPE[c]: c for c in (1, 3)}.get(color_type)
+            channels = CHANNELS.get(color_type)
             shape = (channels, height, width) if channels and bits == 8 else None
             file.seek(4, os.SEEK_CUR)
         elif name == b"tEXt" and length <= _MAX_TEXT_BYTES:
@@ -141,14 +143,14 @@ def _read_chunks(file: io.BufferedReader) -> PngHead | None:
 
 
 def read_png(path: Path) -> np.ndarray:
-    """Read the pixels of a gray or RGB image, uint8 [C, H, W]. Raises ConfigError if it cannot be read."""
-    import PIL.Image
+    """Read the pixels of a gray or RGB image, with alpha or without: uint8 [C, H, W]. Raises ConfigError for others."""
+    from training.images.decode import Unreadable, open_image  # Pillow is slow to import
 
     try:
-        with PIL.Image.open(path) as image:
-            pixels = np.asarray(image)
-    except OSError as error:
+        with open_image(path.read_bytes()) as image:
+            is_usual, pixels = image.mode in ("L", "LA", "RGB", "RGBA"), np.asarray(image)
+    except (OSError, Unreadable) as error:
         raise ConfigError(f"{path} cannot be read as an image: {error}") from None
-    if pixels.dtype != np.uint8 or pixels.ndim > 3:
-        raise ConfigError(f"{path} is not an image of 8 bits")
+    if not is_usual:
+        raise ConfigError(f"{path} is not a gray or RGB image of 8 bits")
     return np.ascontiguousarray(np.atleast_3d(pixels).transpose(2, 0, 1))

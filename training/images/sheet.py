@@ -1,6 +1,6 @@
 """Contact sheets: many images laid out in one.
 
-Shape legend: N images, C channels (1 gray, 3 RGB), H x W pixels.
+Shape legend: N images, C channels (1 gray, 2 gray and alpha, 3 RGB, 4 RGB and alpha), H x W pixels.
 """
 
 from pathlib import Path

@@ -251,7 +251,7 @@ def test_training_and_sampling_by_command_line_for_both_conditions(tmp_path, cap
         assert command(train_edm2.train_edm2, *train, f"--outdir={run}", f"--condition={kind}") == 0
         capsys.readouterr()
         out, sheet = run / "images", run / "sheet.png"
-        args = [f"--net={run / 'network-snapshot-0000000-0.050.safetensors'}", f"--source={pictures}", *more]
+        args = [f"--net={run / 'network-snapshot-0000000.016-0.050.safetensors'}", f"--source={pictures}", *more]
         args += ["--device=cpu", "--steps=2", "--seeds=0-5", f"--outdir={out}", f"--grid={sheet}"]
         assert command(generate_script.cmdline, *args) == 0
         assert "Wrote 6 images" in capsys.readouterr().out

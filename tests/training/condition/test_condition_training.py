@@ -115,7 +115,13 @@ def test_a_run_goes_on_bitwise_and_refuses_another_condition(condition, data, tm
 def test_rounds_and_recomputation_change_rounding_only(data):
     config = tiny_config(data, condition="inpaint")
     dataset = SimpleNamespace(
-        num_channels=3, resolution=8, holds_latents=False, label_dim=3, encoder_entry=None, path=data
+        num_channels=3,
+        resolution=8,
+        holds_latents=False,
+        label_dim=3,
+        encoder_entry=None,
+        class_names=None,
+        path=data,
     )
     images = torch.randint(0, 256, [8, 3, 8, 8], dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     labels = torch.eye(3)[torch.arange(8) % 3]
@@ -134,7 +140,7 @@ def test_a_network_without_goes_on_as_one_that_sees(data, tmp_path):
     """Fine-tuning: it begins as the very function that it was, whatever it is shown."""
     config = tiny_config(data, snapshot=48, snapshot_format="safetensors", batch=24)
     plain = train(run_of(config, tmp_path / "plain"))
-    snapshot = tmp_path / "plain" / "network-snapshot-0000000-0.100.safetensors"
+    snapshot = tmp_path / "plain" / "network-snapshot-0000000.048-0.100.safetensors"
     tuned = dataclasses.replace(config, condition="lowres:4", init=str(snapshot))
     state = run_of(tuned, tmp_path / "tuned").state
     assert state.has_new_condition_input and not state.uninitialized and not plain.state.has_new_condition_input
@@ -246,6 +252,6 @@ def test_networks_say_in_their_files_what_they_see(data, tmp_path):
         config = tiny_config(data, condition=condition, snapshot=48, snapshot_format="both")
         train(run_of(config, tmp_path / str(condition)))
         for suffix in ("pkl", "safetensors"):
-            found = load_snapshot(tmp_path / str(condition) / f"network-snapshot-0000000-0.100.{suffix}")
+            found = load_snapshot(tmp_path / str(condition) / f"network-snapshot-0000000.048-0.100.{suffix}")
             assert found.info.get("condition") == (None if condition is None else "inpaint:0.1-0.5")
             assert found.net.cond_channels == (0 if condition is None else 4)

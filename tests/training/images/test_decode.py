@@ -1,6 +1,7 @@
 """What becomes of every kind of image file, as docs/datasets.md tells it."""
 
 import io
+import re
 import struct
 import zlib
 
@@ -10,7 +11,16 @@ import PIL.Image
 import PIL.ImageOps
 import pytest
 
-from training.images.decode import MAX_PIXELS, Unreadable, decode_rgb, rgb_from_array
+from tests.helpers.paths import ROOT
+from training.images.decode import (
+    KEEP_ALPHA,
+    MAX_PIXELS,
+    DecodeOptions,
+    Unreadable,
+    decode_image,
+    decode_rgb,
+    open_image,
+)
 
 RNG = np.random.default_rng(3)
 PIXELS = RNG.integers(0, 256, (6, 9, 3), dtype=np.uint8)
@@ -183,6 +193,147 @@ def test_the_limit_lets_large_photographs_pass():
 
 
 def test_arrays_of_one_and_three_channels_become_rgb():
-    assert np.array_equal(np.asarray(rgb_from_array(PIXELS)), PIXELS)
+    assert np.array_equal(np.asarray(decode_rgb(PIXELS)), PIXELS)
     for gray in (PIXELS[:, :, 0], PIXELS[:, :, :1]):
-        assert np.array_equal(np.asarray(rgb_from_array(gray)), np.repeat(PIXELS[:, :, :1], 3, axis=2))
+        assert np.array_equal(np.asarray(decode_rgb(gray)), np.repeat(PIXELS[:, :, :1], 3, axis=2))
+
+
+def test_one_place_opens_files_with_pillow():
+    folders = ["dnnlib", "torch_utils", "training", "edm2", "data"]
+    files = [*ROOT.glob("*.py"), *(file for folder in folders for file in (ROOT / folder).rglob("*.py"))]
+    openers = [file for file in files if re.search(r"\bImage\.open\(", file.read_text(encoding="utf-8"))]
+    assert [file.relative_to(ROOT).as_posix() for file in openers] == ["training/images/decode.py"]
+
+
+def png_file(size, bits, color_type, rows, *chunks):
+    """A PNG of these rows of bytes, with `chunks` (name, content) in front of the pixels."""
+    header = struct.pack(">IIBBBBB", *size, bits, color_type, 0, 0, 0)
+    pixels = zlib.compress(b"".join(b"\0" + row for row in rows))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in [(b"IHDR", header), *chunks, (b"IDAT", pixels), (b"IEND", b"")]
+    )
+
+
+LONG = b"a" * (9 << 20)
+
+
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        (b"tEXt", b"note\0" + LONG),
+        (b"zTXt", b"note\0\0" + zlib.compress(LONG)),
+        (b"iTXt", b"note\0\1\0\0\0" + zlib.compress(LONG)),
+        (b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + LONG),
+        (b"iCCP", b"profile\0\0" + zlib.compress(LONG)),
+    ],
+)
+def test_long_texts_and_profiles_do_not_keep_an_image_from_being_read(chunk):
+    rows = [PIXELS[i].tobytes() for i in range(6)]
+    assert np.array_equal(rgb(png_file((9, 6), 8, 2, rows, *[chunk] * 9)), PIXELS)
+
+
+def test_a_short_text_stays(monkeypatch):
+    text = (b"tEXt", b"note\0short")
+    with open_image(png_file((9, 6), 8, 2, [row.tobytes() for row in PIXELS], text, (b"tEXt", b"b\0" + LONG))) as image:
+        assert image.info["note"] == "short" and "b" not in image.info
+
+
+def rgba(data):
+    return np.asarray(decode_image(data, DecodeOptions(background=KEEP_ALPHA)).image)
+
+
+KEYED = [
+    (png_file((4, 1), 1, 0, [b"\xa0"], (b"tRNS", b"\0\1")), [0, 255, 0, 255]),
+    (png_file((4, 1), 2, 0, [b"\x1b"], (b"tRNS", b"\0\1")), [255, 0, 255, 255]),
+    (png_file((4, 1), 4, 0, [b"\x12\x30"], (b"tRNS", b"\0\2")), [255, 0, 255, 255]),
+    (png_file((4, 1), 8, 0, [b"\1\2\3\4"], (b"tRNS", b"\0\3")), [255, 255, 0, 255]),
+    (png_file((2, 1), 16, 0, [struct.pack(">2H", 300, 301)], (b"tRNS", struct.pack(">H", 300))), [0, 255]),
+    (png_file((2, 1), 8, 2, [b"\1\2\3\4\5\6"], (b"tRNS", struct.pack(">3H", 4, 5, 6))), [255, 0]),
+    (png_file((2, 1), 16, 2, [b"\1\2" * 3 + b"\7" * 6], (b"tRNS", b"\1\2" * 3)), [0, 255]),
+    (png_file((2, 1), 8, 3, [b"\0\1"], (b"PLTE", b"\xff\0\0\0\xff\0"), (b"tRNS", b"\x80")), [128, 255]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("data", "alpha"), KEYED)
+def test_pixels_of_the_color_that_a_png_names_are_transparent(data, alpha):
+    assert rgba(data)[0, :, 3].tolist() == alpha
+    assert decode_image(data, DecodeOptions()).transparent
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [(kind, "RGBA") for kind in ("PNG", "TIFF", "WEBP", "AVIF", "GIF")]
+    + [("PNG", "LA"), ("TIFF", "LA"), ("TIFF", "PA"), ("PNG", "P")],
+)
+def test_transparent_pixels_show_the_background(kind, mode):
+    if kind in ("AVIF", "WEBP") and not PIL.features.check(kind.lower()):
+        pytest.skip(f"this Pillow does not write {kind}")
+    image = PIL.Image.new("RGBA", (8, 8), (200, 200, 200, 0))
+    image.paste((10, 10, 10, 255), (0, 0, 4, 8))
+    if mode == "PA":
+        alpha = image.getchannel("A")
+        image = image.convert("RGB").quantize(4).convert("PA")
+        image.putalpha(alpha)
+    image = image.quantize(4) if mode == "P" else image.convert(mode)
+    data = encoded(image, kind, **({"lossless": True} if kind == "WEBP" else {}))
+    assert kind == "GIF" or PIL.Image.open(io.BytesIO(data)).mode == mode
+    decoded = decode_image(data, DecodeOptions(background="#ff8000"))
+    pixels = np.asarray(decoded.image).astype(int)
+    assert decoded.transparent and decoded.image.mode == "RGB"
+    assert np.abs(pixels[:, 6:] - [255, 128, 0]).max() <= 2 and np.abs(pixels[:, :2] - 10).max() <= 4
+    kept = rgba(data)
+    assert kept[:, 6:, 3].max() == 0 and kept[:, :2, 3].min() == 255
+
+
+def test_opaque_images_with_an_alpha_channel_are_not_transparent():
+    data = encoded(PIL.Image.fromarray(PIXELS).convert("RGBA"), "PNG")
+    decoded = decode_image(data, DecodeOptions(background="white"))
+    assert not decoded.transparent and np.array_equal(np.asarray(decoded.image), PIXELS)
+    assert (rgba(encoded(PIL.Image.fromarray(PIXELS), "PNG"))[:, :, 3] == 255).all()
+
+
+def tiff_file(values, photometric, *, bits, kind=1, big=False):
+    """An uncompressed TIFF of gray `values` [H, W]."""
+    order = ">" if big else "<"
+    pixels = values.tobytes()
+    fields = [(256, values.shape[1]), (257, values.shape[0]), (258, bits), (259, 1), (262, photometric), (273, 8)]
+    fields += [(277, 1), (278, values.shape[0]), (279, len(pixels)), (339, kind)]
+    entries = b"".join(struct.pack(f"{order}HHII", tag, 4, 1, value) for tag, value in fields)
+    begin = (b"MM\0*" if big else b"II*\0") + struct.pack(f"{order}I", 8 + len(pixels))
+    return begin + pixels + struct.pack(f"{order}H", len(fields)) + entries + bytes(4)
+
+
+@pytest.mark.parametrize(("dtype", "top"), [(np.uint8, 255), (np.dtype("<u2"), 65535)])
+def test_white_is_zero_at_every_depth(dtype, top):
+    values = np.linspace(0, top, 7).round().astype(dtype)[None]
+    bits = values.dtype.itemsize * 8
+    black, white = (rgb(tiff_file(values, photometric, bits=bits)) for photometric in (1, 0))
+    assert black[0, 0, 0] == 0 and black[0, -1, 0] == 255
+    assert np.array_equal(white, 255 - black)
+
+
+def test_a_range_gives_a_meaning_to_numbers():
+    def scaled(data, low, high):
+        return np.asarray(decode_image(data, DecodeOptions(value_range=(low, high))).image)[0, :, 0].tolist()
+
+    deep = encoded(PIL.Image.fromarray(np.array([[0, 1000, 2000, 4095, 60000]], np.uint16)), "PNG")
+    assert scaled(deep, 0, 4095) == [0, 62, 125, 255, 255]
+    assert decode_image(deep, DecodeOptions()).largest == 60000
+    floats = np.array([[-1, 0, 0.5, 1, 9]], np.float32)
+    assert scaled(encoded(PIL.Image.fromarray(floats), "TIFF"), 0, 1) == [0, 0, 128, 255, 255]
+    assert scaled(tiff_file(floats, 0, bits=32, kind=3), 0, 1) == [255, 255, 127, 0, 0]
+    integers = np.array([[-1000, 0, 400]], np.int32)
+    assert scaled(encoded(PIL.Image.fromarray(integers), "TIFF"), -1000, 400) == [0, 182, 255]
+    assert scaled(encoded(PIL.Image.fromarray(np.array([[0, 7, 255]], np.uint8)), "PNG"), 0, 7) == [0, 7, 255]
+    with pytest.raises(Unreadable, match="not finite"):
+        scaled(encoded(PIL.Image.fromarray(floats * np.nan), "TIFF"), 0, 1)
+    color = png_file((1, 1), 16, 2, [struct.pack(">3H", 4095, 1, 1)])
+    assert decode_image(color, DecodeOptions()).largest == 4095
+    with pytest.raises(Unreadable, match="only the upper 8"):
+        scaled(color, 0, 4095)
+
+
+def test_git_lfs_pointers_are_named():
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n"
+    assert "git lfs pull" in refused(pointer)

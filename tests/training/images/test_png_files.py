@@ -66,7 +66,7 @@ def test_heads_of_other_peoples_files(tmp_path: Path, mode: str):
     PIL.Image.new(mode, (4, 5)).save(path, optimize=True)
     head = read_png_head(path)
     assert head is not None and head.texts == {}
-    assert head.shape == {"L": (1, 5, 4), "RGB": (3, 5, 4)}.get(mode)
+    assert head.shape == {"L": (1, 5, 4), "RGB": (3, 5, 4), "RGBA": (4, 5, 4)}.get(mode)
 
 
 def test_what_is_not_whole_has_no_head(tmp_path: Path):
@@ -84,8 +84,8 @@ def test_what_is_not_whole_has_no_head(tmp_path: Path):
 
 
 def test_what_cannot_be_written_or_read_is_said(tmp_path: Path):
-    with pytest.raises(ConfigError, match="4 channels cannot be written as PNG"):
-        encode_png(np.zeros([4, 2, 2], np.uint8))
+    with pytest.raises(ConfigError, match="5 channels cannot be written as PNG"):
+        encode_png(np.zeros([5, 2, 2], np.uint8))
     with pytest.raises(ConfigError, match="--png-compression=10"):
         encode_png(np.zeros([3, 2, 2], np.uint8), compression=10)
     (tmp_path / "a.png").write_text("not an image")
