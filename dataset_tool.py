@@ -5,10 +5,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import dnnlib.start  # noqa: F401 - before packages that may be missing
+
 import click
 from tqdm import tqdm
 
-from dnnlib.cli import BYTES, main
+from dnnlib.cli import BYTES, PAIR, PATH, SOURCE, main, say_next
 
 # Worker processes of `convert` import this file when they start. Commands import everything else themselves, so that
 # neither workers nor --help wait for torch.
@@ -16,7 +18,6 @@ from dnnlib.cli import BYTES, main
 # Processes that share the work finish far apart, and wait for each other only at the end.
 PATIENCE_HOURS = 48
 
-PATH = click.Path(path_type=Path)
 COUNT = click.IntRange(min=1)
 
 
@@ -37,8 +38,22 @@ def cmdline() -> None:
     help="How to bring images to --resolution [default: scale, not keeping the aspect]",
 )
 @click.option("--exif", is_flag=True, help="Turn images upright as their EXIF data says [default: ignore it]")
+@click.option(
+    "--background",
+    metavar="COLOR|none",
+    help="Put images with transparent pixels on this color, or keep transparency [default: drop it]",
+)
+@click.option(
+    "--range",
+    "value_range",
+    metavar="LOW,HIGH",
+    type=PAIR,
+    help="Values of images with more than 8 bits that become black and white [default: all 16 bits]",
+)
 @click.option("--split", metavar="NAME", help="Part of a source that has several [default: train]")
 @click.option("--label", metavar="NAME", help="Labels of a source that has several kinds, as in coarse")
+@click.option("--label-level", metavar="INT", type=COUNT, help="Classes are the folders of this level, 1 for the top")
+@click.option("--no-labels", is_flag=True, help="Leave the labels out")
 @click.option("--shards", metavar="INT", type=COUNT, help="Write N files name-00000.zip, ...")
 @click.option("--shard-size", type=BYTES, help="Write files name-00000.zip, ... of at most this size: 2GB")
 @click.option(
@@ -54,10 +69,11 @@ def cmdline() -> None:
 def convert(resolution: str | None, workers: int | None, **options: Any) -> None:
     """Make a data set from images, on all cores.
 
-    The source is a folder or a ZIP file of images (JPEG, PNG, WebP, BMP, GIF, TIFF), the files of MNIST or CIFAR, an
-    LMDB, a Hugging Face data set on disk, or WebDataset tars; docs/datasets.md describes how each is converted. Labels
-    come from a dataset.json, else from the names of the top-level folders. The result does not depend on the number of
-    processes, and appears when it is complete.
+    The source is a folder or a ZIP file of images (JPEG, PNG, WebP, AVIF, BMP, GIF, TIFF), an .npz batch of samples,
+    the files of MNIST or CIFAR, an LMDB, a Hugging Face data set on disk, or WebDataset tars; docs/datasets.md
+    describes how each is converted. Labels come from a dataset.json, a metadata.jsonl or metadata.csv with file_name
+    and label, the .cls or .json files of WebDatasets, else from the names of the top-level folders; the last line lists
+    the classes. The result does not depend on the number of processes, and appears when it is complete.
 
     \b
     # ImageNet at 64x64, as for the published models
@@ -89,9 +105,16 @@ def convert(resolution: str | None, workers: int | None, **options: Any) -> None
                 progress.update(step.num_images)
                 for line in step.unreadable:
                     progress.write(f"Left out: {line}", file=sys.stderr)
-        summary = conversion.summary()
+        lines = [conversion.summary(), *conversion.notes()]
     if world.is_main:
-        click.echo(summary)
+        click.echo("\n".join(lines))
+        say_how_to_train(request.dest, labels=conversion.source.labels is not None)
+
+
+def say_how_to_train(dest: Path, *, labels: bool) -> None:
+    """Say which command proposes a preset for a data set."""
+    unlabeled = () if labels else ("--cond=False",)
+    say_next("train_edm2.py", "--outdir=training-runs/NAME", f"--data={dest}", *unlabeled, "--dry-run")
 
 
 @cmdline.command()
@@ -152,7 +175,12 @@ def transcode_options(command: Any) -> Any:
 
 @cmdline.command()
 @transcode_options
-@click.option("--model-url", metavar="NAME|DIR", help="VAE: hub name or diffusers folder [default: the published one]")
+@click.option(
+    "--model-url",
+    metavar="NAME|DIR",
+    type=SOURCE,
+    help="VAE: hub name or diffusers folder [default: the published one]",
+)
 @click.option(
     "--measure/--no-measure",
     default=None,
@@ -185,7 +213,8 @@ def encode(
     torchrun --standalone --nproc_per_node=8 dataset_tool.py encode \\
         --source=img512.zip --dest=img512-sd.zip --shards=64
     """
-    from training.dataset.latents import PUBLISHED_VAE, vae_encoder
+    from training.config import PUBLISHED_VAE
+    from training.dataset.latents import vae_encoder
 
     def make_encoder(source: Any, batch: int) -> Any:
         encoder = vae_encoder(source, model_url or PUBLISHED_VAE, batch_size=batch, pixel_min=pixel_min)
@@ -201,7 +230,12 @@ def encode(
 
 @cmdline.command()
 @transcode_options
-@click.option("--model-url", metavar="NAME|DIR", help="VAE: hub name or diffusers folder [default: the data set's own]")
+@click.option(
+    "--model-url",
+    metavar="NAME|DIR",
+    type=SOURCE,
+    help="VAE: hub name or diffusers folder [default: the data set's own]",
+)
 def decode(model_url: str | None, **options: Any) -> None:
     """Decode raw VAE latents, as written by `encode`, to images.
 
@@ -255,7 +289,20 @@ def run_transcoding(
                 write_sheet(grid, transcode.sample_images(dataset, work.encoder, world.device), num_columns=8)
     if world.is_main:
         click.echo(work.summary() + (f"; contact sheet {grid}" if grid else ""))
+        if to_latents:
+            say_how_to_train(dest, labels=dataset.label_dim > 0)
+        else:
+            say_next("dataset_tool.py", "inspect", str(dest), "--grid=sheet.png")
 
+
+_CONTINUES = "Finished work stays in the folder DEST.partial, and the same command continues from there."
+INTERRUPTED = {
+    "convert": "No unfinished file is left. The same command starts again; with --shards and --skip-existing, after the"
+    " finished shards.",
+    "inspect": "The data set is as it was; the same command starts again.",
+    "encode": _CONTINUES,
+    "decode": _CONTINUES,
+}
 
 if __name__ == "__main__":
-    main(cmdline)
+    main(cmdline, interrupted=INTERRUPTED)

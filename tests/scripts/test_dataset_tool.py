@@ -19,6 +19,7 @@ from tests.helpers.paths import ROOT
 from tests.helpers.ranks import run_ranks
 from torch_utils.distributed import World
 from training.conversion.convert import ConvertOptions, DatasetConversion
+from training.dataset import ImageFolderDataset
 
 REPOSITORY_DIR = ROOT
 RNG = np.random.default_rng(11)
@@ -64,9 +65,21 @@ def test_a_folder_becomes_a_zip_that_others_open(images, tmp_path):
     process = launched(f"--source={images}", f"--dest={tmp_path / 'out.zip'}", "--resolution=16x16", "--workers=2")
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    assert out == f"{tmp_path / 'out.zip'}: 30 images of 16x16\n"
+    assert out == f"{tmp_path / 'out.zip'}: 30 images of 16x16; 2 classes: a (15), b (15)\n"
     with zipfile.ZipFile(tmp_path / "out.zip") as file:
         assert file.testzip() is None and len(file.namelist()) == 31
+
+
+def test_a_tilde_in_an_option_is_the_home_folder(images, tmp_path, capfd, monkeypatch):
+    home = tmp_path / "home"
+    home.mkdir()
+    images.rename(home / "images")
+    monkeypatch.chdir(tmp_path)
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(home))
+    code, _, error = run(capfd, "--source=~/images", "--dest=~/out.zip", "--resolution=16x16", "--workers=1")
+    assert code == 0, error
+    assert (home / "out.zip").exists() and not (tmp_path / "~").exists()
 
 
 def test_what_is_left_out_is_listed_and_counted(images, tmp_path, capfd):
@@ -82,7 +95,9 @@ def test_what_is_left_out_is_listed_and_counted(images, tmp_path, capfd):
         "--workers=1",
     )
     assert code == 0
-    assert out.endswith("30 images of 16x16; left out 1 that are smaller; left out 1 that cannot be read\n")
+    assert out.endswith(
+        "30 images of 16x16; left out 1 that are smaller; left out 1 that cannot be read; 2 classes: a (15), b (15)\n"
+    )
     assert f"Left out: {images}: a/bad.png cannot be read: " in err
 
 
@@ -135,7 +150,8 @@ def test_a_stopped_conversion_leaves_nothing(tmp_path):
 def test_two_processes_write_the_shards_of_one(images, tmp_path, capfd):
     options = [f"--source={images}", "--resolution=16x16", "--shards=3", "--workers=1"]
     printed = run_ranks("dataset_tool.py", "convert", *options, f"--dest={tmp_path / 'two/set.zip'}")
-    assert printed.splitlines()[-1] == f"{tmp_path / 'two/set.zip'}: 30 images of 16x16 in 3 files"
+    line = f"{tmp_path / 'two/set.zip'}: 30 images of 16x16 in 3 files; 2 classes: a (15), b (15)"
+    assert line in printed.splitlines() and printed.count("Next: python train_edm2.py") == 1
     assert run(capfd, *options, f"--dest={tmp_path / 'one/set.zip'}")[0] == 0
     names = [f"set-{i:05d}.zip" for i in range(3)]
     for place in ("one", "two"):
@@ -159,3 +175,25 @@ def test_several_processes_need_shards(images, tmp_path, monkeypatch):
     options = ConvertOptions(source=images, dest=tmp_path / "out.zip", resolution=(16, 16))
     with pytest.raises(ConfigError, match=r"2 processes cannot write one file together; add --shards=2"):
         DatasetConversion(options, World(rank=1, size=2))
+
+
+def test_transparent_and_dark_images_are_told_and_options_change_them(tmp_path, capfd):
+    source = tmp_path / "source"
+    source.mkdir()
+    rgba = np.full((8, 8, 4), 99, dtype=np.uint8)
+    rgba[:, :, 3] = 255
+    rgba[:4, :, 3] = 0
+    PIL.Image.fromarray(rgba).save(source / "0.png")
+    PIL.Image.fromarray(np.full((8, 8), 1000, dtype=np.uint16)).save(source / "1.png")
+    common = [f"--source={source}", "--workers=1"]
+    code, out, err = run(capfd, *common, f"--dest={tmp_path / 'a.zip'}")
+    assert code == 0 and "1 of the images have transparent pixels" in out and "--range=0,1000 makes" in out, err
+    options = ["--background=#00ff00", "--range=0,2000"]
+    code, out, err = run(capfd, *common, *options, f"--dest={tmp_path / 'b.zip'}")
+    assert code == 0 and "now on #00ff00" in out and "--range" not in out, err
+    images = [image for image, _ in ImageFolderDataset(tmp_path / "b.zip")]
+    assert images[0][:, 0, 0].tolist() == [0, 255, 0] and images[0][:, 7, 0].tolist() == [99, 99, 99]
+    assert (images[1] == 128).all()
+    for wrong in ("--background=no-color", "--range=1", "--range=5,1", "--range=0,inf"):
+        code, _, err = run(capfd, *common, wrong, f"--dest={tmp_path / 'c.zip'}")
+        assert code == 2 and wrong.partition("=")[0] in err and not (tmp_path / "c.zip").exists()

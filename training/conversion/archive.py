@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import shutil
-import uuid
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -12,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dnnlib.atomic import TEMPORARY, atomic_path
+from dnnlib.atomic import TEMPORARY, atomic_path, is_in_use, remove, temporary, temporary_path
 from dnnlib.errors import ConfigError, reason_of
 from training.dataset.label_file import LABELS_FILE, Label
 
@@ -65,7 +63,7 @@ def shard_path(dest: Path, number: int) -> Path:
 def existing_shards(dest: Path) -> list[Path]:
     """All existing shards of `dest`, sorted."""
     shard_name = re.compile(rf"{re.escape(dest.stem)}-\d{{5}}{re.escape(dest.suffix)}")
-    return sorted(path for path in dest.parent.glob("*.zip") if shard_name.fullmatch(path.name))
+    return sorted(path for path in dest.parent.glob("*") if shard_name.fullmatch(path.name))
 
 
 def image_name(index: int) -> str:
@@ -203,16 +201,33 @@ def _filled_folder(folder: Path) -> Iterator[Path]:
     dataset.json moves last: a folder without it is unfinished.
     """
     with _made_folder(folder):
-        temp = folder / f".{uuid.uuid4().hex[:12]}.tmp"  # matches TEMPORARY
-        temp.mkdir()
-        try:
+        if is_unfinished(folder):
+            _empty(folder)
+        with temporary(folder / LABELS_FILE, Path.mkdir) as temp:
             yield temp
-            for path in sorted(temp.iterdir(), key=lambda path: (path.name == LABELS_FILE, path.name)):
-                os.replace(path, folder / path.name)
-        finally:
-            shutil.rmtree(temp, ignore_errors=True)
+            try:
+                for path in sorted(temp.glob("[0-9]*")):
+                    os.replace(path, folder / path.name)
+                labels = temporary_path(folder / LABELS_FILE)
+                os.replace(temp / LABELS_FILE, labels)
+                temp.rmdir()
+                os.replace(labels, folder / LABELS_FILE)
+            except BaseException:
+                _empty(folder)
+                raise
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        if TEMPORARY.fullmatch(path.name) or _SUBFOLDER.fullmatch(path.name):
+            remove(path)
 
 
 def is_unfinished(folder: Path) -> bool:
-    """Return whether a folder holds nothing but what `writing` had put there before it was killed."""
-    return all(TEMPORARY.fullmatch(name) or _SUBFOLDER.fullmatch(name) for name in os.listdir(folder))
+    """Return whether a folder holds nothing but what `writing` had put there before it was killed.
+
+    Subfolders alone may be a data set without labels: the temporary ones tell.
+    """
+    hidden = [path for path in folder.iterdir() if TEMPORARY.fullmatch(path.name)]
+    others = {path.name for path in folder.iterdir()} - {path.name for path in hidden}
+    return bool(hidden) and all(map(_SUBFOLDER.fullmatch, others)) and not any(map(is_in_use, hidden))

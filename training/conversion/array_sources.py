@@ -1,10 +1,11 @@
-"""Small images that come as arrays in one file: the idx files of MNIST and its kin, the pickles of CIFAR.
+"""Images that come as arrays in one file: batches of samples, the idx files of MNIST and its kin, CIFAR's pickles.
 
 Pickles are read as data by a closed machine: nothing in them is executed.
 """
 
 import gzip
 import io
+import itertools
 import re
 import struct
 import tarfile
@@ -16,20 +17,27 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 
 from dnnlib.errors import ConfigError, one_line
+from dnnlib.text import did_you_mean
 from torch_utils.pickles.machine import Machine, Refused
 from torch_utils.pickles.values import VOCABULARY, build
+from training.conversion.class_folders import LabelChoice
 from training.conversion.image_source import ArrayReader, Source, choose_split
+from training.conversion.unpacked_tar import TAR_SUFFIXES
+from training.dataset.item_files import FREE_BYTES, MAX_RATIO
 from training.dataset.label_file import check_labels
+from training.dataset.sample_array import LABELS_KEY, SampleArray
+from training.dataset.tar_files import ReadsBounded
+from training.dataset.zip_index import plain_name
 
 _IDX = re.compile(r"(?:.*-)?(train|t10k|test)-images[-.]idx3-ubyte(?:\.gz)?")
 _READ_BYTES = 1 << 24
 
-_TAR_SUFFIXES = (".tar.gz", ".tgz", ".tar")
 _CIFAR_FOLDERS = ("cifar-10-batches-py", "cifar-100-python")
 _CIFAR_BATCH = re.compile(r"data_batch_\d+|test_batch|train|test")
 _CIFAR_NAMES = ("batches.meta", "meta")
 _CIFAR_SIDE = 32
-_MAX_CIFAR_BYTES = 1 << 28  # CIFAR-100's largest file has 150 MB
+_MAX_CIFAR_ENTRIES = 1000  # the sets have 8 files
+_MAX_CIFAR_BYTES = 1 << 28  # all files of CIFAR-10 or CIFAR-100 have 186 MB
 
 
 def holds_mnist(path: Path) -> bool:
@@ -37,7 +45,7 @@ def holds_mnist(path: Path) -> bool:
     return bool(_idx_files(path))
 
 
-def open_mnist(path: Path, *, split: str | None) -> Source:
+def open_mnist(path: Path, *, split: str | None, choice: LabelChoice) -> Source:
     """Open the images in idx files, with the labels in the file next to them if it exists."""
     files = _idx_files(path)
     image_file = files[choose_split(path, sorted(files), split)]
@@ -47,12 +55,12 @@ def open_mnist(path: Path, *, split: str | None) -> Source:
         label_file = label_file.with_suffix("")
     names = _numbered_names(image_file.name, len(images), path)
     labels = None
-    if label_file.is_file():
+    if label_file.is_file() and not choice.leave_out:
         values = _read_idx(label_file, 1)
         if len(values) != len(images):
             raise ConfigError(f"{label_file} has {len(values)} labels for {len(images)} images in {image_file.name}")
-        labels = check_labels(zip(names, values.tolist(), strict=True), str(label_file))
-    return Source(path=path, names=names, keys=cast(Sequence[Any], images), reader=ArrayReader(), labels=labels)
+        labels = check_labels(names, values.tolist(), str(label_file))
+    return Source.of(path=path, names=names, keys=cast(Sequence[Any], images), reader=ArrayReader(), labels=labels)
 
 
 def _idx_files(path: Path) -> dict[str, Path]:
@@ -70,6 +78,8 @@ def _read_idx(path: Path, num_axes: int) -> np.ndarray:
             shape = struct.unpack(f">{num_axes}I", file.read(4 * num_axes))
             # Read in steps: numbers in the header allocate no more memory than the file fills.
             count = int(np.prod(shape, dtype=object))
+            if path.suffix == ".gz" and count > max(FREE_BYTES, MAX_RATIO * path.stat().st_size):
+                raise ValueError(f"it announces {count} bytes, more than {MAX_RATIO} times those of the file")
             data = bytearray()
             while len(data) < count:
                 part = file.read(min(count - len(data), _READ_BYTES))
@@ -87,12 +97,23 @@ def _numbered_names(name: str, count: int, path: Path) -> list[str]:
     return [f"{name}[{i}]" for i in range(count)]
 
 
+def open_samples(path: Path) -> Source:
+    """Open the images in an .npz batch of samples or an .npy file, with the labels in the array `arr_1`, if any."""
+    array = SampleArray(path)
+    values = array.labels()
+    if values is not None and len(values) != len(array.names):
+        raise ConfigError(f"{path} has {len(values)} labels in {LABELS_KEY} for {len(array.names)} images")
+    labels = None if values is None else check_labels(array.names, values, f"{path}: {LABELS_KEY}")
+    keys = cast(Sequence[Any], array.pixels)
+    return Source.of(path=path, names=array.names, keys=keys, reader=ArrayReader(), labels=labels)
+
+
 def holds_cifar(path: Path) -> bool:
     """Return whether `path` is CIFAR's tar.gz, the folder in it, or one of the files in that."""
     if path.is_dir():
         names = {file.name for file in path.iterdir() if file.is_file()}
         return any(name in names for name in _CIFAR_NAMES) and any(_CIFAR_BATCH.fullmatch(name) for name in names)
-    if path.name.endswith(_TAR_SUFFIXES):
+    if path.name.endswith(TAR_SUFFIXES):
         return bool(_tar_members(path, first_only=True))
     if _CIFAR_BATCH.fullmatch(path.name) is None:
         return False
@@ -103,11 +124,12 @@ def holds_cifar(path: Path) -> bool:
 def open_cifar(path: Path, *, split: str | None, label: str | None) -> Source:
     """Open CIFAR-10 or CIFAR-100; images come in the order of the files."""
     if path.is_dir():
-        files = {file.name: file.read_bytes() for file in sorted(path.iterdir()) if _is_cifar_name(file.name)}
-    elif path.name.endswith(_TAR_SUFFIXES):
+        found = [file for file in sorted(path.iterdir()) if _is_cifar_name(file.name) and file.is_file()]
+        files = {file.name: _read_whole(file) for file in found}
+    elif path.name.endswith(TAR_SUFFIXES):
         files = _tar_members(path)
     else:
-        files = {path.name: path.read_bytes()}
+        files = {path.name: _read_whole(path)}
     batches = sorted(name for name in files if _CIFAR_BATCH.fullmatch(name))
     if len(batches) > 1 or not path.is_file():
         split = choose_split(path, sorted({_cifar_split(name) for name in batches}), split)
@@ -118,14 +140,19 @@ def open_cifar(path: Path, *, split: str | None, label: str | None) -> Source:
         images.append(pixels)
         labels.extend(classes)
         names.extend(_numbered_names(name, len(pixels), path))
-    return Source(
+    return Source.of(
         path=path,
         names=names,
         keys=cast(Sequence[Any], np.concatenate(images)),
         reader=ArrayReader(),
-        labels=check_labels(zip(names, labels, strict=True), f"{path}: {kind}"),
-        classes=_cifar_classes(files, path, kind),
+        labels=check_labels(names, labels, f"{path}: {kind}", classes=_cifar_classes(files, path, kind)),
     )
+
+
+def _read_whole(file: Path) -> bytes:
+    if file.stat().st_size > _MAX_CIFAR_BYTES:
+        raise ConfigError(f"{file} has more than {_MAX_CIFAR_BYTES} bytes; CIFAR has 186 MB")
+    return file.read_bytes()
 
 
 def _is_cifar_name(name: str) -> bool:
@@ -140,9 +167,12 @@ def _tar_members(path: Path, *, first_only: bool = False) -> dict[str, bytes]:
     """Read CIFAR's files from a tar, by name; with first_only just a first name. Empty for other tars."""
     members: dict[str, bytes] = {}
     try:
-        with tarfile.open(path, "r:*") as archive:
-            for member in archive:
-                folder, _, name = member.name.removeprefix("./").rpartition("/")
+        with gzip.open(path) if path.suffix != ".tar" else open(path, "rb") as packed:
+            # Headers may claim any size, which tarfile reads at once.
+            bounded: Any = ReadsBounded(packed, _MAX_CIFAR_BYTES >> 8 * first_only)
+            archive = tarfile.open(fileobj=bounded, mode="r:")  # noqa: SIM115 it holds nothing but `packed`
+            for member in itertools.islice(archive, _MAX_CIFAR_ENTRIES):
+                folder, _, name = plain_name(member.name).rpartition("/")
                 if not member.isreg():
                     continue
                 if folder not in _CIFAR_FOLDERS:
@@ -150,7 +180,11 @@ def _tar_members(path: Path, *, first_only: bool = False) -> dict[str, bytes]:
                 if first_only:
                     return {name: b""}
                 file = archive.extractfile(member) if _is_cifar_name(name) else None
-                if file is not None and member.size <= _MAX_CIFAR_BYTES:
+                if file is not None:
+                    if sum(map(len, members.values())) + member.size > _MAX_CIFAR_BYTES:
+                        raise ConfigError(
+                            f"{path} holds more than {_MAX_CIFAR_BYTES} bytes of images; CIFAR has 186 MB"
+                        )
                     members[name] = file.read()
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise ConfigError(f"{path} is not a readable tar file: {one_line(error)}") from None
@@ -166,8 +200,9 @@ def _read_batch(data: bytes, where: str, label: str | None) -> tuple[np.ndarray,
     kinds = [key for key in ("labels", "fine_labels", "coarse_labels") if isinstance(batch.get(key), list)]
     kind = kinds[0] if label is None and kinds else f"{label}_labels"
     if kind not in kinds:
-        names = "|".join(key.removesuffix("_labels") for key in kinds if key != "labels")
-        raise ConfigError(f"{where} has no {label} labels" + (f"; choose by --label={names}" if names else ""))
+        names = [key.removesuffix("_labels") for key in kinds if key != "labels"]
+        advice = f"; choose by --label={'|'.join(names)}{did_you_mean(str(label), names)}" if names else ""
+        raise ConfigError(f"{where} has no {label} labels{advice}")
     if len(batch[kind]) != len(pixels):
         raise ConfigError(f"{where} has {len(batch[kind])} {kind} for {len(pixels)} images")
     return pixels.reshape(-1, 3, _CIFAR_SIDE, _CIFAR_SIDE).transpose(0, 2, 3, 1), batch[kind], kind

@@ -4,25 +4,32 @@ Image i of the data set is image i of the source, after the choice by max_images
 even where others were left out, and neither the number of workers nor that of processes changes a byte.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import PIL
+
 from dnnlib.errors import ConfigError
 from torch_utils.distributed import World
 from training.conversion import archive, destination
 from training.conversion.archive import Part, Writer
-from training.conversion.destination import MADE_KEY
+from training.conversion.class_folders import describe_labels
+from training.conversion.destination import MADE_KEY, MADE_WITH_KEY
 from training.conversion.image_source import choose_images
 from training.conversion.open_source import open_source
 from training.conversion.transforms import Size, require_trainable_size, result_size
 from training.conversion.workers import ImageConverter, Outcome, convert_chunks
+from training.images.decode import KEEP_ALPHA, DecodeOptions
 
 # PNG bytes that travel between processes at once: large enough to make that cheap, small enough for many workers.
 _CHUNK_BYTES = 4 << 20
 _MAX_CHUNK = 16
+# Images with 16 bits that stay below a quarter of their range, as 12-bit data does, deserve a note.
+_DARK = (1 << 14) - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +42,9 @@ class ConvertOptions:
     balanced: bool = False  # take max_images evenly over the classes
     resolution: Size | None = None  # (width, height)
     transform: str | None = None  # name in transforms.TRANSFORMS; None scales without keeping the aspect
-    exif: bool = False  # turn images upright as their EXIF data says
+    exif: bool = False  # these three: see DecodeOptions
+    background: str | None = None
+    value_range: tuple[float, float] | None = None
     workers: int = 1  # of every process
     on_error: Literal["stop", "skip"] = "stop"  # at unreadable files
     shards: int | None = None
@@ -43,14 +52,23 @@ class ConvertOptions:
     overwrite: bool = False  # existing ZIP files
     split: str | None = None
     label: str | None = None
+    label_level: int | None = None
+    no_labels: bool = False
     skip_existing: bool = False  # keep existing files that were made from the same
 
     def __post_init__(self) -> None:
         result_size(self.transform, self.resolution)
+        self.decoding()
         if self.shards is not None and self.shard_size is not None:
             raise ConfigError("--shards and --shard-size both say how large shards are; give one of them")
+        if self.balanced and self.no_labels:
+            raise ConfigError("--balanced takes images evenly over the classes, which --no-labels leaves out; give one")
         if self.balanced and self.max_images is None:
             raise ConfigError("--balanced says how --max-images are taken; add --max-images=N")
+
+    def decoding(self) -> DecodeOptions:
+        """Return the options of the decoder. Raises ConfigError."""
+        return DecodeOptions(exif=self.exif, background=self.background, value_range=self.value_range)
 
     @property
     def sharded(self) -> bool:
@@ -91,10 +109,19 @@ class DatasetConversion:
             overwrite=options.overwrite,
             resumable=options.skip_existing,
         )
-        source = open_source(options.source, split=options.split, label=options.label)
+        source = open_source(
+            options.source,
+            split=options.split,
+            label=options.label,
+            label_level=options.label_level,
+            no_labels=options.no_labels,
+        )
         self.source = choose_images(source, options.max_images, balanced=options.balanced)
         self._converter = ImageConverter(
-            reader=self.source.reader, transform=options.transform, size=options.resolution, exif=options.exif
+            reader=self.source.reader,
+            transform=options.transform,
+            size=options.resolution,
+            decoding=options.decoding(),
         )
         self._first, sample = self._find_first()
         assert sample.png is not None and sample.size is not None
@@ -102,15 +129,19 @@ class DatasetConversion:
         require_trainable_size(self.size, self._describe(self._first))
         self._png_bytes = len(sample.png)
         self._head: dict[str, Any] = {"labels": None if self.source.labels is None else []}
+        self._head[MADE_WITH_KEY] = {"pillow": PIL.__version__}
         if self.source.classes is not None:
             self._head["classes"] = list(self.source.classes)
         if options.skip_existing:  # without it, the same images give the same bytes, whatever their names were
-            how = [options.resolution, options.transform, options.exif, options.on_error]
+            how: list[Any] = [options.resolution, options.transform, options.exif, options.on_error]
+            how += [value for value in (options.background, options.value_range) if value is not None]
             request = {"names": list(self.source.names), "labels": self.source.labels, "how": how}
             self._head[MADE_KEY] = destination.request_digest(request)
         self._existing = archive.existing_shards(options.dest) if options.sharded else []
+        self._mixed: str | None = None
         self._all_parts, self.parts, self.num_kept = self._plan()
-        self._left_out = self._num_unreadable = 0
+        self._left_out = self._num_unreadable = self._num_transparent = self._num_deep = self._largest = 0
+        self._lost: Counter[int] = Counter()  # images that are not written, by class
 
     def __len__(self) -> int:
         """Number of images that this process has to do."""
@@ -143,16 +174,44 @@ class DatasetConversion:
         """Describe in one line what was written; every process must call this at the end."""
         counts = (self.num_kept, self._left_out, self._num_unreadable)
         num_kept, left_out, num_unreadable = map(sum, zip(*self._world.all_gather_objects(counts), strict=True))
+        lost: Counter[int] = sum(self._world.all_gather_objects(self._lost), Counter())
+        classes = describe_labels(self.source.checked_labels, lost)
         dest, num_parts, images = self.options.dest, len(self._all_parts), f"images of {self.size[0]}x{self.size[1]}"
         if num_kept:
             text = f"{dest}: {num_kept} of {num_parts} files there already"
-            return text if num_kept == num_parts else f"{text}, the others written; {images}"
-        text = f"{dest}: {len(self.source.names) - left_out - num_unreadable} {images}"
-        if num_parts > 1:
-            text += f" in {num_parts} files"
-        if left_out:
-            text += f"; left out {left_out} that are smaller"
-        return text + (f"; left out {num_unreadable} that cannot be read" if num_unreadable else "")
+            text += "" if num_kept == num_parts else f", the others written; {images}"
+        else:
+            text = f"{dest}: {len(self.source.names) - left_out - num_unreadable} {images}"
+            text += f" in {num_parts} files" if num_parts > 1 else ""
+            text += f"; left out {left_out} that are smaller" if left_out else ""
+            text += f"; left out {num_unreadable} that cannot be read" if num_unreadable else ""
+        return f"{text}; {classes}"
+
+    def notes(self) -> list[str]:
+        """Return lines on doubtful labels and images; every process must call this at the end."""
+        counts = self._world.all_gather_objects((self._num_transparent, self._num_deep, self._largest))
+        num_transparent, num_deep, largest = (
+            sum(c[0] for c in counts),
+            sum(c[1] for c in counts),
+            max(c[2] for c in counts),
+        )
+        lines = [f"Note: {note}" for note in self.source.notes]
+        if self._mixed is not None:
+            lines.append(f"Note: {self._mixed}")
+        if num_transparent:
+            background = self.options.background
+            fate = {
+                None: "which now show the colors stored under them; --background=white puts them on white,"
+                f" --background={KEEP_ALPHA} keeps transparency",
+                KEEP_ALPHA: "which are kept, in a fourth channel",
+            }.get(background, f"which are now on {background}")
+            lines.append(f"{num_transparent} of the images have transparent pixels, {fate}")
+        if num_deep and largest <= _DARK and self.options.value_range is None:
+            lines.append(
+                f"{num_deep} of the images have 16 bits, but no value above {largest} of 65535, and come out dark;"
+                f" --range=0,{largest} makes that value white"
+            )
+        return lines
 
     def _plan(self) -> tuple[list[Part], list[Part], int]:
         """Return all parts, those that this process has to write, and the number of its parts that are kept."""
@@ -168,6 +227,8 @@ class DatasetConversion:
         if options.skip_existing:  # every process looks at all parts, so that all refuse what does not belong
             missing = destination.missing_parts(parts, self._head[MADE_KEY], self._existing, replace=options.overwrite)
             todo = [part for part in missing if part.number % self._world.size == self._world.rank]
+            kept = [part for part in parts if part not in missing]
+            self._mixed = destination.other_versions(kept, self._head[MADE_WITH_KEY]) if missing else None
         destination.require_disk_space(options.dest, each * sum(part.stop - part.start for part in todo))
         return parts, todo, len(mine) - len(todo)
 
@@ -195,12 +256,18 @@ class DatasetConversion:
     def _write(self, writer: Writer, chunk: range, outcomes: Sequence[Outcome]) -> ConvertStep:
         num_written, unreadable, labels = 0, [], self.source.labels
         for index, outcome in zip(chunk, outcomes, strict=True):
+            if outcome.png is None and labels is not None and isinstance(label := labels[index], int):
+                self._lost[label] += 1
             if outcome.reason is not None:
                 unreadable.append(self._require_skip(index, outcome.reason))
             elif outcome.png is not None:
                 self._require_size(index, outcome.size)
                 writer.add(index, outcome.png, None if labels is None else labels[index])
                 num_written += 1
+                self._num_transparent += outcome.transparent
+                if outcome.largest is not None:
+                    self._num_deep += 1
+                    self._largest = max(self._largest, outcome.largest)
         self._left_out += len(chunk) - num_written - len(unreadable)  # by the transform, which does not enlarge
         self._num_unreadable += len(unreadable)
         return ConvertStep(num_images=len(chunk), num_written=num_written, unreadable=unreadable)

@@ -20,8 +20,11 @@ from dnnlib.text import format_bytes
 from training.conversion.archive import Part, existing_shards, is_unfinished, is_zip
 from training.dataset.item_files import FolderFiles, ZipFiles, find_shards
 from training.dataset.label_file import LABELS_FILE
+from training.images.decode import is_image
 
 MADE_KEY = "made_from"
+# Versions that pixels depend on: {"pillow": "12.3.0"}. Its resize rounds differently from version 13 on.
+MADE_WITH_KEY = "made_with"
 
 
 def require_destination(dest: Path, source: Path, *, sharded: bool, overwrite: bool, resumable: bool) -> None:
@@ -29,7 +32,7 @@ def require_destination(dest: Path, source: Path, *, sharded: bool, overwrite: b
 
     `resumable`: an existing result may be of the same command, which `missing_parts` will check.
     """
-    if dest.suffix.lower() in (".7z", ".gz", ".rar", ".tar", ".tgz"):
+    if dest.suffix.lower() in (".7z", ".gz", ".rar", ".tar", ".tgz") or (is_image(dest.name) and not dest.is_dir()):
         raise ConfigError(f"--dest={dest} is neither a ZIP file nor a folder; name one of them")
     if sharded and not is_zip(dest):
         raise ConfigError(f"--dest={dest} is a folder, but shards are ZIP files; name one, as in data.zip")
@@ -41,7 +44,7 @@ def require_destination(dest: Path, source: Path, *, sharded: bool, overwrite: b
         return
     require_folder(dest)
     names = sorted(os.listdir(dest)) if dest.is_dir() else []
-    if names and not resumable:
+    if names and not resumable and not is_unfinished(dest):
         raise ConfigError(f"--dest={dest} is not empty, it has {names[0]}; choose a new folder")
 
 
@@ -99,16 +102,12 @@ def missing_parts(parts: Sequence[Part], digest: str, existing: Sequence[Path], 
 def _difference(part: Part, digest: str) -> str | None:
     """None for a part that was made as `digest` says, '' for one that does not exist, else how it differs."""
     path = part.path
-    if not path.exists() or (path.is_dir() and is_unfinished(path)):
+    if not path.exists() or (path.is_dir() and (is_unfinished(path) or not any(path.iterdir()))):
         return ""
     if path.is_dir() == is_zip(path):
         return f"is a {'folder' if path.is_dir() else 'file'}"
-    head: Any = None
-    with suppress(ConfigError, ValueError, RecursionError):
-        files = ZipFiles(path) if is_zip(path) else FolderFiles(path)
-        row = files.names.find(LABELS_FILE)
-        head = None if row is None else json.loads(bytes(files.read(row)))
-    if not isinstance(head, dict) or MADE_KEY not in head:
+    head = _head(path)
+    if MADE_KEY not in head:
         return "does not say what it was made from"
     shard = None if part.of is None else [part.number, part.of]
     if head[MADE_KEY] != digest or head.get("shard") != shard:
@@ -116,14 +115,31 @@ def _difference(part: Part, digest: str) -> str | None:
     return None
 
 
+def other_versions(parts: Iterable[Part], made_with: Mapping[str, str]) -> str | None:
+    """Describe the versions that made `parts`, if these note others than `made_with`."""
+    for part in parts:
+        noted = _head(part.path).get(MADE_WITH_KEY)
+        if isinstance(noted, dict) and noted != made_with:
+            before, now = (", ".join(f"{name} {entry[name]}" for name in entry) for entry in (noted, made_with))
+            return f"{part.path} was made with {before}, and this is {now}: resized pixels may differ a little"
+    return None
+
+
+def _head(path: Path) -> dict[str, Any]:
+    """Return the content of a part's dataset.json; {} without one."""
+    head: Any = None
+    with suppress(ConfigError, ValueError, RecursionError):
+        files = ZipFiles(path) if is_zip(path) else FolderFiles(path)
+        row = files.names.find(LABELS_FILE)
+        head = None if row is None else json.loads(bytes(files.read(row)))
+    return head if isinstance(head, dict) else {}
+
+
 def remove_leftovers(parts: Iterable[Part]) -> None:
-    """Remove what a killed process left of these parts, none of which may be in use."""
+    """Remove what a killed process left of ZIP files, none of which may be in use."""
     for part in parts:
         if is_zip(part.path):
             atomic.remove_leftovers(part.path)
-        elif part.path.is_dir() and is_unfinished(part.path):
-            for path in part.path.iterdir():
-                shutil.rmtree(path, ignore_errors=True)
 
 
 def remove_stale_shards(existing: Iterable[Path], parts: Iterable[Part]) -> None:

@@ -9,7 +9,21 @@ from typing import Any, Protocol
 import numpy as np
 
 from dnnlib.errors import ConfigError
-from training.dataset.label_file import Label
+from dnnlib.text import did_you_mean
+from training.dataset.label_file import Label, Labels
+
+SPLIT_OF = {
+    word: split
+    for split, words in {
+        "train": ("train", "training"),
+        "validation": ("validation", "valid", "val", "dev"),
+        "test": ("test", "testing"),
+    }.items()
+    for word in words
+}
+"""The usual names of the parts of a data set."""
+LABEL_COLUMNS = ("label", "labels", "fine_label")
+"""The usual names of the column of labels in tables; the first that exists counts."""
 
 
 class ImageReader(Protocol):
@@ -38,6 +52,20 @@ class Source:
     reader: ImageReader
     labels: Sequence[Label] | None  # [N], all of one kind
     classes: Sequence[str] | None = None  # names of the class indices
+    notes: Sequence[str] = ()  # on the labels, for the user
+
+    @classmethod
+    def of(cls, *, labels: Labels | None, **others: Any) -> "Source":
+        """Return a source with checked labels."""
+        if labels is None:
+            return cls(labels=None, **others)
+        return cls(labels=labels.values, classes=labels.classes, **others)
+
+    @property
+    def checked_labels(self) -> Labels | None:
+        """The labels with the names of their classes."""
+        classes = None if self.classes is None else list(self.classes)
+        return None if self.labels is None else Labels(values=list(self.labels), classes=classes)
 
 
 def import_optional(module: str, what: str) -> Any:
@@ -56,7 +84,8 @@ def choose_split(path: Path, splits: Sequence[str], split: str | None) -> str:
     if split is None:
         split = splits[0] if len(splits) == 1 else "train"
     if split not in splits:
-        raise ConfigError(f"{path} has no split '{split}'; choose one by --split={'|'.join(splits)}")
+        meant = did_you_mean(split, splits)
+        raise ConfigError(f"{path} has no split '{split}'; choose one by --split={'|'.join(splits)}{meant}")
     return split
 
 

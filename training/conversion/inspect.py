@@ -7,8 +7,9 @@ N items, C channels, H x W pixels.
 
 import hashlib
 import os
+import shlex
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,11 +21,12 @@ import numpy as np
 
 from dnnlib.background import map_in_order
 from dnnlib.errors import ConfigError
-from training.conversion.transforms import require_trainable_size
+from training.conversion.class_folders import LabelChoice, class_name, describe_labels, find_labels
+from training.conversion.transforms import is_trainable, resize_options
 from training.dataset.image_folder import ImageFolderDataset
 from training.dataset.item_files import Files, FolderFiles, open_files
-from training.dataset.items import ItemDecoder, Shape, is_item, is_latents, read_shape
-from training.dataset.label_file import Label, read_file_labels, require_inside
+from training.dataset.items import CONVERT_HINT, ItemDecoder, Shape, is_item, is_latents, read_shape
+from training.dataset.label_file import LABELS_FILE, Labels, read_file_labels, require_inside
 from training.dataset.latents import LatentStatistics, encoder_of
 from training.encoders import StabilityVAEEncoder
 
@@ -46,6 +48,7 @@ class Report:
     shapes: dict[str, int] = field(default_factory=dict)  # WxHxC: items
     labels: str = "none"
     classes: dict[int, int] = field(default_factory=dict)  # class: items
+    class_names: list[str] | None = None  # in the order of the classes
     mean: list[float] = field(default_factory=list)  # by channel, over items of the most frequent shape
     std: list[float] = field(default_factory=list)
     latents: dict[str, list[float]] = field(default_factory=dict)  # of samples, and as the encoder assumes
@@ -150,16 +153,40 @@ class Inspection:
             )
             return
         if labels is None:
-            report.notes.append("the images have no labels: training needs --cond=False")
-        elif isinstance(labels[0], list):
-            report.labels = f"vectors of {len(labels[0])}"
+            self._note_unlabeled()
+        elif isinstance(labels.values[0], list):
+            report.labels = f"vectors of {len(labels.values[0])}"
         else:
             report.labels = "class indices"
+            report.class_names = labels.classes
             self._count_classes(labels)
 
-    def _count_classes(self, labels: list[Label]) -> None:
+    def _note_unlabeled(self) -> None:
+        """Note that training would see no labels, and which ones `convert` would find in raw images."""
         report = self.report
-        counts = Counter(label for label in labels if isinstance(label, int))
+        report.notes.append("the images have no labels: training needs --cond=False")
+        if any(part.names.find(LABELS_FILE) is not None for part in self._files.parts):
+            return
+        parts = [(part, [name for name in part.names if is_item(name)]) for part in self._files.parts]
+        try:
+            found = find_labels(Path(report.path), parts, LabelChoice())
+        except ConfigError as error:
+            report.notes.append(f"dataset_tool.py convert would refuse the labels: {error}")
+            return
+        if found.labels is not None:
+            report.notes[-1] = (
+                f"there is no {LABELS_FILE}, so training would see no labels; {self._convert} makes a data set with "
+                f"{describe_labels(found.labels)}"
+            )
+        report.notes += found.notes
+
+    @property
+    def _convert(self) -> str:
+        return f"dataset_tool.py convert --source={shlex.quote(self.report.path)} --dest=NAME.zip"
+
+    def _count_classes(self, labels: Labels) -> None:
+        report = self.report
+        counts = Counter(label for label in labels.values if isinstance(label, int))
         report.classes = dict(sorted(counts.items()))
         empty = sorted(set(range(max(counts) + 1)) - set(counts))
         if empty:
@@ -167,7 +194,8 @@ class Inspection:
         smallest = min(counts, key=lambda label: counts[label])
         if max(counts.values()) > 10 * counts[smallest]:
             report.notes.append(
-                f"the largest class has {max(counts.values())} images, the smallest, class {smallest}, only"
+                f"the largest class has {max(counts.values())} images, the smallest, class"
+                f" {class_name(smallest, labels.classes)}, only"
                 f" {counts[smallest]}"
             )
 
@@ -178,10 +206,15 @@ class Inspection:
         if report.duplicates:
             extra = sum(len(group) - 1 for group in report.duplicates)
             report.notes.append(f"{extra} items repeat the content of others, such as {_listed(report.duplicates[0])}")
-        if report.damaged:
+        foreign = [text for text in report.damaged if CONVERT_HINT in text]  # sound, but not as training takes them
+        if foreign:
+            first = foreign[0].removesuffix(f": {CONVERT_HINT}")
+            report.problems.append(f"{len(foreign)} items must be converted, such as {first}; {self._convert}")
+        damaged = [text for text in report.damaged if CONVERT_HINT not in text]
+        if damaged:
             report.problems.append(
-                f"{len(report.damaged)} items cannot be read, such as {report.damaged[0]}; replace or remove them"
-                " (dataset_tool.py convert --on-error=skip leaves them out)"
+                f"{len(damaged)} items cannot be read, such as {damaged[0]}; replace or remove them"
+                f" ({self._convert} --on-error=skip leaves them out)"
             )
         if shapes:
             self._check_shapes(shapes)
@@ -192,14 +225,28 @@ class Inspection:
     def _check_shapes(self, shapes: list[Shape]) -> None:
         report, totals = self.report, self._totals[shapes[0]]
         report.mean, report.std = totals.moments.mean, totals.moments.std
+        sides = np.repeat(
+            [min(height, width) for _, height, width in shapes], [len(self._totals[s].rows) for s in shapes]
+        )
+        remedy = self._convert
+        if len({shape[1:] for shape in shapes}) > 1 or not is_trainable(shapes[0][2], shapes[0][1]):
+            square = all(height == width for _, height, width in shapes)
+            remedy += resize_options(int(np.median(sides)), square=square)
         if len(shapes) > 1:
             odd = self._names([self._totals[shape].rows[0] for shape in shapes[1:]])
             report.problems.append(
-                f"items have {len(shapes)} different sizes or channel counts, for example {_listed(odd)}; convert with"
-                " --resolution=WxH brings images to one size, all as RGB"
+                f"items have {len(shapes)} different sizes or channel counts, for example {_listed(odd)}; {remedy}"
+                " brings images to one size, all as RGB"
             )
-        with report.collecting():
-            require_trainable_size((shapes[0][2], shapes[0][1]), "its size")
+        elif not is_trainable(shapes[0][2], shapes[0][1]):
+            report.problems.append(
+                f"items are {shapes[0][2]}x{shapes[0][1]}; networks take squares of a power of two; {remedy}"
+            )
+        if report.kind == "images" and shapes[0][0] in (2, 4):
+            report.notes.append(
+                "the images have an alpha channel: networks learn and generate transparency, and metrics put images on"
+                f" white; {self._convert} --background=white makes images without it"
+            )
         if report.kind == "latents" and totals.samples.count:
             with report.collecting():
                 self._check_latents(totals.samples)
@@ -270,7 +317,7 @@ def describe(report: Report) -> str:
         lines.append(f"  {count} of {size}, {channels} channel{'' if channels == '1' else 's'}")
     lines.append(f"Labels:   {report.labels}")
     if report.classes:
-        lines += _histogram(report.classes)
+        lines += _histogram(report.classes, report.class_names)
     moments = {"Mean:    ": report.mean, "Std:     ": report.std} if report.mean else {}
     moments |= {f"Samples, {name}:": values for name, values in report.latents.items()}
     lines += [f"{name} {', '.join(f'{value:.4g}' for value in values)}" for name, values in moments.items()]
@@ -284,11 +331,16 @@ def describe(report: Report) -> str:
     return "\n".join(lines)
 
 
-def _histogram(classes: dict[int, int], width: int = 40, most: int = 20) -> list[str]:
+def _histogram(classes: dict[int, int], names: Sequence[str] | None, width: int = 40, most: int = 20) -> list[str]:
     """Draw a bar for each class; of more than `most` classes, for ranges of class sizes."""
     if len(classes) <= most:
         largest = max(classes.values())
-        return [f"  {label:>6}  {count:>8}  {'#' * -(-count * width // largest)}" for label, count in classes.items()]
+        texts = [class_name(label, names) for label in classes]
+        wide = max(6, *map(len, texts))
+        return [
+            f"  {text:>{wide}}  {count:>8}  {'#' * -(-count * width // largest)}"
+            for text, count in zip(texts, classes.values(), strict=True)
+        ]
     counts, edges = np.histogram(list(classes.values()), bins=8)
     lines = [f"  {len(classes)} classes, by number of images:"]
     for count, low, high in zip(counts, edges, edges[1:], strict=False):

@@ -3,43 +3,67 @@
 A source is a sorted list of images with their labels. Pixels are read later, in the workers.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+from dnnlib.disk import require_plain
 from dnnlib.errors import ConfigError
+from dnnlib.lfs import POINTER_HINT, is_lfs_pointer
 from training.conversion import array_sources, packed_sources, table_sources
+from training.conversion.class_folders import LabelChoice, find_labels
 from training.conversion.image_source import Source
+from training.conversion.unpacked_tar import OTHER_TAR_SUFFIXES
 from training.dataset.item_files import ZipFiles, open_files
-from training.dataset.label_file import LABELS_FILE, Label, read_file_labels, require_inside
+from training.dataset.label_file import require_inside
+from training.dataset.sample_array import holds_array
 from training.images.decode import is_image
 
 
-def open_source(path: Path, *, split: str | None = None, label: str | None = None) -> Source:
+def open_source(
+    path: Path,
+    *,
+    split: str | None = None,
+    label: str | None = None,
+    label_level: int | None = None,
+    no_labels: bool = False,
+) -> Source:
     """Open the images at `path`. The files there decide on its kind; docs/datasets.md lists the kinds.
 
     `split` chooses among the parts of a set that has several, such as train and test; `label` among several kinds of
-    labels. Raises ConfigError for an unknown kind, without images, or with unusable labels.
+    labels; `label_level` takes the names of folders. Raises ConfigError for an unknown kind, without images, with
+    unusable labels, or if the source has no such choice.
     """
-    if not path.exists():
-        if any(sign in path.name for sign in "*?[") or path.suffix == ".zip":
-            return _open_files_source(path)
+    choice = LabelChoice(column=label, level=label_level, leave_out=no_labels)
+    if not path.exists() and not any(sign in path.name for sign in "*?[") and path.suffix.lower() != ".zip":
         raise ConfigError(f"--source={path} does not exist")
-    kinds: list[tuple[Callable[[Path], bool], Callable[[], Source]]] = [
-        (array_sources.holds_mnist, lambda: array_sources.open_mnist(path, split=split)),
-        (array_sources.holds_cifar, lambda: array_sources.open_cifar(path, split=split, label=label)),
-        (packed_sources.holds_lmdb, lambda: packed_sources.open_lmdb(path)),
-        (table_sources.holds_tables, lambda: table_sources.open_tables(path, split=split, label=label)),
-        (packed_sources.holds_tars, lambda: packed_sources.open_tars(path)),
+    require_plain(path)
+    if path.name.lower().endswith(OTHER_TAR_SUFFIXES):
+        raise ConfigError(f"--source={path} is compressed in a way that is not read; unpack it, or pack it as .tar.gz")
+    if is_lfs_pointer(path):
+        raise ConfigError(f"--source={path} cannot be read: {POINTER_HINT}")
+    one, two = "--split --label", "--label --label-level"  # options of several kinds
+    kinds: list[tuple[Callable[[Path], bool], Callable[[], Source], str]] = [
+        (array_sources.holds_mnist, lambda: array_sources.open_mnist(path, split=split, choice=choice), "--split"),
+        (array_sources.holds_cifar, lambda: array_sources.open_cifar(path, split=split, label=label), one),
+        (packed_sources.holds_lmdb, lambda: packed_sources.open_lmdb(path), ""),
+        (table_sources.holds_tables, lambda: table_sources.open_tables(path, split=split, choice=choice), one),
+        (holds_array, lambda: array_sources.open_samples(path), ""),
+        (packed_sources.holds_tars, lambda: packed_sources.open_tars(path, choice), two),
+        (lambda path: True, lambda: _open_files_source(path, choice), two),
     ]
-    for holds, opened in kinds:
-        if holds(path):
-            return opened()
+    _, opened, options = next(kind for kind in kinds if kind[0](path)) if path.exists() else kinds[-1]
+    for option, value in (("--split", split), ("--label", label), ("--label-level", label_level)):
+        if value is not None and option not in options.split():
+            part = f"; --source={path}/{value} takes a folder of it" if option == "--split" and path.is_dir() else ""
+            raise ConfigError(f"{option}={value} is not an option for the kind of source that {path} is{part}")
     if path.is_file() and is_image(path.name):
         raise ConfigError(f"--source={path} is a single image; give the folder that it is in")
-    return _open_files_source(path)
+    source = opened()
+    return replace(source, labels=None, classes=None, notes=()) if no_labels else source
 
 
-def _open_files_source(path: Path) -> Source:
+def _open_files_source(path: Path, choice: LabelChoice) -> Source:
     files = open_files(path)
     for part in files.parts:
         if isinstance(part, ZipFiles):
@@ -49,24 +73,10 @@ def _open_files_source(path: Path) -> Source:
     if not names:
         count = len(files.names)
         raise ConfigError(f"--source={path} holds no images; it {f'has {count} other files' if count else 'is empty'}")
-    classes = None
-    if any(part.names.find(LABELS_FILE) is not None for part in files.parts):
-        labels: Sequence[Label] | None = read_file_labels(files, names)
-    else:
-        labels, classes = _folder_labels(names, path)
-    return Source(path=path, names=names, keys=rows, reader=files, labels=labels, classes=classes)
-
-
-def _folder_labels(names: Sequence[str], path: Path) -> tuple[list[Label] | None, list[str] | None]:
-    """Class indices by the top-level folders of `names` in sorted order, and these folders; None for a single one."""
-    classes = sorted({name.split("/")[0] for name in names if "/" in name})
-    if len(classes) < 2:
-        return None, None
-    outside = [name for name in names if "/" not in name]
-    if outside:
-        raise ConfigError(
-            f"{path} has {len(classes)} class folders, and {len(outside)} images outside of them without a label, "
-            f"first {outside[0]}; move them into a class, or add a {LABELS_FILE}"
-        )
-    index = {name: number for number, name in enumerate(classes)}
-    return [index[name.split("/")[0]] for name in names], classes
+    parts = [(part, [name for name in part.names if is_image(name)]) for part in files.parts]
+    found = find_labels(path, parts, choice)
+    labels = found.labels
+    if labels is not None and len(parts) > 1:  # images are sorted over all shards
+        order = sorted(range(len(names)), key=[name for _, part_names in parts for name in part_names].__getitem__)
+        labels = replace(labels, values=[labels.values[position] for position in order])
+    return Source.of(path=path, names=names, keys=rows, reader=files, labels=labels, notes=found.notes)

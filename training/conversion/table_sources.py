@@ -9,20 +9,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dnnlib.errors import ConfigError, one_line
-from training.conversion.image_source import Source, choose_split, import_optional
-from training.dataset.label_file import check_labels, require_inside
+from dnnlib.disk import require_plain
+from dnnlib.errors import ConfigError, one_line, reason_of
+from dnnlib.lfs import POINTER_HINT, is_lfs_pointer
+from dnnlib.text import did_you_mean
+from training.conversion.class_folders import LabelChoice
+from training.conversion.image_source import LABEL_COLUMNS, SPLIT_OF, Source, choose_split, import_optional
+from training.dataset.label_file import check_labels, read_json, require_inside
 from training.images.decode import Unreadable
 
 _STATE_FILE, _INFO_FILE = "state.json", "dataset_info.json"  # next to the tables of one split
 _SPLITS_FILE = "dataset_dict.json"  # next to the folders of the splits
-_SPLIT_NAMES = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing"),
-}
-_SPLIT_OF = {word: split for split, words in _SPLIT_NAMES.items() for word in words}
-_LABEL_COLUMNS = ("label", "labels", "fine_label")
 
 Key = tuple[int, int, int]  # file, row group (0 in Arrow files), row
 
@@ -31,6 +28,7 @@ class _Table:
     """A parquet file, or an Arrow file as a single row group, mapped into memory."""
 
     def __init__(self, file: Path) -> None:
+        require_plain(file)
         if file.suffix == ".parquet":
             self._parquet = _pyarrow(".parquet").ParquetFile(file)
             self.schema = self._parquet.schema_arrow
@@ -85,7 +83,7 @@ def holds_tables(path: Path) -> bool:
     return saved or (path / _SPLITS_FILE).is_file() or bool(_parquet_files(path))
 
 
-def open_tables(path: Path, *, split: str | None, label: str | None) -> Source:
+def open_tables(path: Path, *, split: str | None, choice: LabelChoice) -> Source:
     """Open the tables at `path`; images come in the order of files and rows."""
     _pyarrow()
     folder, files = _find_files(path, split)
@@ -98,7 +96,7 @@ def open_tables(path: Path, *, split: str | None, label: str | None) -> Source:
         schema = _Table(files[0]).schema
         features = _features(schema)
         image = _image_column(schema, features, path)
-        label = _label_column(features, schema.names, label, path)
+        label = None if choice.leave_out else _label_column(features, schema.names, choice.column, path)
         for number, file in enumerate(files):
             table = _Table(file)
             name = file.relative_to(folder).as_posix()
@@ -110,12 +108,14 @@ def open_tables(path: Path, *, split: str | None, label: str | None) -> Source:
     except ConfigError:
         raise
     except (OSError, ValueError, KeyError) as error:  # pyarrow's own errors are of these kinds
-        raise ConfigError(f"--source={path} has no readable tables: {one_line(error)}") from None
+        pointers = [file for file in files if is_lfs_pointer(file)]
+        reason = f"{pointers[0].name}: {POINTER_HINT}" if pointers else one_line(error)
+        raise ConfigError(f"--source={path} has no readable tables: {reason}") from None
     if not names:
         raise ConfigError(f"--source={path} holds no images; its tables have no rows")
-    labels = None if label is None else check_labels(zip(names, values, strict=True), f"{path}: column '{label}'")
     classes = features.get(label, {}).get("names") if label is not None else None
-    return Source(path=path, names=names, keys=keys, reader=TableReader(files, image), labels=labels, classes=classes)
+    labels = None if label is None else check_labels(names, values, f"{path}: column '{label}'", classes=classes)
+    return Source.of(path=path, names=names, keys=keys, reader=TableReader(files, image), labels=labels)
 
 
 def _find_files(path: Path, split: str | None) -> tuple[Path, list[Path]]:
@@ -145,21 +145,22 @@ def _find_files(path: Path, split: str | None) -> tuple[Path, list[Path]]:
 
 def _parquet_files(path: Path) -> list[Path]:
     """Parquet files in the folder and in its usual subfolders; searching all of a million images would take long."""
-    folders = [path, *(path / name for name in ("data", *_SPLIT_OF))]
-    return sorted(file for folder in folders for file in folder.glob("*.parquet") if not file.name.startswith("."))
+    folders = [path, *(path / name for name in ("data", *SPLIT_OF))]
+    files = (file for folder in folders for file in folder.glob("*.parquet"))
+    return sorted(file for file in files if not file.name.startswith(".") and file.is_file())
 
 
 def _split_of(file: Path) -> str:
     """The split in the name of a parquet file, as in data/train-00000-of-00004.parquet; '' if it has none."""
     words = [*reversed(file.parts[:-1]), file.stem.split("-")[0].split(".")[0]]
-    return next((_SPLIT_OF[word] for word in reversed(words) if word in _SPLIT_OF), "")
+    return next((SPLIT_OF[word] for word in reversed(words) if word in SPLIT_OF), "")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not JSON: {one_line(error)}") from None
+        content = read_json(path.read_bytes(), str(path))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {reason_of(error)}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must be a JSON object")
     return content
@@ -190,9 +191,10 @@ def _image_column(schema: Any, features: dict[str, dict[str, Any]], path: Path) 
 def _label_column(features: dict[str, Any], columns: list[str], label: str | None, path: Path) -> str | None:
     if label is not None:
         if label not in columns:
-            raise ConfigError(f"{path} has no column '{label}'; choose one by --label={'|'.join(columns)}")
+            meant = did_you_mean(label, columns)
+            raise ConfigError(f"{path} has no column '{label}'; choose one by --label={'|'.join(columns)}{meant}")
         return label
-    usual = [name for name in _LABEL_COLUMNS if name in columns]
+    usual = [name for name in LABEL_COLUMNS if name in columns]
     classes = [name for name in columns if features.get(name, {}).get("_type") == "ClassLabel"]
     if usual:
         return usual[0]

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dnnlib.atomic import atomic_path, write_text
+from dnnlib.atomic import atomic_path, short_name, write_text
 from dnnlib.disk import make_folder
 from dnnlib.errors import ConfigError, one_line, reason_of
 from torch_utils.compiling import keep_compiled_code, missing_compiler
@@ -175,7 +175,7 @@ class Transcoding:
         self._made_from = destination.request_digest(
             {key: value for key, value in request.items() if key != "source"} | {"measured": measure}
         )
-        self.workdir = dest.with_name(f"{dest.name}.partial")
+        self.workdir = dest.with_name(f"{short_name(dest.name)}.partial")
         self._computed = _ChunkFolder(self.workdir, request)
         self._chunk_size = max(_CHUNK_IMAGES // encoder.batch_size, 1) * encoder.batch_size
         self.parts = plan_parts(dest, self.num_images, num_shards=num_shards, per_shard=None)

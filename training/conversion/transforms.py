@@ -1,4 +1,4 @@
-"""The published ways to bring an RGB image to a size. Sizes are (width, height), as in PIL."""
+"""The published ways to bring an RGB or RGBA image to a size. Sizes are (width, height), as in PIL."""
 
 import math
 import re
@@ -10,6 +10,8 @@ from PIL.Image import Image, Resampling
 from dnnlib.errors import ConfigError
 
 Size = tuple[int, int]  # (width, height)
+
+_MAX_PROPOSED = 256
 
 
 def scale(image: Image, size: Size) -> Image:
@@ -35,7 +37,7 @@ def center_crop_wide(image: Image, size: Size) -> Image | None:
     if image.width < width or band < height:
         return None
     top, bottom = (image.height - band) // 2, (image.height + band) // 2
-    canvas = PIL.Image.new("RGB", (width, width))
+    canvas = PIL.Image.new(image.mode, (width, width))
     canvas.paste(scale(image.crop((0, top, image.width, bottom)), size), (0, (width - height) // 2))
     return canvas
 
@@ -91,15 +93,25 @@ def result_size(name: str | None, size: Size | None) -> Size | None:
 def require_trainable_size(size: Size, name: str) -> None:
     """Raise ConfigError unless networks can be trained on images of `size`; `name` is the first of them."""
     width, height = size
-    square = width == height
-    if square and is_power_of_two(width):
-        return
-    wrong = "not a power of two" if square else "not square"
-    side = _nearest_power(min(size))
-    crop = "" if square else " --transform=center-crop"
-    raise ConfigError(
-        f"{name} is {width}x{height}, which is {wrong}; add --resolution={side}x{side}{crop}, for example"
-    )
+    if not is_trainable(width, height):
+        wrong = "not a power of two" if width == height else "not square"
+        options = resize_options(min(size), square=width == height)
+        raise ConfigError(f"{name} is {width}x{height}, which is {wrong}; add{options}, for example")
+
+
+def is_trainable(width: int, height: int) -> bool:
+    """Return whether networks can be trained on images of this size."""
+    return width == height and is_power_of_two(width)
+
+
+def resize_options(side: int, *, square: bool) -> str:
+    """Return options of `convert` for images whose shorter sides are `side`, which enlarge them by a quarter at most.
+
+    Networks of more than _MAX_PROPOSED pixels a side are beyond most users.
+    """
+    power = 1 << int(math.log2(side))
+    power = min(2 * power if 4 * 2 * power <= 5 * side else power, _MAX_PROPOSED)
+    return f" --resolution={power}x{power}" + ("" if square else " --transform=center-crop")
 
 
 def is_power_of_two(number: int) -> bool:

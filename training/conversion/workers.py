@@ -6,12 +6,9 @@ Workers are spawned and import this module; nothing here imports torch, which ta
 import contextlib
 import ctypes
 import multiprocessing
-import multiprocessing.connection
-import os
 import signal
-import threading
 from collections.abc import Generator, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -20,9 +17,11 @@ import numpy as np
 
 from dnnlib.background import map_in_order
 from dnnlib.errors import ConfigError, one_line
+from dnnlib.orphans import end_children, end_with_parent
+from torch_utils.processes.stopping import SIGNALS, spared_children
 from training.conversion.image_source import ImageReader
 from training.conversion.transforms import TRANSFORMS, Size, scale
-from training.images.decode import Unreadable, decode_rgb, rgb_from_array
+from training.images.decode import DecodeOptions, Unreadable, decode_image
 from training.images.png import PLAIN, encode_png
 
 # From malloc.h. glibc accepts no larger threshold than 32 MB.
@@ -36,6 +35,8 @@ class Outcome(NamedTuple):
     png: bytes | None = None
     size: Size | None = None
     reason: str | None = None
+    transparent: bool = False  # a pixel was not opaque
+    largest: int | None = None  # value of a source with 16 bits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +46,12 @@ class ImageConverter:
     reader: ImageReader
     transform: str | None
     size: Size | None
-    exif: bool
+    decoding: DecodeOptions
 
     def convert(self, key: Any) -> Outcome:
         """Convert the image that the reader has under `key`."""
         try:
-            data = self.reader.read(key)
-            image = rgb_from_array(data) if isinstance(data, np.ndarray) else decode_rgb(data, exif=self.exif)
+            image, transparent, largest = decode_image(self.reader.read(key), self.decoding)
         except (Unreadable, ConfigError, OSError) as error:
             return Outcome(reason=one_line(error))
         if self.size is not None:
@@ -59,7 +59,8 @@ class ImageConverter:
             if resized is None:
                 return Outcome()
             image = resized
-        return Outcome(png=encode_png(np.asarray(image).transpose(2, 0, 1), compression=PLAIN), size=image.size)
+        png = encode_png(np.asarray(image).transpose(2, 0, 1), compression=PLAIN)
+        return Outcome(png=png, size=image.size, transparent=transparent, largest=largest)
 
 
 def convert_chunks(
@@ -74,7 +75,7 @@ def convert_chunks(
             yield [converter.convert(key) for key in chunk]
         return
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_start_worker, initargs=(converter,))
+    pool = _Pool(num_workers, mp_context=context, initializer=_start_worker, initargs=(converter,))
     try:
         yield from map_in_order(pool, _convert_chunk, map(list, chunks), max_pending=2 * num_workers + 1)
     except BrokenProcessPool:
@@ -82,6 +83,18 @@ def convert_chunks(
             f"a worker process was killed, which happens where memory runs out; "
             f"free some, or try --workers={max(1, num_workers // 2)}"
         ) from None
+
+
+class _Pool(ProcessPoolExecutor):
+    """A pool whose end does not wait for work under way, which may hang: of what has been asked for all is there."""
+
+    def submit(self, *args: Any, **kwargs: Any) -> Future[Any]:
+        with spared_children():  # it may start a worker
+            return super().submit(*args, **kwargs)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        end_children(list((self._processes or {}).values()))
+        super().shutdown(wait, cancel_futures=cancel_futures)
 
 
 _converter: ImageConverter | None = None  # of a worker process; set once when it starts
@@ -93,7 +106,9 @@ def _start_worker(converter: ImageConverter) -> None:
     # ^C reaches all processes of a terminal; the main one decides how to end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _keep_memory()
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    end_with_parent()
 
 
 def _convert_chunk(keys: list[Any]) -> list[Outcome]:
@@ -110,11 +125,3 @@ def _keep_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         for setting in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
             mallopt(setting, _KEPT_BYTES)
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        with contextlib.suppress(OSError):
-            multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)

@@ -38,6 +38,7 @@ class ImageDataset(torch.utils.data.Dataset[tuple[np.ndarray, np.ndarray]], ABC)
     name:        a short name, for messages.
     decoder:     decodes the stored images; made from the first one.
     raw_labels:  labels of all stored images: class indices int64 [N] or vectors float32 [N, label_dim]; None without.
+    class_names: names of the classes, in the order of their indices; None if unknown.
     num_images:  number of images in the data set, without mirrored copies.
     raw_idx:     the stored images in the data set, int64 [num_images]; None for the first `num_images`.
     xflip:       append a mirrored copy of every image after all of them.
@@ -49,6 +50,7 @@ class ImageDataset(torch.utils.data.Dataset[tuple[np.ndarray, np.ndarray]], ABC)
         name: str,
         decoder: ItemDecoder,
         raw_labels: np.ndarray | None,
+        class_names: Sequence[str] | None = None,
         num_images: int,
         raw_idx: np.ndarray | None = None,
         xflip: bool,
@@ -61,6 +63,7 @@ class ImageDataset(torch.utils.data.Dataset[tuple[np.ndarray, np.ndarray]], ABC)
         self._decoder = decoder
         self._raw_labels = raw_labels
         self._label_dim = label_width(raw_labels)
+        self.class_names = None if class_names is None else list(class_names)
         self._num_images = num_images
         self._raw_idx = raw_idx
         self._copies = 2 if xflip else 1
@@ -122,6 +125,10 @@ class ImageDataset(torch.utils.data.Dataset[tuple[np.ndarray, np.ndarray]], ABC)
     def fingerprint(self) -> int:
         """Return a number that almost certainly differs for other files."""
 
+    def items_fingerprint(self) -> int:
+        """Return a number that almost certainly differs for other items, whatever else is in their files."""
+        return self.fingerprint()
+
     def labels_fingerprint(self) -> int:
         """Return a number that almost certainly differs for other labels."""
         return 0 if self._raw_labels is None else zlib.crc32(self._raw_labels.tobytes())
@@ -133,7 +140,7 @@ class ImageDataset(torch.utils.data.Dataset[tuple[np.ndarray, np.ndarray]], ABC)
 
     def drop_labels(self) -> None:
         """Leave the labels out from now on, as if the data set had none."""
-        self._raw_labels, self._label_dim = None, 0
+        self._raw_labels, self._label_dim, self.class_names = None, 0, None
 
     def append_mirrored(self) -> None:
         """Append a mirrored copy of every image, unless `xflip` has done so."""

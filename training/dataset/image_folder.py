@@ -1,21 +1,28 @@
 """Images or raw latents with labels, from a folder or a ZIP file.
 
 N items, C channels, H x W pixels. The layout is that of dataset_tool.py: files in sorted order of their path, and
-`dataset.json` with `{"labels": [[file, label], ...]}`, where a label is a class index or a vector.
+`dataset.json` with `{"labels": [[file, label], ...]}`, where a label is a class index, a class name or a vector.
 """
 
-import json
 import os
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dnnlib.errors import ConfigError, one_line
+from dnnlib.errors import ConfigError
 from training.dataset.contract import ImageDataset
 from training.dataset.item_files import Files, FolderFiles, open_files
 from training.dataset.items import ItemDecoder, is_item, read_shape, require_one_kind
-from training.dataset.label_file import LABELS_FILE, labels_array, read_file_labels, require_all_shards, require_inside
+from training.dataset.label_file import (
+    LABELS_FILE,
+    labels_array,
+    read_file_labels,
+    read_value,
+    require_all_shards,
+    require_inside,
+)
 
 
 class ImageFolderDataset(ImageDataset):
@@ -49,15 +56,15 @@ class ImageFolderDataset(ImageDataset):
         self._rows = _item_rows(self._files)  # the items among the files, in the order of their names
         first = self._describe(0)
         decoder = ItemDecoder(read_shape(self._read(0), first), first)
-        raw_labels = None
+        labels = None
         if use_labels:
             labels = read_file_labels(self._files, [self._files.names[row] for row in self._rows])
-            raw_labels = None if labels is None else labels_array(labels)
         raw_idx = _choose(len(self._rows), max_size, random_seed)
         super().__init__(
             name=Path(os.path.abspath(path)).stem,
             decoder=decoder,
-            raw_labels=raw_labels,
+            raw_labels=None if labels is None else labels_array(labels.values),
+            class_names=None if labels is None else labels.classes,
             num_images=len(self._rows) if raw_idx is None else len(raw_idx),
             raw_idx=raw_idx,
             xflip=xflip,
@@ -77,6 +84,10 @@ class ImageFolderDataset(ImageDataset):
         """Return a number that almost certainly differs for other contents of archives, or other names in folders."""
         return self._files.fingerprint()
 
+    def items_fingerprint(self) -> int:
+        """Return a number that almost certainly differs for other contents of the items, wherever they lie."""
+        return zlib.crc32(self._files.checksums(self._rows).tobytes())
+
     def close(self) -> None:
         """Release the ZIP files; the next read opens them again."""
         self._files.close()
@@ -89,15 +100,9 @@ class ImageFolderDataset(ImageDataset):
             raise ConfigError(f"the shards of {self._files.path} were encoded in different ways; encode them alike")
         return found[0] if found else None
 
-    @property
-    def class_names(self) -> list[str] | None:
-        """Names of the classes in the order of their indices, from dataset.json; None if missing."""
-        found = self._values("classes", list)
-        return [str(name) for name in found[0]] if found else None
-
     def _values(self, key: str, kind: type) -> list[Any]:
         rows = [(part, part.names.find(LABELS_FILE)) for part in self._files.parts]
-        values = [_value(bytes(p.read(row)), key, kind, p.describe(row)) for p, row in rows if row is not None]
+        values = [read_value(p.read(row), key, kind, p.describe(row)) for p, row in rows if row is not None]
         return [value for value in values if value is not None]
 
     def _describe(self, raw_idx: int) -> str:
@@ -116,20 +121,6 @@ def _item_rows(files: Files) -> np.ndarray:
         raise ConfigError(f"data set {files.path} holds no images; it has {len(files.names)} other files")
     require_one_kind((files.names[row] for row in rows), f"data set {files.path}")
     return np.array(rows, dtype=np.int64)
-
-
-def _value(data: bytes, key: str, kind: type, where: str) -> Any:
-    """Return the value of `key`, of this `kind`, in the text of a dataset.json; None if missing."""
-    if f'"{key}"'.encode() not in data:
-        return None
-    try:
-        value = json.loads(data.decode("utf-8")).get(key)
-    except (ValueError, RecursionError, AttributeError) as error:
-        raise ConfigError(f"{where} is not JSON: {one_line(error)}") from None
-    if not isinstance(value, kind | None):
-        name = "list" if kind is list else "dictionary"
-        raise ConfigError(f'{where} has a value of "{key}" that is not a {name}; leave it out or convert again')
-    return value
 
 
 def _choose(count: int, max_size: int | None, random_seed: int) -> np.ndarray | None:

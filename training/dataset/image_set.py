@@ -1,10 +1,10 @@
-"""Images to be measured, from a folder or a ZIP file: a random choice of them, in batches over all processes.
+"""Images to be measured, from files or an array: a random choice of them, in batches over all processes.
 
 N images, C channels, H x W pixels.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,56 +14,74 @@ import torch.utils.data
 
 from dnnlib.errors import ConfigError
 from torch_utils.distributed import World
+from torch_utils.processes.data_workers import prepare_worker, worker_batches
 from torch_utils.processes.dealing import split_batches
-from torch_utils.processes.failures import worker_errors
 from training.dataset.item_files import open_files
-from training.dataset.items import ItemDecoder, is_item, is_latents, read_shape
+from training.dataset.items import is_item, is_latents
+from training.dataset.sample_array import SampleArray, holds_array
+from training.images.decode import KEEP_ALPHA, MAX_PIXELS, DecodeOptions, Unreadable, decode_image, open_image
+from training.images.png import decode_plain_png, png_shape
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ImageSetBatch:
     """Some of the chosen images."""
 
-    images: torch.Tensor  # uint8 [N, C, H, W], C = 1 or 3
+    images: torch.Tensor | list[torch.Tensor]  # uint8 [N, C, H, W]; a list of [C, H, W] if they differ in shape
     indices: np.ndarray  # int64 [N], positions in the choice
 
 
 class ImageSet(torch.utils.data.Dataset[torch.Tensor]):
-    """All images below a folder or in a ZIP file, sorted by name; item i is uint8 [C, H, W].
+    """All images below a folder, in a ZIP file or in an array of samples, by name; item i is uint8 [C, H, W].
 
-    They may have any size and shape, gray or color, but all the same. Opening decodes no pixels. Raises ConfigError if
-    there are no images, or if the first has other channels than 1 or 3; reading does for damaged or differing ones.
+    They may have any size and shape, also different ones; C is 1 (gray) or 3 (RGB), and one more with alpha. Opening
+    decodes no pixels. Raises ConfigError if there are no images; reading does for damaged ones.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        self._array = SampleArray(self.path) if holds_array(self.path) else None
+        if self._array is not None:
+            self.names: Sequence[str] = self._array.names
+            return
         self._files = open_files(self.path)
-        names = self._files.names
-        self._rows = [row for row, name in enumerate(names) if is_item(name)]
+        found = self._files.names
+        self._rows = [row for row, name in enumerate(found) if is_item(name)]
+        self.names = [found[row] for row in self._rows]
         if not self._rows:
-            raise ConfigError(f"{self.path} holds no images; it has {len(names)} other files")
-        for row in self._rows:
-            if is_latents(names[row]):
-                where = self._files.describe(row)
-                raise ConfigError(f"{where} holds latents, and metrics compare images; give the images themselves")
-        where = self._files.describe(self._rows[0])
-        shape = read_shape(self._files.read(self._rows[0]), where)
-        if shape[0] not in (1, 3):
-            raise ConfigError(f"{where} has {shape[0]} channels; metrics take gray (1) or color (3)")
-        self._decoder = ItemDecoder(shape, where)
+            raise ConfigError(f"{self.path} holds no images; it has {len(found)} other files")
+        latents = next((row for row in self._rows if is_latents(found[row])), None)
+        if latents is not None:
+            where = self._files.describe(latents)
+            raise ConfigError(
+                f"{where} holds latents, and metrics compare images; give the images themselves, as files or as uint8"
+                " [N, H, W, 3] in one .npz or .npy file"
+            )
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.names)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        row = self._rows[index]
-        decoded = self._decoder.decode(self._files.read(row), lambda: self._files.describe(row))
-        return torch.from_numpy(decoded.copy(order="C"))
+        if self._array is not None:
+            pixels = self._array.pixels[index].transpose(2, 0, 1)
+        else:
+            pixels = self._read(self._rows[index])
+        return torch.from_numpy(pixels.copy(order="C"))
 
-    @property
-    def names(self) -> list[str]:
-        """Names of the items, in their order, below the folder or in the ZIP file."""
-        return [self._files.names[row] for row in self._rows]
+    def _read(self, row: int) -> np.ndarray:
+        data = self._files.read(row)
+        shape = png_shape(data)
+        plain = decode_plain_png(data, shape) if shape and shape[1] * shape[2] <= MAX_PIXELS else None
+        if plain is not None:
+            return plain
+        try:
+            with open_image(data) as opened:
+                if opened.mode in ("L", "LA", "RGB", "RGBA") and "transparency" not in opened.info:
+                    return np.atleast_3d(np.asarray(opened)).transpose(2, 0, 1)
+            image, is_transparent, _ = decode_image(data, DecodeOptions(background=KEEP_ALPHA))
+        except Unreadable as error:
+            raise ConfigError(f"{self._files.describe(row)} cannot be read: {error}") from None
+        return np.asarray(image if is_transparent else image.convert("RGB")).transpose(2, 0, 1)
 
 
 def choose_images(
@@ -106,8 +124,14 @@ class ImageSetBatches:
             num_workers=self._workers,
             pin_memory=self._pin,
             multiprocessing_context="spawn" if self._workers else None,
+            worker_init_fn=prepare_worker,
+            collate_fn=_stacked,
             generator=torch.Generator(),  # the loader draws a seed for its workers: not from the global generator
         )
-        with worker_errors():
-            for part, images in zip(self._batches, loader, strict=True):
+        with worker_batches(loader) as items:
+            for part, images in zip(self._batches, items, strict=True):
                 yield ImageSetBatch(images=images, indices=part)
+
+
+def _stacked(images: list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
+    return torch.stack(images) if len({image.shape for image in images}) == 1 else images

@@ -9,19 +9,23 @@ import re
 import struct
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dnnlib.disk import require_plain
 from dnnlib.errors import ConfigError, one_line, reason_of
-from training.dataset.zip_index import STORED, NameTable, read_index
+from training.dataset.zip_index import STORED, NameTable, plain_name, read_index
 
 LABELS_FILE = "dataset.json"
 _DEFLATED = 8
-_MAX_UNPACKED_BYTES = 1 << 30  # of one entry that is compressed
+# What is compressed may grow to FREE_BYTES, else MAX_RATIO times: labels shrink to a tenth, images hardly.
+FREE_BYTES = 1 << 26
+MAX_RATIO = 100
+_SYSTEM_FOLDERS = ("lost+found", "System Volume Information")  # at the top of a disk, closed to users
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, ..., lengths of the name and of the extra field
 
 
@@ -49,24 +53,68 @@ class Files(ABC):
         """Return a number that almost certainly differs for other files; here for other names."""
         return zlib.crc32(self.names.text)
 
+    def checksums(self, rows: np.ndarray) -> np.ndarray:
+        """Return CRC-32 values of the contents of files; of a folder's, at most 256: reading all would take long."""
+        some = rows[np.linspace(0, len(rows) - 1, min(len(rows), 256)).astype(int)]
+        return np.array([zlib.crc32(self.read(int(row))) for row in some], dtype=np.uint32)
+
     def close(self) -> None:  # noqa: B027 not all kinds keep files open
         """Release open files; each closes when its last view is gone. The next read opens them again."""
 
 
 class FolderFiles(Files):
-    """The files below a folder. Their fingerprint covers the names only: reading the contents would take long."""
+    """The files below a folder. Their fingerprint covers the names only: reading the contents would take long.
+
+    Links are followed. A file's name may contain backslashes on systems where these are ordinary characters, as left
+    by programs that unpacked an archive of Windows; they are read as slashes.
+    """
 
     def __init__(self, path: Path) -> None:
-        walk = ((Path(folder), names) for folder, _, names in os.walk(path))
-        found = sorted((folder / name).relative_to(path).as_posix() for folder, names in walk for name in names)
-        super().__init__(path, NameTable(found))
+        found = list(_walk(str(path), "", ()))
+        self._stored = {plain_name(name): name for name in found if "\\" in name}  # where the names on the disk differ
+        names = sorted(plain_name(name) for name in found)
+        for one, two in pairwise(names):
+            if one == two:
+                raise ConfigError(f"{path} has {one} twice, with / and with \\ in its name; remove one of them")
+        super().__init__(path, NameTable(names))
 
     def read(self, row: int) -> bytes:
         """See Files."""
+        name = self.names[row]
         try:
-            return (self.path / self.names[row]).read_bytes()
+            return (self.path / self._stored.get(name, name)).read_bytes()
         except OSError as error:
             raise ConfigError(f"{self.describe(row)} cannot be read: {reason_of(error)}") from None
+
+
+def _walk(folder: str, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
+    """Yield the paths of the files in `folder`. `above`: the folders on the way, which a loop of links would repeat."""
+    try:
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in above:
+            return
+        with os.scandir(folder) as listing:
+            entries = list(listing)
+    except OSError as error:
+        if _is_hidden(prefix):
+            return
+        raise ConfigError(f"{folder} cannot be read: {reason_of(error)}") from None
+    for entry in entries:
+        name = prefix + entry.name
+        # Unlike entry.is_dir(), isdir() accepts a link to itself.
+        if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
+            yield from _walk(entry.path, f"{name}/", (*above, (status.st_dev, status.st_ino)))
+        elif os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file():
+            yield name
+        elif not _is_hidden(name):
+            require_plain(entry.path)
+            raise ConfigError(
+                f"{entry.path} is a link to {os.readlink(entry.path)}, which does not exist; correct or remove it"
+            )
+
+
+def _is_hidden(name: str) -> bool:
+    return "/." in f"/{name}" or name.split("/")[0] in _SYSTEM_FOLDERS
 
 
 class MappedFiles(Files):
@@ -95,6 +143,8 @@ class MappedFiles(Files):
                     self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             except (OSError, ValueError) as error:
                 raise ConfigError(f"{self.path} is not a readable {self.kind} file: {one_line(error)}") from None
+        if self._map.size() < len(self._map):  # reading behind the end would kill the process
+            raise ConfigError(f"{self.path} got shorter while it was read; leave the files of a data set as they are")
         return self._map
 
     def _slice(self, whole: mmap.mmap, row: int, begin: int, size: int) -> memoryview:
@@ -136,6 +186,10 @@ class ZipFiles(MappedFiles):
         """Return a number made from the names and the checksums of the contents."""
         return zlib.crc32(self._index.checksums.tobytes(), zlib.crc32(self.names.text))
 
+    def checksums(self, rows: np.ndarray) -> np.ndarray:
+        """See Files; of all `rows`, from the table of contents."""
+        return np.asarray(self._index.checksums[rows], dtype=np.uint32)
+
     def _begin(self, whole: mmap.mmap, row: int) -> int:
         """Return where the bytes of an entry begin, behind its header, whose name is checked."""
         place = int(self._index.offsets[row])
@@ -156,8 +210,8 @@ class ZipFiles(MappedFiles):
         if self._index.methods[row] != _DEFLATED:
             raise self._damaged(row, "it is encrypted, or compressed in an unusual way; store entries uncompressed")
         unpacked_size = int(self._index.sizes[row])
-        if unpacked_size > _MAX_UNPACKED_BYTES:
-            raise self._damaged(row, f"it claims {unpacked_size} bytes unpacked, more than any image has")
+        if unpacked_size > max(FREE_BYTES, MAX_RATIO * len(data)):
+            raise self._damaged(row, f"it claims {unpacked_size} bytes unpacked, too many; store entries uncompressed")
         try:
             return zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, unpacked_size + 1)
         except zlib.error as error:
@@ -197,6 +251,14 @@ class ShardedFiles(Files):
         """Return a number made from those of the parts."""
         return zlib.crc32(str([part.fingerprint() for part in self._parts]).encode())
 
+    def checksums(self, rows: np.ndarray) -> np.ndarray:
+        """See Files; of all `rows`."""
+        found = np.zeros(len(rows), dtype=np.uint32)
+        for index, part in enumerate(self._parts):
+            mine = self._part_of[rows] == index
+            found[mine] = part.checksums(self._row_of[rows[mine]])
+        return found
+
     def close(self) -> None:
         """See Files."""
         for part in self._parts:
@@ -205,6 +267,7 @@ class ShardedFiles(Files):
 
 def open_files(path: Path) -> Files:
     """Open a folder, a ZIP file, or shards, named as for ImageFolderDataset. Raises ConfigError for anything else."""
+    require_plain(path)
     if path.is_file():
         return ZipFiles(path)
     shards = find_shards(path)
@@ -217,15 +280,7 @@ def open_files(path: Path) -> Files:
 
 def find_shards(path: Path) -> list[Path]:
     """Return the shards of the data set that `path` names, sorted, or []. Raises ConfigError if one is missing."""
-    if path.is_dir():
-        files = sorted(file for file in path.iterdir() if not file.name.startswith("."))
-        shards = files if all(file.suffix == ".zip" and file.is_file() for file in files) else []
-    elif any(sign in path.name for sign in "*?["):
-        shards = sorted(path.parent.glob(path.name))
-    elif path.suffix == ".zip":
-        shards = sorted(file for file in path.parent.glob("*.zip") if _shard_number(file, path.stem) is not None)
-    else:
-        shards = []
+    shards = _shard_files(path)
     numbers = sorted(number for shard in shards if (number := _shard_number(shard)) is not None)
     missing = [expected for expected, number in enumerate(numbers) if number != expected]
     if missing:
@@ -233,11 +288,23 @@ def find_shards(path: Path) -> list[Path]:
     return shards
 
 
+def _shard_files(path: Path) -> list[Path]:
+    """Return the ZIP files in a folder of nothing else, those numbered after a name, or those that match a pattern."""
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if not file.name.startswith("."))
+        return files if all(file.suffix.lower() == ".zip" and file.is_file() for file in files) else []
+    siblings = path.parent.iterdir() if path.suffix.lower() == ".zip" and path.parent.is_dir() else ()
+    shards = sorted(file for file in siblings if _shard_number(file, path.stem) is not None)
+    if shards or not any(sign in path.name for sign in "*?["):  # a pattern unless it is the name itself
+        return shards
+    return sorted(path.parent.glob(path.name))
+
+
 def _plain(name: str) -> str:
-    return name.partition("\0")[0].replace("\\", "/")
+    return plain_name(name.partition("\0")[0])
 
 
 def _shard_number(path: Path, stem: str | None = None) -> int | None:
     """Return the number in name-00012.zip, where `stem` is the name; None stands for any name."""
-    match = re.fullmatch(r"(.*)-(\d{5})\.zip", path.name)
+    match = re.fullmatch(r"(.*)-(\d{5})\.zip", path.name, re.DOTALL | re.IGNORECASE)
     return int(match[2]) if match and stem in (None, match[1]) else None

@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
-import PIL.Image
 
 from dnnlib.errors import ConfigError, one_line
+from dnnlib.lfs import POINTER_HINT, is_lfs_pointer
+from training.images.decode import IMAGE_SUFFIXES, Unreadable, open_image
 from training.images.png import decode_plain_png
 
-IMAGE_SUFFIXES = frozenset([".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"])
 LATENTS_SUFFIX = ".npy"
 _ITEM_SUFFIXES = IMAGE_SUFFIXES | {LATENTS_SUFFIX}
 CONVERT_HINT = "dataset_tool.py convert makes a data set of one kind and size"
@@ -56,11 +56,14 @@ def read_shape(data: Any, where: str) -> Shape:
     """Return [C, H, W] of an encoded item, from its header."""
     if is_latents(where):
         return _latents_header(data, where)
-    with _open_image(data, where) as image:
-        if image.mode not in _CHANNELS_OF_MODE:
-            supported = ", ".join(_CHANNELS_OF_MODE)
-            raise ConfigError(f"{where} has pixels of the kind {image.mode}, not one of {supported}: {CONVERT_HINT}")
-        return _CHANNELS_OF_MODE[image.mode], image.height, image.width
+    try:
+        with open_image(data) as image:
+            if image.mode not in _CHANNELS_OF_MODE:
+                known = ", ".join(_CHANNELS_OF_MODE)
+                raise ConfigError(f"{where} has pixels of the kind {image.mode}, not one of {known}: {CONVERT_HINT}")
+            return _CHANNELS_OF_MODE[image.mode], image.height, image.width
+    except Unreadable as error:
+        raise ConfigError(f"{where} is not a readable image: {error}") from None
 
 
 class ItemDecoder:
@@ -96,7 +99,7 @@ class ItemDecoder:
             if self.latents:
                 array = np.load(io.BytesIO(data), allow_pickle=False)
                 return array.astype(np.float32, copy=False)
-            with _open_image(data, where) as image:
+            with open_image(data) as image:
                 return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
         except Exception as error:
             raise ConfigError(f"{where} is damaged: {one_line(error)}") from None
@@ -119,15 +122,6 @@ def _usual_header(shape: Shape) -> bytes:
     return header.getvalue()
 
 
-def _open_image(data: Any, where: str) -> PIL.Image.Image:
-    try:
-        return PIL.Image.open(io.BytesIO(data))
-    except PIL.UnidentifiedImageError:
-        raise ConfigError(f"{where} is not a readable image") from None
-    except Exception as error:  # decoders raise many kinds on damaged bytes
-        raise ConfigError(f"{where} is not a readable image: {one_line(error)}") from None
-
-
 def _latents_header(data: Any, where: str) -> Shape:
     try:
         stream = io.BytesIO(data)
@@ -135,9 +129,13 @@ def _latents_header(data: Any, where: str) -> Shape:
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read_header(stream)
     except Exception as error:
-        raise ConfigError(f"{where} is not a readable .npy file: {one_line(error)}") from None
+        reason = POINTER_HINT if is_lfs_pointer(data) else one_line(error)
+        raise ConfigError(f"{where} is not a readable .npy file: {reason}") from None
     if dtype != np.float32 or len(shape) != 3 or min(shape) < 1:
-        raise ConfigError(f"{where} holds {dtype} {list(shape)}; raw latents are float32 [channels, height, width]")
+        hint = "; dataset_tool.py convert makes a data set of images in an array" if dtype == np.uint8 else ""
+        raise ConfigError(
+            f"{where} holds {dtype} {list(shape)}; raw latents are float32 [channels, height, width]{hint}"
+        )
     if math.prod(shape) * dtype.itemsize > len(data) - stream.tell():
         raise ConfigError(f"{where} is damaged: it is cut short, its header promises float32 {list(shape)}")
     return shape

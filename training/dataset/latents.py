@@ -14,13 +14,12 @@ import numpy as np
 import torch
 
 from dnnlib.errors import ConfigError, one_line
+from training.config import PUBLISHED_VAE
 from training.dataset.contract import ImageDataset
 from training.dataset.items import CONVERT_HINT
-from training.encoders import Encoder, StabilityVAEEncoder, StandardRGBEncoder
+from training.encoders import Encoder, StabilityVAEEncoder, StandardRGBEncoder, require_on_hub
 from training.snapshot.parts import build_encoder, described, plain
 
-PUBLISHED_VAE = "stabilityai/sd-vae-ft-mse"  # the VAE of the published networks, whose latents' statistics are known
-ENCODER_PRECISIONS = ("tf32", "fp32")  # of a VAE's convolutions on GPUs that have TF32
 ENCODER_KEY = "encoder"  # in dataset.json, next to the labels
 
 # Number of images from which `measured_encoder` measures latent statistics: all would take too long.
@@ -52,6 +51,7 @@ def vae_geometry(name: str) -> LatentGeometry:
             f'VAE {name!r} needs the diffusers library, which is not installed; try: pip install "edm2[vae]"'
         ) from None
     try:
+        require_on_hub(name)
         config = AutoencoderKL.load_config(name)
         return LatentGeometry(
             channels=int(config["latent_channels"]), downscale=1 << (len(config["block_out_channels"]) - 1)
@@ -120,7 +120,10 @@ def vae_encoder(dataset: ImageDataset, vae: str, *, batch_size: int = 8, pixel_m
     if dataset.holds_latents:
         raise ConfigError(f"{dataset.name} holds latents already, and a VAE takes pixels")
     if dataset.num_channels not in (1, 3):
-        raise ConfigError(f"{dataset.name} has {dataset.num_channels} channels; a VAE takes gray (1) or RGB (3) images")
+        raise ConfigError(
+            f"{dataset.name} has {dataset.num_channels} channels; a VAE takes gray (1) or RGB (3) images;"
+            " dataset_tool.py convert --background=white makes such ones of images with alpha"
+        )
     geometry = vae_geometry(vae)
     geometry.resolution(dataset.resolution)
     _require_power_of_two(dataset)

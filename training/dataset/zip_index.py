@@ -7,6 +7,7 @@ need about sixty bytes per entry, and the copy loads a million entries in well u
 import bisect
 import contextlib
 import io
+import stat
 import struct
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -19,10 +20,12 @@ import numpy as np
 
 from dnnlib.atomic import atomic_path
 from dnnlib.errors import ConfigError, one_line
+from dnnlib.lfs import POINTER_HINT, is_lfs_pointer
 
 STORED = 0  # compression methods, as numbered in ZIP files
 _UNREADABLE = 255  # stands for encryption
 _ENCRYPTED_FLAG = 1
+_UNIX = 3  # the system whose attributes an entry has
 
 # Raised by zipfile, and by numbers that no file can have.
 _UNSOUND = (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, OverflowError, IndexError)
@@ -113,15 +116,14 @@ def read_index(path: Path) -> ZipIndex:
             if len(index.names) >= _KEEP_ENTRIES:
                 _save_copy(index, path, stamp)
     except _UNSOUND as error:
-        raise ConfigError(f"{path} is not a readable ZIP file: {one_line(error)}") from None
+        reason = POINTER_HINT if is_lfs_pointer(path) else one_line(error)
+        raise ConfigError(f"{path} is not a readable ZIP file: {reason}") from None
     return index
 
 
 def _read_directory(path: Path) -> ZipIndex:
     with zipfile.ZipFile(path) as archive:
-        require_all_entries(archive)
-        # Of several entries with one name, the last one counts.
-        by_name = {entry.filename: entry for entry in archive.infolist() if not entry.is_dir()}
+        by_name = archive_files(archive)
     names = sorted(by_name)
     rows = [
         (entry.header_offset, entry.file_size, entry.compress_size, entry.CRC, _method(entry))
@@ -134,7 +136,31 @@ def _read_directory(path: Path) -> ZipIndex:
     return ZipIndex(names=NameTable(names), **columns)
 
 
-def require_all_entries(archive: zipfile.ZipFile) -> None:
+def plain_name(name: str) -> str:
+    """Return a name out of an archive or a list with forward slashes, without ./ in front.
+
+    Some programs write backslashes on Windows; `zipfile` replaces them there only.
+    """
+    name = name.replace("\\", "/")
+    while name.startswith("./"):
+        name = name[2:]
+    return name
+
+
+def archive_files(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+    """Return the entries by plain name, without folders. Of several entries with one name, the last one counts.
+
+    Raises BadZipFile for an incomplete table of contents, and for symbolic links, behind which images would be missing.
+    """
+    _require_all_entries(archive)
+    entries = {plain_name(entry.filename): entry for entry in archive.infolist()}
+    for name, entry in entries.items():
+        if entry.create_system == _UNIX and stat.S_ISLNK(entry.external_attr >> 16):
+            raise zipfile.BadZipFile(f"{name} is a symbolic link; make the file again with the content of its target")
+    return {name: entry for name, entry in entries.items() if not name.endswith("/")}
+
+
+def _require_all_entries(archive: zipfile.ZipFile) -> None:
     """Raise BadZipFile if the table of contents has fewer entries than the end of the file states.
 
     After a damaged length, `zipfile` continues reading at the wrong place and misses the entries in between, such as
@@ -173,6 +199,8 @@ def _load_copy(path: Path, stamp: list[int]) -> ZipIndex | None:
             columns: dict[str, Any] = {name: copy[name].astype(dtype) for name, dtype in _ARRAYS.items()}
             names = NameTable.packed(copy["text"].tobytes(), copy["ends"].astype(np.int64))
     except Exception:  # NumPy and zipfile raise a dozen kinds on damaged bytes
+        return None
+    if b"\\" in names.text:  # of an older version, which did not replace them
         return None
     if not names.is_sound() or any(column.shape != (len(names),) for column in columns.values()):
         return None

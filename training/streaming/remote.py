@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 from dnnlib.download import is_remote
 from dnnlib.errors import ConfigError, one_line
+from dnnlib.fetch import root_cause, worthwhile_attempts
+from dnnlib.parse import split_url
 
 _ATTEMPTS = 6  # without a byte between them
 _FIRST_WAIT_SEC = 0.5  # doubled after every failed attempt
@@ -79,13 +80,28 @@ def find_file(url: str) -> RemoteFile:
 
 
 def find_matches(url: str) -> list[str]:
-    """Return the URLs that match a pattern with *, sorted; for stores that can list their files."""
+    """Return the URLs that match a pattern with *, sorted; for stores that can list their files.
+
+    Other signs that fsspec has in patterns stand for themselves.
+    """
     system, path = _system(url)
+    path = path if _is_http(url) else re.sub(r"[\[?]", r"[\g<0>]", path)
     try:
         found = _retrying(lambda: system.glob(path), url)
     except NotThere:
         return []
     return sorted(each if is_remote(each) else system.unstrip_protocol(each) for each in found)
+
+
+def is_named_so(url: str) -> bool:
+    """Return whether a file has the very name of a pattern. Always False for web addresses, where asking takes long."""
+    if _is_http(url):
+        return False
+    try:
+        find_file(url)
+    except ConfigError:
+        return False
+    return True
 
 
 class RemoteReader(io.RawIOBase):
@@ -167,7 +183,7 @@ def _read_range(file: RemoteFile, begin: int, end: int) -> bytes:
 def _retrying(action: Callable[[], T], url: str) -> T:
     """Return the result of `action`, retried on temporary failures. Raises ConfigError when that does not help."""
     wait_sec = _FIRST_WAIT_SEC
-    for attempt in range(_ATTEMPTS):
+    for attempt in range(1, _ATTEMPTS + 1):
         try:
             return action()
         except ConfigError:
@@ -177,9 +193,10 @@ def _retrying(action: Callable[[], T], url: str) -> T:
         except Exception as error:  # each file system has its own
             reason = _reason(error)
             _require_temporary(error, reason, url)
-        if attempt + 1 < _ATTEMPTS:
-            time.sleep(wait_sec)
-            wait_sec = min(wait_sec * 2, _LONGEST_WAIT_SEC)
+        if attempt >= worthwhile_attempts(root_cause(reason), _ATTEMPTS):
+            break
+        time.sleep(wait_sec)
+        wait_sec = min(wait_sec * 2, _LONGEST_WAIT_SEC)
     raise ConfigError(f"cannot read {url}: {one_line(reason)}; check the address and the network connection")
 
 
@@ -203,6 +220,9 @@ def _require_temporary(error: Exception, reason: BaseException, url: str) -> Non
         raise ConfigError(
             f"the server of {url} gives whole files only; use one that supports HTTP range requests"
         ) from None
+    # Malformed addresses, missing credentials (each library has its own class), and what the store cannot do.
+    if isinstance(reason, ValueError | TypeError | NotImplementedError) or "Credentials" in type(reason).__name__:
+        raise ConfigError(f"cannot read {url}: {one_line(reason)}; check the address and your access to it") from None
 
 
 def _system(url: str) -> tuple[Any, str]:
@@ -232,4 +252,4 @@ def _missing_package(url: str, error: ImportError) -> ConfigError:
 
 def _path_of(url: str) -> str:
     """Return the path in a URL, without the query of a web address."""
-    return urlsplit(url).path if _is_http(url) else url
+    return split_url(url).path if _is_http(url) else url

@@ -20,15 +20,24 @@ import numpy as np
 from dnnlib.atomic import atomic_path
 from dnnlib.errors import ConfigError, one_line, reason_of
 from training.dataset.items import CONVERT_HINT, Shape, is_item, is_latents, read_shape, require_one_kind
-from training.dataset.label_file import LABELS_FILE, Label, labels_array, read_labels, require_inside
-from training.dataset.tar_files import TarIndex, index_tar
-from training.dataset.zip_index import NameTable, require_all_entries
+from training.dataset.label_file import (
+    LABELS_FILE,
+    StoredLabels,
+    check_labels,
+    common_classes,
+    labels_array,
+    read_json,
+    require_inside,
+    stored_labels,
+)
+from training.dataset.tar_files import TarIndex, index_tar, sample_labels
+from training.dataset.zip_index import NameTable, archive_files
 from training.streaming.cache import ShardCache, cache_name
 from training.streaming.remote import RemoteFile, RemoteReader, find_file, suffix_of
 
 _THREADS = 8  # shards indexed at a time
 _OPEN_ATTEMPTS = 10
-_FORMAT = 2  # of the index files
+_FORMAT = 3  # of the index files
 _MAX_ENTRY_BYTES = 1 << 30
 
 
@@ -41,6 +50,8 @@ class ShardIndex:
     first: str  # name of the first item; empty without items
     shape: Shape | None  # [C, H, W] of the first item
     labels: np.ndarray | None  # int64 [count] or float32 [count, label_dim]
+    classes: list[str] | None  # names of the class indices
+    named: bool  # whether labels are stored as names, numbered here among those of this shard
     encoder: dict[str, Any] | None  # of latents, from dataset.json
     number: tuple[int, int] | None  # (shard, number of shards)
     tar: TarIndex | None  # of a tar, from load_index
@@ -50,7 +61,9 @@ class ShardIndex:
         """The kind of labels, for messages."""
         if self.labels is None:
             return "no labels"
-        return "class indices" if self.labels.dtype == np.int64 else f"vectors of {self.labels.shape[1]}"
+        if self.labels.dtype != np.int64:
+            return f"vectors of {self.labels.shape[1]}"
+        return "class names" if self.named else "class indices"
 
 
 def index_shards(urls: Sequence[str], folder: Path, cache: ShardCache) -> list[ShardIndex]:
@@ -89,35 +102,39 @@ def _index_shard(url: str, folder: Path, cache: ShardCache) -> ShardIndex:
 def _index_zip(file: RemoteFile) -> ShardIndex:
     try:
         with zipfile.ZipFile(RemoteReader(file)) as archive:
-            require_all_entries(archive)
-            entries = {entry.filename for entry in archive.infolist() if not entry.is_dir()}
+            entries = archive_files(archive)
             require_inside(entries, file.url)
             names = sorted(name for name in entries if is_item(name))
-            text = _read_entry(archive, LABELS_FILE, file) if LABELS_FILE in entries else None
-            first = _read_entry(archive, names[0], file) if names else None
+            text = _read_entry(archive, entries[LABELS_FILE], file) if LABELS_FILE in entries else None
+            first = _read_entry(archive, entries[names[0]], file) if names else None
     except ConfigError:
         raise
     except Exception as error:  # zipfile and its decompressors raise a dozen kinds
         raise ConfigError(f"{file.url} is not a readable ZIP file: {one_line(error)}") from None
-    labels = None if text is None else read_labels(text, names, f"{file.url}: {LABELS_FILE}")
-    return _make_index(file, names, first, labels, text, None)
+    return _make_index(file, names, first, text, None, None)
 
 
-def _read_entry(archive: zipfile.ZipFile, name: str, file: RemoteFile) -> bytes:
-    size = archive.getinfo(name).file_size
-    if size > _MAX_ENTRY_BYTES:
+def _read_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, file: RemoteFile) -> bytes:
+    if entry.file_size > _MAX_ENTRY_BYTES:
+        size, name = entry.file_size, entry.filename
         raise ConfigError(f"{file.url}: {name} claims {size} bytes unpacked, more than any image has")
-    return archive.read(name)
+    return archive.read(entry)
 
 
 def _index_tar(file: RemoteFile, cache: ShardCache) -> ShardIndex:
     with _open_here(file, cache) as stream:
-        tar, labels, text = index_tar(stream, file.url)
-        first = None
-        if len(tar.names):
-            stream.seek(int(tar.starts[0]))
-            first = stream.read(int(tar.sizes[0]))
-    return _make_index(file, tar.names, first, labels, text, tar)
+        tar = index_tar(stream, file.url)
+
+        def read(name: str) -> bytes:
+            row = tar.names.find(name)
+            assert row is not None
+            stream.seek(int(tar.starts[row]))
+            return stream.read(int(tar.sizes[row]))
+
+        names = [name for name in tar.names if is_item(name)]
+        text = None if tar.names.find(LABELS_FILE) is None else read(LABELS_FILE)
+        sample_values = sample_labels(tar.names, names, read, file.url) if text is None else None
+        return _make_index(file, names, read(names[0]) if names else None, text, sample_values, tar)
 
 
 def _open_here(file: RemoteFile, cache: ShardCache) -> BinaryIO:
@@ -136,12 +153,19 @@ def _make_index(
     file: RemoteFile,
     names: Sequence[str],
     first: bytes | None,
-    labels: list[Label] | None,
     text: bytes | None,
+    stored: StoredLabels | None,
     tar: TarIndex | None,
 ) -> ShardIndex:
     require_one_kind(names, file.url)
-    content = {} if text is None else json.loads(text.decode("utf-8"))  # read_labels has checked that it is JSON
+    content: Any = {}
+    if text is not None:
+        where = f"{file.url}: {LABELS_FILE}"
+        stored, content = stored_labels(text, names, where), read_json(text, where)
+    labels = None
+    if stored is not None:
+        where = file.url if text is None else f"{file.url}: {LABELS_FILE}"
+        labels = check_labels(names, stored.values, where, classes=stored.classes)
     encoder, number = content.get("encoder"), content.get("shard")
     if not isinstance(encoder, dict | None):
         raise ConfigError(f'{file.url} has an "encoder" that is not a dictionary; leave it out or encode again')
@@ -152,7 +176,9 @@ def _make_index(
         count=len(names),
         first=names[0] if names else "",
         shape=None if first is None else read_shape(first, f"{file.url}: {names[0]}"),
-        labels=None if labels is None else labels_array(labels),
+        labels=None if labels is None else labels_array(labels.values),
+        classes=None if labels is None else labels.classes,
+        named=labels is not None and labels.named,
         encoder=encoder,
         number=None if number is None else (number[0], number[1]),
         tar=tar,
@@ -166,7 +192,9 @@ def _save_index(index: ShardIndex, path: Path) -> None:
     if index.tar is not None:
         arrays["text"] = np.frombuffer(index.tar.names.text, dtype=np.uint8)
         arrays |= {"ends": index.tar.names.ends, "starts": index.tar.starts, "sizes": index.tar.sizes}
-    about = {name: getattr(index, name) for name in ("count", "first", "shape", "encoder", "number")}
+    about = {
+        name: getattr(index, name) for name in ("count", "first", "shape", "encoder", "number", "classes", "named")
+    }
     about |= {"format": _FORMAT, "arrays": sorted(arrays)}
     arrays["about"] = np.frombuffer(json.dumps(about).encode(), dtype=np.uint8)
     try:
@@ -193,6 +221,8 @@ def load_index(file: RemoteFile, path: Path) -> ShardIndex | None:
                 first=str(about["first"]),
                 shape=None if about["shape"] is None else (*map(int, about["shape"]),),  # type: ignore[arg-type]
                 labels=stored.get("labels"),
+                classes=about["classes"],
+                named=bool(about["named"]),
                 encoder=about["encoder"],
                 number=None if about["number"] is None else (*about["number"],),
                 tar=tar,
@@ -213,8 +243,8 @@ def _is_sound(index: ShardIndex) -> bool:
     columns = (tar.starts, tar.sizes)
     return (
         tar.names.is_sound()
-        and len(tar.names) == index.count
-        and all(column.dtype == np.int64 and column.shape == (index.count,) for column in columns)
+        and sum(map(is_item, tar.names)) == index.count
+        and all(column.dtype == np.int64 and column.shape == (len(tar.names),) for column in columns)
         and bool(((tar.starts >= 0) & (tar.sizes >= 0) & (tar.sizes <= index.file.size - tar.starts)).all())
     )
 
@@ -253,3 +283,17 @@ def require_alike(shards: Sequence[ShardIndex], where: str) -> None:
                 f"{shard.file.url} has {shard.label_kind} as labels, and {first.file.url} {first.label_kind}; "
                 f"give labels of one kind"
             )
+
+
+def joined_labels(shards: Sequence[ShardIndex], where: str) -> tuple[np.ndarray | None, list[str] | None]:
+    """Return the labels of all shards, which are alike, and the names of their classes."""
+    labeled = [(shard.labels, shard.classes) for shard in shards if shard.count and shard.labels is not None]
+    if not labeled:
+        return None, None
+    if not next(shard.named for shard in shards if shard.count):
+        lists = [classes for _, classes in labeled if classes is not None]
+        return np.concatenate([labels for labels, _ in labeled]), common_classes(lists, where)
+    names = sorted({name for _, classes in labeled for name in classes or ()})
+    numbers = {name: number for number, name in enumerate(names)}
+    own = (np.array([numbers[name] for name in classes or ()], dtype=np.int64)[labels] for labels, classes in labeled)
+    return np.concatenate(list(own)), names

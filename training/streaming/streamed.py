@@ -23,8 +23,8 @@ from training.dataset.items import ItemDecoder, is_item
 from training.dataset.order import Order, StreamOrder, largest_window
 from training.dataset.tar_files import TarFiles
 from training.streaming.cache import ReadAhead, ShardCache
-from training.streaming.remote import NotThere, RemoteFile, find_file, find_matches, suffix_of
-from training.streaming.shard_index import ShardIndex, index_shards, load_table, require_alike
+from training.streaming.remote import NotThere, RemoteFile, find_file, find_matches, is_named_so, suffix_of
+from training.streaming.shard_index import ShardIndex, index_shards, joined_labels, load_table, require_alike
 
 _MAX_SHARDS = 100_000
 _OPEN_SHARDS = 32  # at a time; the shards of two windows if these are more
@@ -72,13 +72,12 @@ class StreamedDataset(ImageDataset):
         first = next(shard for shard in shards if shard.count)
         assert first.shape is not None
         self._encoder_entry = first.encoder
-        raw_labels = None
-        if use_labels and first.labels is not None:
-            raw_labels = np.concatenate([s.labels for s in shards if s.count and s.labels is not None])
+        raw_labels, class_names = joined_labels(shards, url) if use_labels else (None, None)
         super().__init__(
             name=self.shards[0].name.rpartition(".")[0],
             decoder=ItemDecoder(first.shape, f"{first.file.url}: {first.first}"),
             raw_labels=raw_labels,
+            class_names=class_names,
             num_images=self._ends[-1],
             xflip=xflip,
         )
@@ -201,6 +200,8 @@ def expand_url(url: str) -> list[str]:
     if suffix_of(url) not in (".zip", ".tar"):
         raise ConfigError(f"--data={url} is neither a .zip nor an uncompressed .tar; name such files, as in set-*.zip")
     span = re.search(r"\{(\d+)\.\.(\d+)\}", url)
+    if (span is not None or "*" in url) and is_named_so(url):
+        return [url]
     if span is not None:
         first, last = int(span[1]), int(span[2])
         if not first <= last < first + _MAX_SHARDS:

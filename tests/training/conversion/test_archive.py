@@ -15,6 +15,7 @@ from training.conversion.archive import (
     entry_bytes,
     existing_shards,
     images_per_shard,
+    is_unfinished,
     plan_parts,
     shard_path,
     writing,
@@ -212,3 +213,11 @@ def test_an_unfinished_file_is_no_archive(tmp_path):
         assert unfinished.name.startswith(".") and not zipfile.is_zipfile(unfinished)
         raise KeyboardInterrupt
     assert archive.is_zip(tmp_path / "set.zip") and not archive.is_zip(tmp_path / "set.zipped")
+
+
+def test_a_folder_of_images_without_labels_is_not_mistaken_for_unfinished_work(tmp_path):
+    (tmp_path / "set" / "00000").mkdir(parents=True)
+    (tmp_path / "set" / "00000" / "00001.png").write_bytes(b"mine")
+    assert not is_unfinished(tmp_path / "set")
+    (tmp_path / "set" / ".dataset.json.0123456789ab.tmp").mkdir()
+    assert is_unfinished(tmp_path / "set")

@@ -11,6 +11,7 @@ import zipfile
 import zlib
 
 import numpy as np
+import PIL
 import PIL.Image
 import pytest
 
@@ -324,6 +325,7 @@ def test_places_that_cannot_be_written(folder, tmp_path):
     assert "is a folder, but shards are ZIP files" in refused(folder, tmp_path / "out", resolution=(16, 16), shards=2)
     assert "give one of them" in refused(folder, tmp_path / "o.zip", resolution=(16, 16), shards=2, shard_size=9)
     assert "neither a ZIP file nor a folder" in refused(folder, tmp_path / "out.tar", resolution=(16, 16))
+    assert "neither a ZIP file nor a folder" in refused(folder, tmp_path / "out.JPG", resolution=(16, 16))
 
 
 def test_a_disk_that_is_too_small_is_known_before_the_work_begins(folder, tmp_path, monkeypatch):
@@ -396,6 +398,22 @@ def test_skip_existing_goes_on_with_the_shards_that_are_missing(folder, tmp_path
     )
 
 
+def test_a_conversion_that_continues_with_another_pillow_says_so(folder, tmp_path, monkeypatch):
+    options = ConvertOptions(source=folder, dest=tmp_path / "d.zip", resolution=(16, 16), shards=2, skip_existing=True)
+    with monkeypatch.context() as patched:
+        patched.setattr(PIL, "__version__", "10.4.0")
+        list(DatasetConversion(options))
+    with zipfile.ZipFile(tmp_path / "d-00000.zip") as file:
+        assert json.loads(file.read("dataset.json"))["made_with"] == {"pillow": "10.4.0"}
+    complete = DatasetConversion(options)
+    assert list(complete) == [] and complete.notes() == []
+    (tmp_path / "d-00001.zip").unlink()
+    again = DatasetConversion(options)
+    list(again)
+    (note,) = again.notes()
+    assert f"d-00000.zip was made with pillow 10.4.0, and this is pillow {PIL.__version__}" in note
+
+
 def test_skip_existing_refuses_what_was_made_otherwise(folder, tmp_path):
     options = {"resolution": (16, 16), "skip_existing": True}
     convert(folder, tmp_path / "set.zip", **options)
@@ -408,3 +426,46 @@ def test_skip_existing_refuses_what_was_made_otherwise(folder, tmp_path):
     assert "does not say what it was made from" in refused(folder, tmp_path / "plain.zip", **options)
     convert(folder, tmp_path / "set.zip", shards=3, **options)
     assert "of a data set of more shards" in refused(folder, tmp_path / "set.zip", shards=2, **options)
+
+
+def test_transparent_images_are_counted_and_put_on_a_background_or_kept(tmp_path):
+    pixels = noise(8, 8, 4)
+    pixels[:, :, 3] = 255
+    opaque = png(pixels)
+    pixels[:4, :, 3] = 0
+    source = write(tmp_path / "images", {"0.png": opaque, "1.png": png(pixels), "2.png": png(pixels[:, :, 2:])})
+
+    def converted(name, **options):
+        conversion = DatasetConversion(ConvertOptions(source=source, dest=tmp_path / name, **options))
+        assert sum(step.num_written for step in conversion) == 3
+        (note,) = conversion.notes()
+        assert note.startswith("2 of the images have transparent pixels")
+        return note, [image for image, _ in ImageFolderDataset(tmp_path / name)]
+
+    note, dropped = converted("a.zip")
+    assert "--background=white" in note and np.array_equal(dropped[1], pixels[:, :, :3].transpose(2, 0, 1))
+    note, white = converted("b.zip", background="white")
+    assert "now on white" in note and (white[1][:, :4] == 255).all()
+    assert np.array_equal(white[1][:, 4:], dropped[1][:, 4:]) and np.array_equal(white[0], dropped[0])
+    note, kept = converted("c.zip", background="none")
+    assert "kept" in note and np.array_equal(kept[1], pixels.transpose(2, 0, 1))
+    assert kept[0].shape == (4, 8, 8) and (kept[0][3] == 255).all()
+    small = converted("d.zip", background="none", resolution=(4, 4), transform="center-crop")[1]
+    assert small[2].shape == (4, 4, 4) and small[2][3, 0].max() < 64
+    assert "--background=mauvish is not a color" in refused(source, tmp_path / "e.zip", background="mauvish")
+
+
+def test_dark_images_with_sixteen_bits_get_a_note_and_a_range(tmp_path):
+    values = np.arange(64, dtype=np.uint16).reshape(8, 8) * 65
+    source = write(tmp_path / "images", {"0.png": png(values), "1.png": png(noise(8, 8))})
+    conversion = DatasetConversion(ConvertOptions(source=source, dest=tmp_path / "a.zip"))
+    list(conversion)
+    assert conversion.notes() == [
+        "1 of the images have 16 bits, but no value above 4095 of 65535, and come out dark; --range=0,4095 makes that"
+        " value white"
+    ]
+    ranged = DatasetConversion(ConvertOptions(source=source, dest=tmp_path / "b.zip", value_range=(0, 4095)))
+    list(ranged)
+    assert ranged.notes() == []
+    assert np.array_equal(ImageFolderDataset(tmp_path / "b.zip")[0][0][0], np.round(values / 4095 * 255))
+    assert "--range=9,3 must begin with the smaller" in refused(source, tmp_path / "c.zip", value_range=(9, 3))

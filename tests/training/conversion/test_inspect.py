@@ -171,3 +171,26 @@ def test_the_command_says_by_its_exit_code(sound, tmp_path):
     with PIL.Image.open(tmp_path / "new" / "g.png") as sheet:
         assert sheet.size == (8 * 10 + 2, 12)
     assert run(write(tmp_path / "bad.zip", {"a.png": b"?"})).exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("names", "note"),
+    [
+        (
+            ["cat/0.png", "dog/1.png"],
+            "there is no dataset.json, so training would see no labels; {} makes a data set with",
+        ),
+        (["cat/0.png", "dog/1.png", "2.png"], "dataset_tool.py convert would refuse the labels: {}"),
+        (["0.png", "1.png"], "the images have no labels: training needs --cond=False"),
+    ],
+)
+def test_notes_on_raw_images_tell_what_convert_would_find(tmp_path, names, note):
+    for name in names:
+        (tmp_path / "raw" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "raw" / name).write_bytes(image())
+    report = inspected(tmp_path / "raw")
+    start, _, end = note.partition("{}")
+    assert any(text.startswith(start) and end in text for text in report.notes)
+    by_folders = [text for text in report.notes if "2 classes: cat (1), dog (1)" in text]
+    assert len(by_folders) == (names == ["cat/0.png", "dog/1.png"])
+    assert not any(text.startswith("--") or "; --" in text for text in report.notes)  # options without their command

@@ -1,13 +1,17 @@
 """What can be converted: every kind of source gives its images in order, with labels, or one line of why not."""
 
+import gc
 import gzip
 import io
 import json
+import os
 import pickle
 import struct
 import subprocess
 import sys
 import tarfile
+import tempfile
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -15,8 +19,9 @@ import PIL.Image
 import pytest
 
 from dnnlib.errors import ConfigError
+from training.conversion import unpacked_tar
 from training.conversion.open_source import open_source
-from training.images.decode import decode_rgb, rgb_from_array
+from training.images.decode import Unreadable, decode_rgb
 
 RNG = np.random.default_rng(5)
 
@@ -57,7 +62,7 @@ def pixels_of(source):
     found = []
     for key in source.keys:
         data = reader.read(pickle.loads(pickle.dumps(key)))
-        found.append(np.asarray(rgb_from_array(data) if isinstance(data, np.ndarray) else decode_rgb(data)))
+        found.append(np.asarray(decode_rgb(data)))
     return found
 
 
@@ -430,7 +435,7 @@ def test_tables_that_cannot_be_used(tmp_path, tables):
     )
     assert "is not JSON" in refused(write(tmp_path / "json", {"state.json": b"{", "dataset_info.json": {}}))
     parquet.write_table(pa.table({"image": [png(noise(4, 4)), None], "label": [0, -1]}), tmp_path / "flat/a.parquet")
-    assert "label of a.parquet[1] is -1" in refused(tmp_path / "flat")
+    assert "no label for 1 of 2 images, first a.parquet[1]" in refused(tmp_path / "flat")
 
 
 # WebDataset tars.
@@ -468,20 +473,88 @@ def test_tars_that_cannot_be_used(tmp_path):
     image = png(noise(4, 4))
     half = {"a.png": image, "a.cls": b"0", "b.png": image}
     assert "no label for 1 of 2 images, first b.png" in refused(write(tmp_path / "half.tar", half))
-    assert "a.cls holds no label" in refused(write(tmp_path / "cls.tar", {"a.png": image, "a.cls": b"cat"}))
+    assert "a.cls holds no label" in refused(write(tmp_path / "cls.tar", {"a.png": image, "a.cls": b"cat\ndog"}))
     assert "a.jpg and a.png in one sample" in refused(write(tmp_path / "two.tar", {"a.png": image, "a.jpg": image}))
     assert "holds no images" in refused(write(tmp_path / "none.tar", {"a.txt": b"x"}))
-    assert "run gunzip on it first" in refused(write(tmp_path / "set.tar.gz", {"a.png": image}))
     (tmp_path / "text.tar").write_bytes(b"text" * 999)
     assert "not a readable tar file" in refused(tmp_path / "text.tar")
 
 
-def test_links_in_a_tar_are_not_followed(tmp_path):
-    with tarfile.open(tmp_path / "links.tar", "w") as archive:
-        member = tarfile.TarInfo("a.png")
-        member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
+@pytest.fixture
+def temporary(tmp_path, monkeypatch):
+    """The folder for temporary files."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["set.tar.gz", "set.tgz"])
+def test_a_compressed_tar_is_the_tar_in_it(tmp_path, temporary, name):
+    files = {f"{i:02d}.png": png(noise(4, 4)) for i in range(9)}
+    files |= {f"{i:02d}.cls": b"%d" % (i % 2) for i in range(9)}
+    plain = write(tmp_path / "set.tar", files)
+    (tmp_path / name).write_bytes(gzip.compress(plain.read_bytes()))
+    expected, found = open_source(plain), open_source(tmp_path / name)
+    assert list(found.names) == list(expected.names) and list(found.labels) == list(expected.labels)
+    assert all(map(np.array_equal, pixels_of(found), pixels_of(expected)))
+    assert len(list(temporary.iterdir())) == 1
+    del found
+    gc.collect()
+    assert not list(temporary.iterdir())
+
+
+def test_compressed_tars_that_cannot_be_used_leave_nothing(tmp_path, temporary, monkeypatch):
+    monkeypatch.setattr(unpacked_tar, "_ALWAYS_ALLOWED", 0)
+    bomb = write(tmp_path / "bomb.tar.gz", {"a.png": bytes(1 << 22)})
+    assert "unpacks to more than 100 times its size" in refused(bomb)
+    whole = write(tmp_path / "cut.tar.gz", {"a.png": png(noise(64, 64))})
+    whole.write_bytes(whole.read_bytes()[:-900])
+    assert "cut.tar.gz is not a readable" in refused(whole)
+    (tmp_path / "text.tar.gz").write_bytes(gzip.compress(b"text" * 999))
+    assert "not a readable" in refused(tmp_path / "text.tar.gz")
+    pointer = tmp_path / "pointer.tar.gz"
+    pointer.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n")
+    assert "git lfs pull" in refused(pointer)
+    gc.collect()
+    assert not list(temporary.iterdir())
+
+
+@pytest.mark.parametrize("name", ["a.npz", "a.npy"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_batches_of_samples(tmp_path, name, channels):
+    images = noise(5, 4, 4, channels)
+    if name == "a.npz":
+        np.savez(tmp_path / name, images, np.arange(5) % 2)
+    else:
+        np.save(tmp_path / name, images)
+    source = open_source(tmp_path / name)
+    assert list(source.names) == [f"{name}[{i}]" for i in range(5)]
+    assert source.labels == ([0, 1, 0, 1, 0] if name == "a.npz" else None)
+    assert all(map(np.array_equal, pixels_of(source), np.broadcast_to(images, (5, 4, 4, 3))))
+
+
+@pytest.mark.parametrize(("name", "target"), [("b.png", "/etc/passwd"), ("b.png", "../x.png"), ("cats", "/data/cats")])
+def test_links_that_lead_out_of_a_tar_are_refused_by_name(tmp_path, name, target):
+    path = write(tmp_path / "links.tar", {"a.png": png(noise(4, 4))})
+    with tarfile.open(path, "a") as archive:
+        member = tarfile.TarInfo(name)
+        member.type, member.linkname = tarfile.SYMTYPE, target
         archive.addfile(member)
-    assert "holds no images" in refused(tmp_path / "links.tar")
+    assert f"{name} is a link to" in refused(path)
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
+def test_links_inside_of_a_tar_lead_to_their_image(tmp_path, kind):
+    image = noise(4, 4, 3)
+    path = write(tmp_path / "links.tar", {"x/a.png": png(image)})
+    with tarfile.open(path, "a") as archive:
+        member = tarfile.TarInfo("y/b.png")
+        member.type, member.linkname = kind, "../x/a.png" if kind == tarfile.SYMTYPE else "x/a.png"
+        archive.addfile(member)
+    source = open_source(path)
+    assert (source.names, source.labels) == (["x/a.png", "y/b.png"], [0, 1])
+    assert same(pixels_of(source), [image, image])
 
 
 # Optional packages.
@@ -502,3 +575,67 @@ def test_workers_need_no_torch():
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120).stdout
         == "[]\n"
     )
+
+
+@pytest.mark.parametrize("left", [0.3, 0.6, 0.95])
+def test_an_lmdb_that_is_or_gets_shorter_is_one_line(tmp_path, left):
+    lmdb = pytest.importorskip("lmdb")
+    with lmdb.open(str(tmp_path / "set_lmdb"), map_size=1 << 24) as database, database.begin(write=True) as transaction:
+        for number in range(30):
+            transaction.put(b"%03d" % number, png(noise(4, 4, 3)))
+            transaction.put(b"x%03d" % number, bytes(30_000))
+    file = tmp_path / "set_lmdb" / "data.mdb"
+    whole = file.read_bytes()
+    source = open_source(tmp_path / "set_lmdb")
+    source.reader.read(source.keys[0])
+    os.truncate(file, int(len(whole) * left))
+    with pytest.raises(Unreadable, match="it is cut short"):
+        source.reader.read(source.keys[0])
+    del source  # a process can open a database only once
+    gc.collect()
+    with pytest.raises(ConfigError, match="it is cut short"):
+        open_source(tmp_path / "set_lmdb")
+
+
+def test_what_is_compressed_is_not_unpacked_without_bound(tmp_path):
+    with gzip.open(tmp_path / "train-images-idx3-ubyte.gz", "wb") as file:
+        file.write(struct.pack(">HBBIII", 0, 8, 3, 100_000, 28, 28) + bytes(1000))
+    with pytest.raises(ConfigError, match="more than 100 times"):
+        open_source(tmp_path / "train-images-idx3-ubyte.gz")
+    with tarfile.open(tmp_path / "cifar.tar.gz", "w:gz", compresslevel=1) as archive:
+        for number in (1, 2):
+            member = tarfile.TarInfo(f"cifar-10-batches-py/data_batch_{number}")
+            member.size = 140 << 20
+            archive.addfile(member, Zeros())
+    with pytest.raises(ConfigError, match="CIFAR has 186 MB"):
+        open_source(tmp_path / "cifar.tar.gz")
+
+
+class Zeros:
+    """A file of zeros without an end."""
+
+    def read(self, count: int) -> bytes:
+        return bytes(count)
+
+
+@pytest.mark.parametrize("name", ["a.tar.xz", "a.txz", "a.tar.bz2", "a.TBZ2", "a.tar.zst"])
+def test_other_compressed_tars_are_named(tmp_path, name):
+    (tmp_path / name).write_bytes(b"x")
+    assert "pack it as .tar.gz" in refused(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.gz"])
+def test_a_header_that_claims_gigabytes_takes_no_memory(tmp_path, name, temporary):
+    """Long names and their like are read at once, however long."""
+    member = tarfile.TarInfo("x")
+    member.type, member.size = tarfile.XHDTYPE, 4 << 30
+    header = member.tobuf(tarfile.GNU_FORMAT)
+    with gzip.open(tmp_path / name, "wb") if name.endswith("gz") else open(tmp_path / name, "wb") as file:
+        file.write(header)
+        file.write(bytes(1 << 20))
+    tracemalloc.start()
+    try:
+        assert "more than is possible" in refused(tmp_path / name)
+        assert tracemalloc.get_traced_memory()[1] < 32 << 20
+    finally:
+        tracemalloc.stop()

@@ -10,9 +10,11 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+import tqdm
 from click.testing import CliRunner
 
 import dataset_tool
+import dnnlib.cli
 import train_edm2
 from dnnlib.errors import ConfigError
 from tests.helpers.killed import killed_at_replace, needs_sigkill
@@ -179,6 +181,26 @@ def test_interrupted_work_is_taken_up_again(vae, images, tmp_path, monkeypatch, 
     assert sum(step.num_images for step in encoded(images, tmp_path / "z.zip", vae)) == 20
     assert [chunk.start for chunk in computed] == [12, 16]
     assert (tmp_path / "z.zip").read_bytes() == (tmp_path / "whole.zip").read_bytes()
+
+
+def test_an_interrupted_command_says_where_its_work_is(vae, images, tmp_path, monkeypatch, small_chunks, capsys):
+    dest = tmp_path / "z.zip"
+    words = ["encode", f"--source={images}", f"--dest={dest}", f"--model-url={vae}", "--batch=4", "--device=cpu"]
+
+    def stop(self, n):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
+        patch.setattr(tqdm.tqdm, "update", stop)
+        dnnlib.cli.main(dataset_tool.cmdline, words, interrupted=dataset_tool.INTERRUPTED)
+    assert "in the folder DEST.partial, and the same command continues from there.\n" in capsys.readouterr().err
+    assert not dest.exists() and len(list((tmp_path / "z.zip.partial").glob("*.npy"))) == 1
+    dataset_tool.cmdline.main(words, standalone_mode=False)
+    out, err = capsys.readouterr()
+    assert out.endswith(f"{dest}: 20 images\n") and not (tmp_path / "z.zip.partial").exists()
+    assert f"Next: python train_edm2.py --outdir=training-runs/NAME --data={dest} --dry-run\n" in err
+    dataset_tool.cmdline.main(["decode", f"--source={dest}", f"--dest={tmp_path / 'd.zip'}"], standalone_mode=False)
+    assert f"Next: python dataset_tool.py inspect {tmp_path / 'd.zip'} --grid=sheet.png\n" in capsys.readouterr().err
 
 
 @needs_sigkill
@@ -426,7 +448,7 @@ def train(*args):
 def test_encode_train_generate_decode(vae, images, tmp_path):
     run("encode", "--source", images, "--dest", tmp_path / "z.zip", "--model-url", vae)
     train("--data", tmp_path / "z.zip", "--outdir", tmp_path / "run")
-    snapshot = load_snapshot(tmp_path / "run" / "network-snapshot-0000000-0.100.pkl")
+    snapshot = load_snapshot(tmp_path / "run" / "network-snapshot-0000000.012-0.100.pkl")
     assert (snapshot.net.img_resolution, snapshot.net.img_channels) == (8, 3)
     assert snapshot.encoder.vae_name == vae
     assert snapshot.encoder.scale == encoder_of(ImageFolderDataset(tmp_path / "z.zip")).scale
@@ -454,7 +476,7 @@ def test_training_encodes_pixels_as_it_goes(vae, images, tmp_path, monkeypatch):
     assert f"8x8, 3 channels by {vae}" in output
     nets = []
     for name in ("stored", "fly"):
-        snapshot = load_snapshot(tmp_path / name / "network-snapshot-0000000-0.100.pkl")
+        snapshot = load_snapshot(tmp_path / name / "network-snapshot-0000000.012-0.100.pkl")
         assert snapshot.encoder.vae_name == vae
         nets.append(snapshot.net.state_dict())
     for name, value in nets[0].items():
@@ -463,7 +485,7 @@ def test_training_encodes_pixels_as_it_goes(vae, images, tmp_path, monkeypatch):
     text = (tmp_path / "fly" / "encoder.json").read_text()
     assert read_encoder(json.loads(text), "").vae_name == vae
     (tmp_path / "fly" / "encoder.json").write_text(text)
-    (tmp_path / "fly" / "network-snapshot-0000000-0.100.pkl").unlink()
+    (tmp_path / "fly" / "network-snapshot-0000000.012-0.100.pkl").unlink()
     train("--data", images, "--outdir", tmp_path / "fly", "--encode-on-the-fly", "--model-url", vae)
     assert (tmp_path / "fly" / "encoder.json").read_text() == text
 

@@ -273,7 +273,7 @@ def test_an_absurd_size_is_refused_before_it_is_decoded(tmp_path):
     bomb[29:33] = zlib.crc32(bytes(bomb[12:29])).to_bytes(4, "big")
     path = write(tmp_path / "bomb", {"a.png": png(noise(8, 8)), "b.png": bytes(bomb)})
     with pytest.warns(PIL.Image.DecompressionBombWarning):
-        assert "b.png is 12000x12000" in refused(path)
+        assert "b.png is not a readable image: its header claims 12000x12000" in refused(path)
 
 
 def test_shapes_and_pixels_that_no_network_takes(tmp_path, archive):
@@ -301,11 +301,19 @@ def test_shapes_and_pixels_that_no_network_takes(tmp_path, archive):
         ({"labels": [["a.png", 0]]}, "no label for 1 of 2 images, first b.png"),
         ({"labels": [["a.png", 0], ["b.png", [1.0]]]}, "mixes kinds"),
         ({"labels": [["a.png", [1, 2]], ["b.png", [1.0]]]}, "mixes kinds"),
-        ({"labels": [["a.png", 0], ["b.png", -1]]}, "b.png is -1"),
+        ({"labels": [["a.png", 0], ["b.png", -1]]}, "no label for 1 of 2 images, first b.png"),
         ({"labels": [["a.png", 0], ["b.png", 1.5]]}, "b.png is 1.5"),
         ({"labels": [["a.png", 0], ["b.png", True]]}, "b.png is true"),
-        ({"labels": [["a.png", 0], ["b.png", None]]}, "b.png is null"),
-        ({"labels": [["a.png", "cat"], ["b.png", "dog"]]}, 'a.png is "cat"'),
+        ({"labels": [["a.png", 0], ["b.png", None]]}, "no label for 1 of 2 images, first b.png"),
+        ({"labels": [["a.png", "cat"], ["b.png", " "]]}, 'b.png is " "'),
+        ({"labels": [["a.png", "cat"], ["b.png", 1]]}, "mixes kinds of labels: a class index for b.png, a class name"),
+        ({"classes": ["dog"], "labels": [["a.png", "dog"], ["b.png", "cat"]]}, 'b.png is "cat", which is not one of'),
+        ({"classes": "dog", "labels": [["a.png", "dog"], ["b.png", "cat"]]}, '"classes" that is not a list'),
+        ({"label": [["a.png", 0], ["b.png", 1]]}, 'the key "label" and no "labels"; it must read {"labels": [['),
+        ({}, "no keys and no"),
+        ({"labels": [["a.png", 0], ["b.png", 1], ["./a.png", 1]]}, "gives a.png two labels, 0 and 1"),
+        (b'{"a.png": 0, "b.png": 1, "a.png": 1}', '"a.png" stands there twice, with the values 0 and 1'),
+        ({"a.png": 0}, "no label for 1 of 2 images, first b.png"),
         ({"labels": [["a.png", 10**30], ["b.png", 0]]}, "a.png is 1000"),
         ({"labels": [["a.png", []], ["b.png", []]]}, "a.png is []"),
         ({"labels": [["a.png", [float("nan")]], ["b.png", [0.0]]]}, "a.png is [NaN]"),

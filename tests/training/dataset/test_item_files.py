@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import struct
 import tracemalloc
@@ -15,8 +16,12 @@ import torch
 
 from dnnlib.errors import ConfigError
 from tests.helpers.tiny import write_dataset
+from training.condition.source_images import FileImages
+from training.conversion.inspect import Inspection
+from training.conversion.open_source import open_source
 from training.dataset import BatchReader, ImageFolderDataset
 from training.dataset import zip_index as dataset_index
+from training.dataset.image_set import ImageSet
 from training.dataset.item_files import ZipFiles, open_files
 from training.dataset.zip_index import NameTable, read_index
 
@@ -310,3 +315,41 @@ def test_labels_that_damage_has_hidden_are_missed(field: int, tmp_path: Path) ->
 
 def test_names_out_of_files_are_printed_on_one_line() -> None:
     assert str(ConfigError("a\nb\x1b[2J \ud800c ä")) == "a b?[2J ?c ä"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+@pytest.mark.parametrize("name", ["a/x.png", "dataset.json", "notes.txt", "link.png", ""])
+def test_a_pipe_is_refused_and_not_waited_for(name: str, tmp_path: Path) -> None:
+    """By all who read a folder of images: training, inspect, metrics, conditioning images, convert, encode."""
+    folder = tmp_path / "set"
+    if name:
+        (folder / "a").mkdir(parents=True)
+        PIL.Image.new("RGB", (8, 8)).save(folder / "a" / "y.png")
+        os.mkfifo(folder / ".hidden")  # of a program that runs there; not one of the images
+    readers = [ImageFolderDataset, ImageSet, open_source, Inspection, lambda path: FileImages(path, 3)]
+    if name:
+        for read in readers:
+            read(folder)
+    if name == "link.png":
+        (folder / name).symlink_to(folder / ".hidden")
+    else:
+        os.mkfifo(folder / name)
+    for read in readers:
+        with pytest.raises(ConfigError, match="is a pipe, a device or a socket"):
+            read(folder)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+@pytest.mark.parametrize(
+    "name", ["x.tar", "x.tar.gz", "data_batch_1", "x.parquet", "x.npz", "x.lmdb", "x.zip", "train-images-idx3-ubyte.gz"]
+)
+def test_a_pipe_in_place_of_an_archive(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ConfigError, match="is a pipe"):
+        open_source(tmp_path / name)
+    for other in ("data_batch_2", "state.json", "data.mdb", "x.parquet"):
+        if not (tmp_path / other).exists():
+            os.mkfifo(tmp_path / other)
+    (tmp_path / "batches.meta").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"is a pipe|no images"):
+        open_source(tmp_path)

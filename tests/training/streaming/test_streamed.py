@@ -7,6 +7,8 @@ import importlib
 import io
 import itertools
 import os
+import socket
+import ssl
 import sys
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -412,7 +414,7 @@ def test_shards_that_do_not_go_together_are_refused(folder: Path, entries: dict[
     ("entries", "words"),
     [
         ({"a.png": png(np.random.default_rng(0)), "a.cls": b"1", "b.png": png(np.random.default_rng(0))}, "1 of 2"),
-        ({"a.png": png(np.random.default_rng(0)), "a.cls": b"cat"}, "a.cls holds no label"),
+        ({"a.png": png(np.random.default_rng(0)), "a.cls": b"c\nd"}, "a.cls holds no label"),
         ({"a.png": b"", "a.jpg": b""}, "in one sample"),
         ({"../a.png": b""}, "leads out of its folder"),
     ],
@@ -438,6 +440,45 @@ def test_images_that_are_not_square_are_refused(tmp_path: Path):
     change(tmp_path / "a.zip", {"a.png": data.getvalue()})
     message = one_line_error(lambda: stream((tmp_path / "a.zip").as_uri()))
     assert "a.zip: a.png is 8x4; images must be square" in message
+
+
+@pytest.mark.parametrize(
+    ("error", "tries"),
+    [
+        (ssl.SSLCertVerificationError("self-signed"), 1),
+        (ValueError("not an address"), 1),
+        (type("NoCredentialsError", (Exception,), {})("none"), 1),
+        (PermissionError("no"), 1),
+        (socket.gaierror(-2, "Name or service not known"), 3),
+        (ConnectionResetError("reset"), 6),
+    ],
+)
+def test_what_no_attempt_mends_is_tried_once_or_a_few_times(
+    error: Exception, tries: int, monkeypatch: pytest.MonkeyPatch
+):
+    """As aiohttp and fsspec hand it on: wrapped twice."""
+
+    class System:
+        def info(self, path: str, **options: Any) -> None:
+            calls.append(path)
+            try:
+                try:
+                    raise error
+                except Exception as inner:
+                    raise OSError("cannot connect") from inner
+            except OSError as outer:
+                raise FileNotFoundError(path) from outer
+
+    calls: list[str] = []
+    monkeypatch.setattr(remote, "_system", lambda url: (System(), url))
+    assert str(error.args[-1]) in one_line_error(lambda: remote.find_file("https://host/a.zip"))
+    assert len(calls) == tries
+
+
+@pytest.mark.parametrize("url", ["nosuch://host/a.zip", "https://[x/a.zip", "https://a:b/a.zip", "s3:///a.zip"])
+def test_addresses_that_are_none_end_at_once(url: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(remote.time, "sleep", lambda seconds: pytest.fail("it is tried again"))
+    one_line_error(lambda: stream(url))
 
 
 def test_files_of_other_kinds_are_refused(tmp_path: Path):
