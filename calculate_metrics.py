@@ -1,15 +1,19 @@
 """Measure images or a network, or make reference statistics: command line, and the published functions."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from dnnlib.start import ASKED_FOR_HELP
+
 import click
-import numpy as np
 from tqdm import tqdm
 
 import dnnlib.cli
+from dnnlib.cli import PATH, say_next
 from dnnlib.disk import make_folder, require_file_place
 from dnnlib.errors import ConfigError
 from edm2.options.metrics import (
@@ -24,26 +28,31 @@ from edm2.options.metrics import (
     skip_existing_option,
     workers_option,
 )
-from edm2.options.sampling import sampling_options
-from torch_utils import distributed
-from torch_utils.distributed import World
-from torch_utils.precision import numerics
-from training.dataset.image_set import ImageSet, ImageSetBatches, choose_images
-from training.metrics import results as report
-from training.metrics.available import plan_metrics, plan_reference
-from training.metrics.detectors import DINOv2Detector, InceptionV3Detector, get_detector
-from training.metrics.evaluate import (
-    StatsPass,
-    calculate_stats_for_files,
-    calculate_stats_for_iterable,
-    compute_possible_scores,
-    shared_scores,
-    stats_of,
-)
+from edm2.options.sampling import sampling_options, settled_precision
 from training.metrics.metric_table import DEFAULT
 from training.metrics.metric_table import parse_metrics as parse_metric_list
-from training.metrics.reference import Stats, load_stats, require_statistics, require_suffix, save_stats
-from training.sampling.request import resolve_sampling
+
+if not ASKED_FOR_HELP:  # which does not wait for torch
+    import numpy as np
+
+    from torch_utils import distributed
+    from torch_utils.distributed import World
+    from torch_utils.precision import numerics
+    from training.dataset.image_set import ImageSet, ImageSetBatches, choose_images
+    from training.metrics import results as report
+    from training.metrics.available import plan_metrics, plan_reference
+    from training.metrics.detectors import DINOv2Detector, InceptionV3Detector, get_detector
+    from training.metrics.evaluate import (
+        StatsPass,
+        calculate_stats_for_files,
+        calculate_stats_for_iterable,
+        compute_possible_scores,
+        shared_scores,
+        stats_of,
+    )
+    from training.metrics.reference import Stats, load_stats, require_statistics, require_suffix, save_stats
+    from training.metrics.reference_images import open_reference
+    from training.sampling.request import resolve_sampling
 
 # Names that people's scripts import from here.
 __all__ = [
@@ -72,9 +81,6 @@ def calculate_metrics_from_stats(
     return {name: score.value for name, score in scores.items()}
 
 
-_PATH = click.Path(path_type=Path)
-
-
 @click.group()
 @list_metrics_option
 def cmdline() -> None:
@@ -101,7 +107,7 @@ def cmdline() -> None:
 
 
 @cmdline.command()
-@click.option("--images", metavar="PATH", type=_PATH, required=True, help="Folder or ZIP file with the images")
+@click.option("--images", metavar="PATH", type=PATH, required=True, help="Folder, ZIP file or .npz batch of images")
 @measuring_options
 @skip_existing_option
 @batch_option(64)
@@ -109,7 +115,7 @@ def cmdline() -> None:
 @click.option("--allow-fewer", is_flag=True, help="Measure fewer than --num if there are no more; marks the result")
 @detector_options
 def calc(images: Path, batch: int, workers: int, allow_fewer: bool, **options: Any) -> None:
-    """Measure a random subset of the images in a folder or ZIP file."""
+    """Measure a random subset of the images in a folder, a ZIP file or an .npz batch."""
     given = Measuring.take(options)
     image_set = ImageSet(images)
     choices = choose_images(image_set, given.num, seed=given.seed, repeat=given.repeat, allow_fewer=allow_fewer)
@@ -122,7 +128,7 @@ def calc(images: Path, batch: int, workers: int, allow_fewer: bool, **options: A
         how = {"choice": choice, "seed": given.seed, "repeat": given.repeat, "batch": batch}
         return {"images": report.described_file(images), **how}
 
-    _measure("calc", sets, facts, given, num_images=len(choices[0]))
+    _measure("calc", sets, facts, given, num_images=len(choices[0]), batch=batch, workers=workers)
 
 
 @cmdline.command()
@@ -134,6 +140,7 @@ def calc(images: Path, batch: int, workers: int, allow_fewer: bool, **options: A
 def gen(batch: int, **options: Any) -> None:
     """Measure images that a network generates on the fly, from the seeds --seed, --seed + 1, ..."""
     given = Measuring.take(options)
+    options["precision"] = settled_precision(options["precision"], given.device)
     request = resolve_sampling(**options)
     num, starts = given.num, range(given.seed, given.seed + given.num * given.repeat, max(given.num, 1))
     if num < 2:
@@ -154,7 +161,7 @@ def gen(batch: int, **options: Any) -> None:
         seeds = [f"{start}-{start + num - 1}" for start in starts]
         return {**report.described_sampling(request), "seeds": seeds, "batch": batch}
 
-    _measure("gen", sets, facts, given, num_images=num)
+    _measure("gen", sets, facts, given, num_images=num, batch=batch, workers=2)
 
 
 def _measure(
@@ -164,15 +171,19 @@ def _measure(
     given: Measuring,
     *,
     num_images: int,
+    batch: int,
+    workers: int,
 ) -> None:
     path = given.json_path
     if path is not None:
         require_file_place(path)
     elif given.skip_existing:
         raise ConfigError("--skip-existing needs the results file: --json=result.json")
-    reference = None if given.ref is None else load_stats(given.ref)
+    source = None if given.ref is None else open_reference(given.ref)
+    reference, num_reference = (None, 0) if source is None else (source.stats, source.num_images)
     with distributed.joined(given.device) as world:
-        plan = plan_metrics(given.metrics, reference, device=world.device, weights=given.weights)
+        how: dict[str, Any] = {"device": world.device, "weights": given.weights, "reference_images": num_reference}
+        plan = plan_metrics(given.metrics, reference, **how)
         _say(report.notes(plan.skipped, plan.detectors), world)
         request = report.Request(command=command, num_images=num_images, wanted=given.num, ref=given.ref, facts=facts)
         if given.skip_existing and path is not None:
@@ -182,6 +193,9 @@ def _measure(
                 return
         runs = []
         with numerics(cudnn_benchmark=False):
+            if source is not None and (work := source.work(plan, batch=batch, workers=workers, world=world)):
+                _say([f"Measuring the {num_reference} images of {given.ref} first; `ref` keeps such statistics"], world)
+                reference = source.with_computed(_stats(work, "Reference", world))
             for batches in sets(world):
                 work = StatsPass(batches, metrics=plan.metrics, detectors=plan.detectors, world=world)
                 runs.append(shared_scores(_stats(work, "Measuring", world), reference, plan.metrics, world))
@@ -190,12 +204,17 @@ def _measure(
         if path is not None and world.is_main:
             make_folder(path.parent)
             report.write_json(path, report.result_record(summaries, plan, world=world, request=request))
+            _say([f"Wrote {path}"], world)
+            if command == "gen":  # a model card with the results
+                say_next("convert_snapshot.py", "NETWORK", "--out=MODEL", "--to=folder", f"--metrics={path}")
+        elif world.is_main:
+            click.echo("The same command with --json=FILE keeps the results in a file.", err=True)
         world.barrier()
 
 
 @cmdline.command()
-@click.option("--data", metavar="PATH", type=_PATH, required=True, help="Folder or ZIP file with the data set")
-@click.option("--dest", metavar="FILE", type=_PATH, required=True, help="File to write: .pkl or .safetensors")
+@click.option("--data", metavar="PATH", type=PATH, required=True, help="The data set: folder, ZIP file or .npz batch")
+@click.option("--dest", metavar="FILE", type=PATH, required=True, help="File to write: .pkl or .safetensors")
 @metrics_option
 @click.option("--features", metavar="N", type=COUNT, help="Keep the features of N images, for KID, precision, ...")
 @click.option("--skip-existing", is_flag=True, help="Stop at once if --dest has these very statistics")
@@ -226,6 +245,8 @@ def ref(data: Path, dest: Path, features: int | None, skip_existing: bool, **opt
         )
         stats = _stats(work, "Reading", world)
         _say([f"Wrote {dest}: {', '.join(stats.keys() - {'num_images'})} of {stats['num_images']} images"], world)
+        if world.is_main:
+            say_next("calculate_metrics.py", "calc", "--images=PATH", f"--ref={dest}")
         world.barrier()
 
 
@@ -240,4 +261,4 @@ def _say(lines: Iterable[str], world: World) -> None:
 
 
 if __name__ == "__main__":
-    dnnlib.cli.main(cmdline)
+    dnnlib.cli.main(cmdline, interrupted="No result was written; the same command starts again.")

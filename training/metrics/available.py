@@ -7,7 +7,7 @@ import torch
 
 from dnnlib.errors import ConfigError
 from training.metrics.detectors import DETECTORS, Detector, make_detector
-from training.metrics.evaluate import reason_against
+from training.metrics.evaluate import least_rows, reason_against
 from training.metrics.metric_table import ALL, METRICS, Metric, parse_metrics
 from training.metrics.reference import Stats
 
@@ -27,14 +27,20 @@ def plan_metrics(
     *,
     device: torch.device | str,
     weights: Mapping[str, str] | None = None,
+    reference_images: int = 0,
 ) -> Plan:
     """Choose among `names` ('fid,fd_dinov2', a list of names, or 'all') and make the detectors on `device`.
 
-    `weights`: files or folders by detector that replace the published ones. Metrics that `reference` lacks are skipped.
-    Missing weights are downloaded, but with 'all' their metrics are skipped. Raises ConfigError if nothing is left, or
-    if the weights of a metric asked for by name are not available.
+    `weights`: files or folders by detector that replace the published ones. Metrics that `reference` lacks are skipped,
+    unless there are enough `reference_images`, of which what is missing will be computed. Missing weights are
+    downloaded, but with 'all' their metrics are skipped. Raises ConfigError if nothing is left, or if the weights of a
+    metric asked for by name are not available.
     """
-    return _plan(names, lambda metric: reason_against(metric, reference), device, weights or {})
+
+    def reason(metric: Metric) -> str | None:
+        return None if reference_images >= least_rows(metric) else reason_against(metric, reference)
+
+    return _plan(names, reason, device, weights or {})
 
 
 def plan_reference(

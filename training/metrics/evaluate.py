@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import torch
 
 from dnnlib.errors import ConfigError
@@ -39,8 +40,9 @@ class StatsStep:
 class StatsPass:
     """The pass as a sequence of StatsStep. Every process must iterate to the end, which is collective.
 
-    `batches` of this process are uint8 tensors [N, C, H, W], or objects with such `images` and with `indices` int [N],
-    the positions among the images of all processes. Plain tensors count as dealt to the processes in turn.
+    `batches` of this process are uint8 tensors [N, C, H, W], or objects with such `images`, or a list of [C, H, W] of
+    several sizes, and with `indices` int [N], the positions among the images of all processes. Plain tensors count as
+    dealt to the processes in turn.
     `keep_features`: also keep the features of the images at these positions (None: only if a metric needs single
     features, and then of all images). `dest`: a file to which the main process writes the statistics at the end.
 
@@ -92,10 +94,10 @@ class StatsPass:
             pending = replace(pending, batch_idx=batch_idx, num_images=len(indices))
         stats = self._collect(num_images, moments, rows)
         if self._dest is not None and self._world.is_main:
-            save_stats(stats, self._dest)
+            save_stats(stats | {"made_with": {"pillow": PIL.__version__}}, self._dest)
         yield replace(pending, stats=stats)
 
-    def _unpack(self, batch: Any, batch_idx: int) -> tuple[torch.Tensor | None, np.ndarray]:
+    def _unpack(self, batch: Any, batch_idx: int) -> tuple[torch.Tensor | list[torch.Tensor] | None, np.ndarray]:
         images, indices = (batch, None) if isinstance(batch, torch.Tensor) else (batch.images, batch.indices)
         if indices is None:
             first = (batch_idx * self._world.size + self._world.rank) << 32
@@ -104,7 +106,7 @@ class StatsPass:
 
     def _add(
         self,
-        images: torch.Tensor,
+        images: torch.Tensor | list[torch.Tensor],
         indices: np.ndarray,
         moments: dict[str, Moments],
         rows: dict[tuple[Layer, str], Rows],
@@ -219,7 +221,7 @@ def reason_against(metric: Metric, reference: Mapping[str, Any] | None) -> str |
     rows = reference.get("features", {}).get(metric.detector)
     if rows is None:
         return f"the reference keeps no {metric.detector} features (ref --features=N makes one that does)"
-    least = _least_rows(metric)
+    least = least_rows(metric)
     return None if len(rows) >= least else f"the reference keeps {len(rows)} features, and {least} are needed"
 
 
@@ -270,7 +272,8 @@ def shared_scores(stats: Stats, reference: Stats | None, metrics: Sequence[str],
     return on_main(world, lambda: compute_scores(stats, reference, metrics, device=world.device))
 
 
-def _least_rows(metric: Metric) -> int:
+def least_rows(metric: Metric) -> int:
+    """Return the least number of images of which the metric can be computed."""
     return metric.k + 1 if metric.k else 2
 
 
@@ -286,8 +289,8 @@ def _rows(metric: Metric, stats: Stats) -> np.ndarray:
     rows = stats.get(metric.layer, {}).get(metric.detector)
     if rows is None:
         raise ConfigError(f"{metric.name} cannot be computed: the images' statistics keep no {metric.layer}")
-    if len(rows) < _least_rows(metric):
-        raise ConfigError(f"{metric.name} needs at least {_least_rows(metric)} images; there are {len(rows)}")
+    if len(rows) < least_rows(metric):
+        raise ConfigError(f"{metric.name} needs at least {least_rows(metric)} images; there are {len(rows)}")
     return rows
 
 

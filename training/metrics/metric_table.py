@@ -1,12 +1,12 @@
 """The metrics by name: what each one is, what it needs, and which of its values are better."""
 
-import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from dnnlib.errors import ConfigError
+from dnnlib.text import unknown
 
 T = TypeVar("T")
 
@@ -90,8 +90,7 @@ def parse_metrics(text: str | Sequence[str]) -> list[str]:
         raise ConfigError("no metric is named; write e.g. fid,fd_dinov2 (--list-metrics shows all)")
     for name in names:
         if name not in METRICS:
-            similar = difflib.get_close_matches(name, METRICS, n=3, cutoff=0.5) or list(DEFAULT)
-            raise ConfigError(f"unknown metric '{name}'; there are {len(METRICS)}, such as {', '.join(similar)}")
+            raise ConfigError(unknown("metric", name, METRICS))
     return names
 
 

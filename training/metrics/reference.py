@@ -5,24 +5,26 @@ Statistics are a dictionary, with the published keys if they exist:
     fid, fd_dinov2, fd_efflite0, sfid: {"mu": float64 [F], "sigma": float64 [F, F]}
     features: {detector: float32 [M, F]}, of some or all images; absent if none are kept
     logits: {detector: float32 [M, K]}, not written to files
+    made_with: {package: version} that the numbers depend on, if the file notes it
 """
 
 import json
+import math
 import os
 import pickle
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from dnnlib.atomic import atomic_path
 from dnnlib.download import open_url
 from dnnlib.errors import ConfigError, reason_of
 from torch_utils.pickles.safe_pickle import file_format, read_pickle
+from torch_utils.tensor_file import save_tensors
+from training.dataset.sample_array import KEY, npz_arrays
 from training.metrics.metric_table import DETECTORS, METRICS
 
 Stats = dict[str, Any]
@@ -30,6 +32,9 @@ Stats = dict[str, Any]
 FORMAT = "edm2-metrics-reference"
 VERSION = 1
 SUFFIXES = (".pkl", ".safetensors")
+FROM_IMAGES = "calculate_metrics.py ref makes statistics of images; its calc and gen also take images as --ref"
+
+_NPZ_KEYS = {"fid": ("mu", "sigma"), "sfid": ("mu_s", "sigma_s")}
 
 _MAX_NPZ_BYTES = 1 << 30  # Inception's statistics take 34 MB
 
@@ -43,6 +48,8 @@ def load_stats(path: str | os.PathLike[str], verbose: bool = True) -> Stats:
     missing, damaged or does not hold statistics.
     """
     name = str(path)
+    if os.path.isdir(path):
+        raise ConfigError(f"{name} is a folder, not a file of statistics; {FROM_IMAGES}")
     local = Path(open_url(name, return_filename=True))
     try:
         kind = file_format(local)
@@ -73,14 +80,16 @@ def save_stats(stats: Mapping[str, Any], path: str | os.PathLike[str], verbose: 
     moments = {
         name: {key: np.asarray(stats[name][key]) for key in ("mu", "sigma")} for name in _MOMENTS if name in stats
     }
-    count = {"num_images": int(stats["num_images"])} if "num_images" in stats else {}
+    notes: dict[str, Any] = {"num_images": int(stats["num_images"])} if "num_images" in stats else {}
+    if "made_with" in stats:
+        notes["made_with"] = dict(stats["made_with"])
     try:
         with atomic_path(path) as temp:
             if path.suffix == ".pkl":
                 with open(temp, "wb") as file:
-                    pickle.dump({**count, **moments}, file, protocol=4)
+                    pickle.dump({**notes, **moments}, file, protocol=4)
             else:
-                _write_safetensors(temp, count, moments, stats.get("features", {}))
+                _write_safetensors(temp, notes, moments, stats.get("features", {}))
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {reason_of(error)}") from None
 
@@ -103,7 +112,8 @@ def require_statistics(path: Path, metrics: Sequence[str], *, num_images: int, n
     rows = {len(found) for found in stats.get("features", {}).values()}
     lacks = sorted(needed - stats.keys())
     if stats.get("num_images") != num_images or lacks or rows - {min(num_features or 0, num_images)}:
-        found = f"{stats.get('num_images')} images, {', '.join(sorted(stats.keys() - {'num_images', 'features'}))}"
+        names = [name for name in _MOMENTS if name in stats]
+        found = f"{stats.get('num_images')} images, {', '.join(sorted(names))}"
         raise ConfigError(
             f"{path} exists and holds other statistics ({found}, features of {max(rows, default=0)}) than those of"
             f" {num_images} images; name another file, or delete it"
@@ -113,21 +123,33 @@ def require_statistics(path: Path, metrics: Sequence[str], *, num_images: int, n
 
 
 def _read_npz(path: Path) -> Stats:
-    """Read an older published file: mean and covariance of Inception's features, nothing else."""
+    """Read mean and covariance of Inception's features, as in older published files, and what other programs add.
+
+    These are `mu_s` and `sigma_s` of spatial features, and single features as `arr_0`, float [N, 2048].
+    """
+    arrays = npz_arrays(path)
+    pairs = {name: keys for name, keys in _NPZ_KEYS.items() if set(keys) <= arrays.keys()}
+    has_features = KEY in arrays and arrays[KEY].dtype.kind == "f"
+    wanted = [key for keys in pairs.values() for key in keys] + [KEY] * has_features
+    if not wanted:
+        found = f"this one has {', '.join(list(arrays)[:4])}" if arrays else "this one lacks them"
+        raise ConfigError(f"an .npz reference holds the arrays mu and sigma; {found}. {FROM_IMAGES}")
+    if sum(math.prod(arrays[key].shape) * arrays[key].dtype.itemsize for key in wanted) > _MAX_NPZ_BYTES:
+        raise ConfigError(f"it unpacks to more than {_MAX_NPZ_BYTES >> 20} MiB, too much for statistics")
     try:
-        with zipfile.ZipFile(path) as archive:
-            if sum(entry.file_size for entry in archive.infolist()) > _MAX_NPZ_BYTES:
-                raise ConfigError(f"it unpacks to more than {_MAX_NPZ_BYTES >> 20} MiB, too much for statistics")
         with np.load(path, allow_pickle=False) as file:
-            return {"fid": {key: file[key] for key in ("mu", "sigma")}}
-    except ConfigError:
-        raise
-    except KeyError:
-        raise ConfigError("an .npz reference holds the arrays mu and sigma; this one lacks them") from None
+            values = {key: file[key] for key in wanted}
     except OSError:
         raise
     except Exception as error:  # zipfile, zlib and NumPy raise many kinds
         raise ConfigError(f"the file is damaged or cut short ({type(error).__name__})") from None
+    stats: Stats = {name: {"mu": values[mu], "sigma": values[sigma]} for name, (mu, sigma) in pairs.items()}
+    if has_features:
+        rows = values[KEY]
+        stats |= {"features": {"inception": rows}, "num_images": len(rows)}
+        if "fid" not in stats and rows.ndim == 2 and len(rows) > 1:
+            stats["fid"] = {"mu": rows.mean(0, np.float64), "sigma": np.cov(rows, rowvar=False, dtype=np.float64)}
+    return stats
 
 
 def _read_safetensors(path: Path) -> Stats:
@@ -143,18 +165,21 @@ def _read_safetensors(path: Path) -> Stats:
     for name, value in tensors.items():
         group, _, key = name.partition(".")
         stats.setdefault(group, {})[key] = value
-    try:
-        count = json.loads(metadata.get("num_images", "null"))
-    except (ValueError, RecursionError):
-        raise ConfigError("its header entry num_images is not JSON") from None
-    return stats if count is None else stats | {"num_images": count}
+    for key in ("num_images", "made_with"):
+        try:
+            note = json.loads(metadata.get(key, "null"))
+        except (ValueError, RecursionError):
+            raise ConfigError(f"its header entry {key} is not JSON") from None
+        if note is not None:
+            stats[key] = note
+    return stats
 
 
-def _write_safetensors(path: Path, count: dict[str, int], moments: dict[str, Any], features: Mapping[str, Any]) -> None:
+def _write_safetensors(path: Path, notes: dict[str, Any], moments: dict[str, Any], features: Mapping[str, Any]) -> None:
     tensors = {f"{name}.{key}": value for name, entry in moments.items() for key, value in entry.items()}
     tensors |= {f"features.{detector}": rows for detector, rows in features.items()}
-    metadata = {"format": FORMAT, "format_version": str(VERSION), **{key: json.dumps(n) for key, n in count.items()}}
-    save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, path, metadata)
+    metadata = {"format": FORMAT, "format_version": str(VERSION), **{key: json.dumps(n) for key, n in notes.items()}}
+    save_tensors(path, {name: np.asarray(value) for name, value in tensors.items()}, metadata)
 
 
 def _checked(stats: Any) -> Stats:
@@ -167,6 +192,8 @@ def _checked(stats: Any) -> Stats:
         if not isinstance(count, int | np.integer) or isinstance(count, bool) or count < 1:
             raise ConfigError(f"its number of images is {str(count)[:40]!r}")
         found["num_images"] = int(count)
+    if _is_text(stats.get("made_with")):
+        found["made_with"] = stats["made_with"]
     for name in _MOMENTS:
         if name in stats:
             found[name] = _checked_moments(name, stats[name])
@@ -179,6 +206,10 @@ def _checked(stats: Any) -> Stats:
     if not features and not any(name in found for name in _MOMENTS):
         raise ConfigError(f"it has none of {', '.join(_MOMENTS)}")
     return found
+
+
+def _is_text(entry: Any) -> bool:
+    return isinstance(entry, dict) and all(isinstance(text, str) for pair in entry.items() for text in pair)
 
 
 def _checked_moments(name: str, entry: Any) -> dict[str, np.ndarray]:

@@ -27,6 +27,7 @@ from training.metrics.detectors.common import file_sha256
 from training.metrics.distances import Score
 from training.metrics.metric_table import METRICS, compact_names
 from training.sampling.request import SamplingRequest
+from training.sampling.sampler import sampler_keywords
 
 FORMAT = "edm2-metrics-result"
 VERSION = 1
@@ -194,7 +195,7 @@ def described_sampling(request: SamplingRequest) -> dict[str, Any]:
         "net": described_file(request.net),
         "gnets": [described_file(guide) for guide in request.gnets],
         **{name: described_file(path) for name, path in request.condition_files().items()},
-        "sampler": request.sampler.keywords(),
+        "sampler": sampler_keywords(request.sampler),
         **request.prepare().settings,
         **request.decoder.settings,
     }

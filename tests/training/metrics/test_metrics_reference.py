@@ -1,5 +1,6 @@
 """Reference files: the published ones, ours, and what is refused."""
 
+import io
 import pickle
 import zipfile
 
@@ -48,6 +49,13 @@ def test_a_pickle_of_ours_is_plain_numbers_by_the_published_names(tmp_path):
     save_stats(stats(features={"inception": np.ones((3, 4), np.float32)}), tmp_path / "ref.pkl")
     found = pickle.loads((tmp_path / "ref.pkl").read_bytes())
     assert set(found) == {"num_images", "fid", "fd_efflite0"} and type(found["fid"]["mu"]) is np.ndarray
+
+
+@pytest.mark.parametrize("suffix", [".pkl", ".safetensors"])
+def test_the_version_that_made_statistics_is_kept(tmp_path, suffix):
+    path = tmp_path / f"ref{suffix}"
+    save_stats({**stats(), "made_with": {"pillow": "10.4.0"}}, path)
+    assert load_stats(path)["made_with"] == {"pillow": "10.4.0"}
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
@@ -103,7 +111,7 @@ def pickled(content):
         (pickled(spoiled(sigma=np.triu(np.ones((4, 4))))), "fid.sigma is not a covariance"),
         (pickled(spoiled(sigma=-np.eye(4))), "fid.sigma is not a covariance"),
         (pickled({**spoiled(), "num_images": "many"}), "its number of images is 'many'"),
-        (b"PK\3\4 and nothing more", "damaged or cut short"),
+        (b"PK\3\4 and nothing more", "is not a readable ZIP file"),
     ],
 )
 def test_a_file_that_is_no_reference_is_refused_by_name(tmp_path, capsys, content, message):
@@ -115,12 +123,12 @@ def test_a_file_that_is_no_reference_is_refused_by_name(tmp_path, capsys, conten
     assert capsys.readouterr().out == ""
 
 
-def test_an_npz_bomb_is_refused_by_its_directory(tmp_path):
+def test_an_npz_bomb_is_refused_by_its_headers(tmp_path):
     with zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("mu.npy", b"")
-    data = (tmp_path / "bomb.npz").read_bytes()
-    entry = data.index(b"PK\1\2")  # in the central directory: the unpacked size
-    (tmp_path / "bomb.npz").write_bytes(data[: entry + 24] + (2**31).to_bytes(4, "little") + data[entry + 28 :])
+        for name, shape in {"mu": (1 << 14,), "sigma": (1 << 14, 1 << 14)}.items():
+            header = io.BytesIO()
+            np.lib.format.write_array_header_1_0(header, {"descr": "<f8", "fortran_order": False, "shape": shape})
+            archive.writestr(f"{name}.npy", header.getvalue())
     with pytest.raises(ConfigError, match=r"bomb\.npz.*unpacks to more than 1024 MiB"):
         load_stats(tmp_path / "bomb.npz")
 
@@ -153,3 +161,36 @@ def test_missing_files_and_other_suffixes(tmp_path):
         save_stats(stats(), tmp_path / "ref.npz")
     with pytest.raises(ConfigError, match="cannot be written"):
         save_stats(stats(), tmp_path / "no" / "folder" / "ref.pkl")
+
+
+def rows_of(seed, num=9, dims=4):
+    rows = np.random.default_rng(seed).standard_normal((num, dims))
+    return rows, {"mu": rows.mean(0), "sigma": np.cov(rows, rowvar=False)}
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_an_npz_of_the_adm_suite_has_sfid_too(tmp_path, save):
+    (_, fid), (_, sfid) = rows_of(0), rows_of(1, dims=3)
+    images = np.zeros((2, 4, 4, 3), np.uint8)
+    save(tmp_path / "ref.npz", images, mu=fid["mu"], sigma=fid["sigma"], mu_s=sfid["mu"], sigma_s=sfid["sigma"])
+    found = load_stats(tmp_path / "ref.npz")
+    assert set(found) == {"fid", "sfid"}
+    for name, expected in {"fid": fid, "sfid": sfid}.items():
+        assert all(np.array_equal(found[name][key], expected[key]) for key in ("mu", "sigma"))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_activations_in_an_npz_are_features(tmp_path, dtype):
+    rows = rows_of(0)[0].astype(dtype)
+    np.savez(tmp_path / "ref.npz", rows)
+    found = load_stats(tmp_path / "ref.npz")
+    assert found["num_images"] == 9 and np.array_equal(found["features"]["inception"], rows.astype(np.float32))
+    assert np.allclose(found["fid"]["sigma"], np.cov(rows.astype(np.float64), rowvar=False))
+
+
+def test_images_in_place_of_statistics_are_refused_with_the_way_out(tmp_path):
+    np.savez(tmp_path / "samples.npz", np.zeros((2, 4, 4, 3), np.uint8))
+    (tmp_path / "folder").mkdir()
+    for name in ("samples.npz", "folder"):
+        with pytest.raises(ConfigError, match=r"calculate_metrics\.py ref makes statistics of images"):
+            load_stats(tmp_path / name)

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from dnnlib.errors import ConfigError
+from dnnlib.text import unknown
 from torch_utils.distributed import World
 from training.metrics.detectors.common import Detector
 from training.metrics.detectors.dinov2 import DINOv2Detector
@@ -20,7 +21,7 @@ DETECTORS: dict[str, type[InceptionV3Detector | DINOv2Detector | EfficientNetLit
 def make_detector(name: str, device: torch.device | str, weights: str | Path | None = None) -> Detector:
     """Make a detector on `device`, with the published weights or those at the path `weights`. Raises ConfigError."""
     if name not in DETECTORS:
-        raise ConfigError(f"unknown detector {name!r}; choose from {', '.join(DETECTORS)}")
+        raise ConfigError(unknown("detector", name, DETECTORS))
     return DETECTORS[name](weights=weights).to(device)
 
 

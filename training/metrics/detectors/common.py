@@ -2,7 +2,7 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from dnnlib.errors import ConfigError, reason_of
+from dnnlib.lfs import POINTER_HINT, is_lfs_pointer
 from torch_utils.precision import numerics
 
 Net = TypeVar("Net", bound=nn.Module)
@@ -31,7 +32,7 @@ class DetectorOutput:
 
 
 class Detector(ABC):
-    """Turns uint8 images [N, 3, H, W] or gray [N, 1, H, W] of any size into float32 features [N, num_features].
+    """Turns uint8 images [N, C, H, W] of any size into float32 features [N, num_features]; see `to_rgb`.
 
     name:         its name in `make_detector`.
     num_features: F.
@@ -63,20 +64,28 @@ class Detector(ABC):
         self._device = torch.device(device)
         return self
 
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+    def __call__(self, images: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
         """Features of uint8 images: float32 [N, F]."""
         return self.outputs(images).features
 
-    def outputs(self, images: torch.Tensor) -> DetectorOutput:
-        """Return all outputs for uint8 images, on the detector's device. Raises ConfigError for other tensors."""
-        images = to_rgb(images, self.name).to(self._device or images.device)
-        self._net.to(images.device)
-        group = self.group_cpu if images.device.type == "cpu" else self.group_gpu
-        num = len(images)
+    def outputs(self, images: torch.Tensor | Sequence[torch.Tensor]) -> DetectorOutput:
+        """Return all outputs for uint8 images, on the detector's device. Raises ConfigError for other tensors.
+
+        Images of several sizes come as a sequence of [C, H, W]; each is brought to the network's size by itself.
+        """
+        alone = [images] if isinstance(images, torch.Tensor) else [image[None] for image in images]
+        pieces = [to_rgb(piece, self.name).to(self._device or piece.device) for piece in alone]
+        device, num = pieces[0].device, sum(map(len, pieces))
+        self._net.to(device)
+        group = self.group_cpu if device.type == "cpu" else self.group_gpu
         missing = max(-num % group, 0) if num else group
-        images = F.pad(images, [0, 0, 0, 0, 0, 0, 0, missing])
         with torch.no_grad(), numerics(cudnn_benchmark=False):
-            parts = [self._compute(part) for part in images.split(group)]
+            if len(pieces) == 1:
+                padded = F.pad(pieces[0], [0, 0, 0, 0, 0, 0, 0, missing])
+                parts = [self._compute(self._prepare(part)) for part in padded.split(group)]
+            else:
+                padded = F.pad(torch.cat([self._prepare(piece) for piece in pieces]), [0, 0, 0, 0, 0, 0, 0, missing])
+                parts = [self._compute(part) for part in padded.split(group)]
 
         def joined(tensors: list[torch.Tensor | None]) -> torch.Tensor | None:
             return None if tensors[0] is None else torch.cat([t for t in tensors if t is not None])[:num]
@@ -85,20 +94,30 @@ class Detector(ABC):
         return DetectorOutput(features, joined([p.logits for p in parts]), joined([p.spatial for p in parts]))
 
     @abstractmethod
-    def _compute(self, images: torch.Tensor) -> DetectorOutput:
-        """Return the outputs for a full group of uint8 images [N, 3, H, W] on the network's device."""
+    def _prepare(self, images: torch.Tensor) -> torch.Tensor:
+        """Return uint8 images [N, 3, H, W] as the network takes them: float32 of its size, scaled."""
+
+    @abstractmethod
+    def _compute(self, x: torch.Tensor) -> DetectorOutput:
+        """Return the outputs for a full group of prepared images."""
 
 
 def to_rgb(images: torch.Tensor, name: str) -> torch.Tensor:
-    """Return uint8 images [N, 3, H, W] unchanged, gray ones [N, 1, H, W] repeated. Raises ConfigError for others."""
+    """Return uint8 images [N, 3, H, W] unchanged, gray ones [N, 1, H, W] repeated, others with alpha put on white.
+
+    Raises ConfigError for other tensors.
+    """
     if images.dtype != torch.uint8 or images.ndim != 4 or 0 in images.shape[2:]:
         shape = list(images.shape)
         raise ConfigError(f"the {name} detector takes uint8 images [N, 3, H, W]; given are {images.dtype} {shape}")
-    if images.shape[1] not in (1, 3):
+    if images.shape[1] not in (1, 2, 3, 4):
         raise ConfigError(
-            f"the {name} detector takes images of 3 channels (color) or 1 (gray); these have {images.shape[1]}:"
-            " latents must be decoded to pixels first"
+            f"the {name} detector takes images of 3 channels (color) or 1 (gray), or one more for alpha; these have"
+            f" {images.shape[1]}: latents must be decoded to pixels first"
         )
+    if images.shape[1] in (2, 4):
+        colors, alpha = images[:, :-1].to(torch.int32), images[:, -1:].to(torch.int32)
+        images = ((colors * alpha + 255 * (255 - alpha) + 127) // 255).to(torch.uint8)
     return images.expand(-1, 3, -1, -1)
 
 
@@ -183,6 +202,8 @@ def is_published(path: Path, digest: str) -> bool:
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Read a .safetensors file or a state dict from torch.save, without executing anything in it."""
+    if is_lfs_pointer(path):
+        raise ConfigError(f"{path} cannot be read: {POINTER_HINT}")
     try:
         if path.suffix == ".safetensors":
             tensors = safetensors.torch.load_file(path)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dnnlib.errors import ConfigError, one_line, reason_of
+from dnnlib.text import did_you_mean
 from training.metrics.detectors.common import Detector, DetectorOutput, read_tensors, resize_antialiased
 
 REPO = "facebook/dinov2-large"
@@ -73,7 +74,10 @@ class DINOv2Detector(Detector):
 
     def __init__(self, resize_mode: str = "torch", weights: str | Path | None = None) -> None:
         if resize_mode not in RESIZE_MODES:
-            raise ConfigError(f"unknown resize_mode={resize_mode!r}; choose from {', '.join(RESIZE_MODES)}")
+            raise ConfigError(
+                f"unknown resize_mode={resize_mode!r}; choose from {', '.join(RESIZE_MODES)}"
+                f"{did_you_mean(resize_mode, RESIZE_MODES)}"
+            )
         self.resize_mode = resize_mode
         path = _from_hub() if weights is None else _local_file(Path(weights))
         net = _load(path)
@@ -90,9 +94,12 @@ class DINOv2Detector(Detector):
         found = [huggingface_hub.try_to_load_from_cache(REPO, name, revision=REVISION) for name in FILES]
         return all(isinstance(path, str) for path in found)
 
-    def _compute(self, images: torch.Tensor) -> DetectorOutput:
-        x = _resize_pil(images) if self.resize_mode == "pil" else resize_antialiased(images, SIZE, "bicubic")
-        return DetectorOutput(self._net(pixel_values=normalized(x)).pooler_output)
+    def _prepare(self, images: torch.Tensor) -> torch.Tensor:
+        is_pil = self.resize_mode == "pil"
+        return normalized(_resize_pil(images) if is_pil else resize_antialiased(images, SIZE, "bicubic"))
+
+    def _compute(self, x: torch.Tensor) -> DetectorOutput:
+        return DetectorOutput(self._net(pixel_values=x).pooler_output)
 
 
 def normalized(x: torch.Tensor) -> torch.Tensor:

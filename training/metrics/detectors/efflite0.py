@@ -145,8 +145,10 @@ class EfficientNetLite0Detector(Detector):
         """Return True if the package is installed."""
         return _packaged_file() is not None
 
-    def _compute(self, images: torch.Tensor) -> DetectorOutput:
-        x = (common.resize_antialiased(images, SIZE, "bilinear") - 127) / 128
+    def _prepare(self, images: torch.Tensor) -> torch.Tensor:
+        return (common.resize_antialiased(images, SIZE, "bilinear") - 127) / 128
+
+    def _compute(self, x: torch.Tensor) -> DetectorOutput:
         return self._net(x.contiguous(memory_format=torch.channels_last))
 
 

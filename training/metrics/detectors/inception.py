@@ -232,8 +232,10 @@ class InceptionV3Detector(Detector):
         """Return True if the published file is in the download cache."""
         return cached_path(URL).is_file()
 
-    def _compute(self, images: torch.Tensor) -> DetectorOutput:
-        x = (resize_tf1(images, SIZE) - 128) / 128
+    def _prepare(self, images: torch.Tensor) -> torch.Tensor:
+        return (resize_tf1(images, SIZE) - 128) / 128
+
+    def _compute(self, x: torch.Tensor) -> DetectorOutput:
         return self._net.outputs(x.contiguous(memory_format=torch.channels_last))
 
 

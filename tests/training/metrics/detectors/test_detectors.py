@@ -40,10 +40,22 @@ def test_grey_images_are_repeated_to_three_channels(detector, images):
     assert torch.equal(detector(images[:, :1]), detector(images[:, :1].repeat(1, 3, 1, 1)))
 
 
-@pytest.mark.parametrize("channels", [2, 4, 8])
-def test_images_of_another_number_of_channels_are_refused(detector, channels):
-    with pytest.raises(ConfigError, match=rf"3 channels \(color\) or 1 \(gray\); these have {channels}: latents must"):
-        detector(torch.zeros([2, channels, 8, 8], dtype=torch.uint8))
+@pytest.mark.parametrize("channels", [2, 4])
+def test_images_with_alpha_are_put_on_white(detector, images, channels):
+    colors, alpha = images[:4, : channels - 1], images[4:8, :1]
+    on_white = torch.round((colors.double() * alpha + 255 * (255 - alpha.double())) / 255).to(torch.uint8)
+    assert torch.equal(detector(torch.cat([colors, alpha], dim=1)), detector(on_white))
+
+
+def test_images_of_several_sizes_are_measured_as_each_alone(detector, images):
+    mixed = [images[0], images[1, :, :9, :5], images[2, :1], images[3]]
+    alone = torch.cat([detector(image[None]) for image in mixed])
+    assert torch.allclose(detector(mixed), alone, rtol=1e-4, atol=1e-5)
+
+
+def test_images_of_another_number_of_channels_are_refused(detector):
+    with pytest.raises(ConfigError, match="these have 8: latents must"):
+        detector(torch.zeros([2, 8, 8, 8], dtype=torch.uint8))
 
 
 @pytest.mark.parametrize(
