@@ -9,6 +9,9 @@ from pathlib import Path
 from dnnlib.errors import ConfigError, reason_of
 from dnnlib.text import format_bytes
 
+# Names with these suffixes are meant for files, and are not made into folders.
+_IMAGES = {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+_FILES = _IMAGES | {".csv", ".html", ".json", ".npy", ".npz", ".parquet", ".pkl", ".pt", ".safetensors", ".tar", ".zip"}
 _FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
@@ -24,6 +27,12 @@ def write_error(path: str | os.PathLike[str], error: OSError, *, kept: str = "")
     if error.errno == errno.ENOENT and not path.parent.is_dir():
         reason = f"the folder {path.parent} is gone"
     return kind(f"cannot write {path}: {reason}{kept}")
+
+
+def require_plain(path: str | os.PathLike[str]) -> None:
+    """Raise ConfigError for a pipe, a device or a socket: opening one may wait for ever, and some have no end."""
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        raise ConfigError(f"{path} is a pipe, a device or a socket, not a file; remove it, or name another path")
 
 
 def require_space(path: Path, num_bytes: int) -> None:
@@ -67,7 +76,11 @@ def require_folder(path: Path) -> None:
         raise ConfigError(f"the output folder {path} cannot be made: {error.strerror}") from None
     if not nearest.is_dir():
         raise ConfigError(f"the output folder {path} cannot be made: {nearest} is a file")
+    if path.suffix.lower() in _FILES and nearest != path:
+        raise ConfigError(f"the output folder {path} has the name of a file; name a folder, such as {path.stem}")
     if not os.access(nearest, os.W_OK | os.X_OK):
+        if hasattr(os, "statvfs") and os.statvfs(nearest).f_flag & os.ST_RDONLY:
+            raise ConfigError(f"the output folder {path} cannot be written to: {nearest} is on a read-only file system")
         raise ConfigError(f"the output folder {path} cannot be written to: no permission for {nearest}")
 
 

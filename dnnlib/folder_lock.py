@@ -27,6 +27,7 @@ from dnnlib.errors import ConfigError
 
 REFRESH_SEC = 10.0
 STALE_SEC = 120.0  # without a touch from another machine
+_OLD_LOCK_TOUCHES = 1.5  # intervals of touching for which an older lock is watched
 
 _NAME = "run.lock"
 # After this time, processes that took the same stale lock away have put back a new one that they took by mistake.
@@ -151,10 +152,11 @@ class FolderLock:
         last = self._touched()
         if last is None:
             return
-        age = (self._now() - last) / 1e9
-        if age < self._stale_sec:
-            self._say(f"{self.path} belongs to {holder}; waiting up to {self._stale_sec:.0f} s for a sign of life.")
-        deadline = time.monotonic() + self._stale_sec - age
+        # Clocks jump: the time may lie in the future, and the lock of a living process may look old for a moment.
+        age = max((self._now() - last) / 1e9, 0.0)
+        patience = max(self._stale_sec - age, _OLD_LOCK_TOUCHES * self._refresh_sec)
+        self._say(f"{self.path} belongs to {holder}; waiting up to {patience:.0f} s for a sign of life.")
+        deadline = time.monotonic() + patience
         while time.monotonic() < deadline:
             if self._ended.wait(min(self._refresh_sec, 1.0)):
                 break
@@ -163,7 +165,7 @@ class FolderLock:
                 return
             if touched != last:
                 raise self._held(holder)
-        self._say(f"{self.path} belongs to {holder}, without a sign of life for {self._stale_sec:.0f} s; taking over.")
+        self._say(f"{self.path} belongs to {holder}, which gave no sign of life; taking over.")
 
     def _held(self, holder: Holder) -> ConfigError:
         return ConfigError(

@@ -19,7 +19,9 @@ import torch.distributed
 from torch.distributed.rendezvous import rendezvous
 
 from dnnlib.errors import ConfigError
+from dnnlib.orphans import end_with_launcher
 from torch_utils.processes import failures, stopping
+from torch_utils.processes.data_workers import worker_errors
 
 T = TypeVar("T")
 
@@ -55,6 +57,25 @@ def update_progress(cur: int, total: int) -> None:
 
     The main process calls this at the start, at every status interval and at the end.
     """
+
+
+# Names of the published code, for scripts that import them.
+
+
+def get_rank() -> int:
+    """Return the number of this process among all of the run, from 0."""
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def get_world_size() -> int:
+    """Return the number of processes of the run."""
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def print0(*args: Any, **kwargs: Any) -> None:
+    """Print in the main process only."""
+    if get_rank() == 0:
+        print(*args, **kwargs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,10 +191,16 @@ def _refuse_lone_srun() -> None:
 
 @contextmanager
 def joined(device: str | None = None, *, patience_hours: float = 0.5) -> Iterator[World]:
-    """Yield the World of `init`, closed after the block; if one process fails in it, all end (see `failures.fail`)."""
+    """Yield the World of `init`, closed after the block; if one process fails in it, all end (see `failures.fail`).
+
+    A process whose torchrun was killed gets SIGTERM. Data workers that were killed are one line.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_launcher("torchrun, which started this process, is gone; this process ends, too.")
     world = init(device, patience_hours=patience_hours)
     try:
-        yield world
+        with worker_errors():
+            yield world
         world.close()
     except BaseException as error:
         if world.size > 1:

@@ -4,6 +4,7 @@ Source: Karras et al., arXiv 2312.02696, Section 2 and Appendix B.
 """
 
 from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,7 @@ class TrainingRun:
         self.resumed_from, self.notes = resumption.path, resumption.notes
         resumed = self.resumed_from is not None
         require_same(world, config, dataset, resumed_from=self.resumed_from.name if self.resumed_from else "")
-        encoder = load_encoder(config, dataset, folder, world)
+        encoder = load_encoder(config, dataset, folder, world, resumed=resumed)
         self.state = TrainingState(config, dataset, world, resumed=resumed, encoder=encoder)
         self._means = RunningMeans(world)
         self._saver = RunSaver(config, folder, world)
@@ -117,14 +118,16 @@ class TrainingRun:
             self.metrics = TrainingMetrics(config.metrics, self.state, dataset, folder)
         if config.samples is not None:
             self.samples = RunSamples(config.samples, self.state, dataset, folder)
+        self._data = ExitStack()  # what reads the data, while it does
         self._watches = config.monitor or config.on_nonfinite == "stop"
 
     def close(self) -> None:
-        """Wait for files under way, and release the other processes. Call this before the `close` of the World."""
-        try:
-            self._saver.close()
-        finally:
-            self.state.close()
+        """End the data workers, wait for files under way, and release the other processes.
+
+        Call this before the `close` of the World, also after an exception.
+        """
+        with closing(self.state), closing(self._saver), self._data:
+            pass
 
     def __len__(self) -> int:
         return max(-(-(self.config.duration - self.state.nimg) // self.config.batch), 0)
@@ -133,7 +136,7 @@ class TrainingRun:
         session = Session(self.config, self.world, nimg=self.state.nimg)
         self._clock.start(self.state.elapsed_sec)
         self._report_progress()
-        with numerics(cudnn_benchmark=self.config.bench, precision=self.config.network.precision):
+        with self._data, numerics(cudnn_benchmark=self.config.bench, precision=self.config.network.precision):
             end = session.before_start(self.state.nimg) if len(self) else None
             if end is None:
                 yield from self._events(session)
@@ -143,7 +146,7 @@ class TrainingRun:
 
     def _events(self, session: Session) -> Iterator[Event]:
         state, saver = self.state, self._saver
-        data = batches(self.config, self.dataset, self.world, start=state.nimg)
+        data = self._data.enter_context(closing(batches(self.config, self.dataset, self.world, start=state.nimg)))
         for index in range(len(self)):
             self._step(*next(data))
             yield Iteration(nimg=state.nimg)
@@ -229,9 +232,7 @@ class TrainingRun:
 
     def _crosses(self, interval: int, nimg: int) -> bool:
         """Return whether the iteration that ends at `nimg` crosses a multiple of `interval` images, or is the last."""
-        if interval == 0:
-            return False
-        return nimg // interval > (nimg - self.config.batch) // interval or nimg >= self.config.duration
+        return interval > 0 and (self.config.crosses(interval, nimg) or nimg >= self.config.duration)
 
     def _draw(self) -> Sampled | Notice:
         """Draw a sample grid. One that cannot be written, on a full disk, does not end the run."""

@@ -117,16 +117,35 @@ def test_a_lock_without_a_sign_of_life_is_taken_over(tmp_path: Path, content: st
     said: list[str] = []
     lock = FolderLock(tmp_path, say=said.append, refresh_sec=0.02, stale_sec=0.1)
     lock.acquire()
-    assert "without a sign of life" in said[-1]
+    assert "gave no sign of life; taking over" in said[-1]
     lock.release()
     path.write_text(content)
     os.utime(path, (1e9, 1e9))
     said.clear()
-    lock = FolderLock(tmp_path, say=said.append)
+    lock = FolderLock(tmp_path, say=said.append, refresh_sec=0.02)
     lock.acquire()
-    assert len(said) == 1 and "for 120 s; taking over" in said[0]
+    assert len(said) == 2 and "waiting up to 0 s" in said[0] and "taking over" in said[1]
     lock.release()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("touched", [1e9, 8e9], ids=["past", "future"])
+def test_a_clock_that_jumped_neither_ends_a_living_lock_nor_keeps_a_dead_one(tmp_path: Path, touched: float):
+    held = FolderLock(tmp_path, refresh_sec=0.1)
+    held.acquire()
+    change(held.path, host="elsewhere")
+    os.utime(held.path, (touched, touched))
+    with pytest.raises(ConfigError, match="in use by"):
+        FolderLock(tmp_path, refresh_sec=1.0).acquire()
+    text = held.path.read_text()
+    held.release()
+    held.path.write_text(text)
+    os.utime(held.path, (touched, touched))
+    said: list[str] = []
+    lock = FolderLock(tmp_path, say=said.append, refresh_sec=0.02, stale_sec=0.1)
+    lock.acquire()
+    assert len(said) == 2 and "waiting up to 0 s" in said[0]
+    lock.release()
 
 
 def test_who_stood_still_and_lost_the_folder_is_told_and_leaves_the_new_lock_alone(tmp_path: Path):
@@ -143,7 +162,7 @@ def test_who_stood_still_and_lost_the_folder_is_told_and_leaves_the_new_lock_alo
 def test_of_many_that_find_a_stale_lock_one_gets_the_folder(tmp_path: Path):
     (tmp_path / "run.lock").write_text("{}")
     os.utime(tmp_path / "run.lock", (1e9, 1e9))
-    locks = [FolderLock(tmp_path) for _ in range(8)]
+    locks = [FolderLock(tmp_path, refresh_sec=0.05) for _ in range(8)]
     got: list[FolderLock] = []
 
     def take(lock: FolderLock) -> None:

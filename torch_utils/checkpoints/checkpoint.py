@@ -9,8 +9,10 @@ files reads it as before.
 import contextlib
 import hashlib
 import os
+import re
 import shutil
 import struct
+import uuid
 import zipfile
 from pathlib import Path
 from typing import IO, Any, cast
@@ -108,12 +110,12 @@ def checkpoint_bytes(data: Any) -> int:
 
 
 def numbered(folder: Path, prefix: str, suffix: str) -> list[Path]:
-    """List the files named prefix + digits + suffix in `folder`, the highest number last."""
+    """List the files named prefix + number + suffix in `folder`, the highest number last; it may have 3 decimals."""
     found = []
     for path in folder.glob(f"{prefix}*{suffix}"):
         digits = path.name[len(prefix) : len(path.name) - len(suffix)]
-        if digits.isdecimal():
-            found.append((int(digits), path))
+        if re.fullmatch(r"[0-9]+(\.[0-9]{3})?", digits):
+            found.append((float(digits), path))
     return [path for _, path in sorted(found)]
 
 
@@ -138,8 +140,8 @@ def remove_older(paths: list[Path], *, keep: int) -> None:
         with contextlib.suppress(OSError):  # a file that cannot be deleted stays
             if path.is_dir():
                 if (path / MANIFEST).is_file():
-                    (path / MANIFEST).unlink()  # first, so that a half-deleted folder is not a checkpoint
-                    shutil.rmtree(path)
+                    # A run deletes hidden folders that name no checkpoint when it starts, if this process is killed.
+                    shutil.rmtree(path.rename(path.with_name(f".{uuid.uuid4().hex[:12]}.tmp")))
             elif read_digest(path) is not None:
                 path.unlink()
 
@@ -169,7 +171,14 @@ def _harmless() -> list[Any]:
     scalar = np.float64(0).__reduce__()[0]  # in a private module, which NumPy 2 renamed
     scalars = [(scalar, f"numpy.{module}.multiarray.scalar") for module in ("core", "_core")]
     kinds = [np.dtypes.Float32DType, np.dtypes.Float64DType, np.dtypes.Int32DType, np.dtypes.Int64DType]
-    return [(dict, "dnnlib.util.EasyDict"), *scalars, np.dtype, *kinds]
+    return [(dict, "dnnlib.util.EasyDict"), *scalars, (_plain_dtype, "numpy.dtype"), *kinds]
+
+
+def _plain_dtype(code: str, align: bool = False, copy: bool = True) -> np.dtype[Any]:
+    """Return the dtype of a number. One such as V4000000000 would make a scalar that fills the memory."""
+    if code not in ("f4", "f8", "i4", "i8"):
+        raise ValueError("a NumPy dtype other than those of plain numbers")
+    return np.dtype(code)
 
 
 class DigestWriter:

@@ -2,7 +2,7 @@
 
 A checkpoint is a folder: files of torch.distributed.checkpoint (DCP) with the tensors, and MANIFEST, a JSON file with
 everything else and the SHA-256 of every other file. The folder gets its name once all of it is on the disk. Nothing in
-it is executed: DCP's index, a pickle, may name a closed list of classes only, and tensors are read as data.
+it is executed: DCP's index, a pickle, and tensors are read as data.
 
 All processes must see the same folder, as on a cluster's shared file system.
 """
@@ -10,8 +10,6 @@ All processes must see the same folder, as on a cluster's shared file system.
 import hashlib
 import json
 import os
-import pathlib
-import pickle
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -23,32 +21,19 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
-from dnnlib.atomic import temporary_path
+from dnnlib.atomic import replace_folder, temporary_path
 from dnnlib.disk import forget_cached, sync_folder
 from dnnlib.errors import ConfigError, reason_of
 from torch_utils.checkpoints.checkpoint import MANIFEST, damaged
+from torch_utils.checkpoints.dcp_index import read_index
 from torch_utils.checkpoints.stored import StoredTensor, check_same, flatten, map_leaves
 from torch_utils.distributed import World
+from torch_utils.pickles.machine import Refused
 from torch_utils.processes.together import everywhere, on_main
 
 _INDEX = ".metadata"  # DCP's
 _FORMAT = {"name": "edm2-sharded-training-state", "version": 1}
-
-_DCP = "torch.distributed.checkpoint."
-_INDEX_CLASSES = {
-    f"{_DCP}metadata": (
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    ),
-    f"{_DCP}filesystem": ("_StorageInfo",),
-    "torch": ("Size", "float64", "float32", "float16", "bfloat16", "int64", "int32"),
-    "torch.serialization": ("_get_layout",),
-}
+_MAX_MANIFEST_BYTES = 64 << 20  # in which JSON takes some GB at most
 
 
 def save_sharded(path: str | os.PathLike[str], data: dict[str, Any], world: World) -> None:
@@ -84,11 +69,15 @@ def open_sharded(path: str | os.PathLike[str], *, verify: bool = True) -> dict[s
     """
     path = Path(path)
     try:
+        if (path / MANIFEST).stat().st_size > _MAX_MANIFEST_BYTES:
+            raise damaged(path)
         manifest = json.loads((path / MANIFEST).read_text("utf-8"))
         if manifest.get("format") != _FORMAT:
             raise ConfigError(f"{path} has the unknown format {manifest.get('format')!r:.80}, not {_FORMAT}")
         if manifest.pop("sha256") != _digest_of_text(manifest):
             raise damaged(path)
+        if any(Path(name).name != name or not (path / name).is_file() for name in manifest["files"]):
+            raise damaged(path)  # also: never read from a device or outside the folder
         if verify and any(digest_of_file(path / name) != digest for name, digest in manifest["files"].items()):
             raise damaged(path)
         index: dict[str, Any] = _Reader(path).read_metadata().state_dict_metadata
@@ -103,7 +92,9 @@ def open_sharded(path: str | os.PathLike[str], *, verify: bool = True) -> dict[s
         raise damaged(path) from error
     except PermissionError as error:
         raise ConfigError(f"{path} cannot be read as a checkpoint: {reason_of(error)}") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, pickle.UnpicklingError, EOFError) as error:
+    except ConfigError:
+        raise
+    except Exception as error:  # a hostile folder can fail anywhere: in JSON, the machine, its conversion
         raise damaged(path) from error
     return result
 
@@ -145,24 +136,7 @@ class _Reader(dcp.FileSystemReader):
     """DCP's reader of a folder, with a safe reader of its index, which DCP would unpickle freely."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with open(Path(self.path) / _INDEX, "rb") as file:
-            index = _IndexUnpickler(file).load()
-        if not isinstance(index, Metadata):
-            raise pickle.UnpicklingError(f"it holds a {type(index).__name__}")
-        for entry in (index.storage_data or {}).values():
-            if Path(entry.relative_path).name != entry.relative_path:
-                raise pickle.UnpicklingError("it names a file outside its folder")
-        index.storage_meta = StorageMeta()
-        return index
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if name in _INDEX_CLASSES.get(module, ()):
-            return super().find_class(module, name)
-        if module.partition(".")[0] == "pathlib" and name in ("PosixPath", "WindowsPath"):
-            return pathlib.PurePosixPath
-        raise pickle.UnpicklingError(f"it names {module}.{name}")
+        return read_index(Path(self.path) / _INDEX)
 
 
 def _read(leaves: dict[str, StoredTensor], values: dict[str, torch.Tensor]) -> None:
@@ -179,12 +153,7 @@ def _finish(temp: Path, path: Path, values: Any, files: dict[str, str]) -> None:
         file.flush()
         os.fsync(file.fileno())
     sync_folder(temp)
-    if path.exists():  # a checkpoint of the same thousand images
-        path.rename(old := temporary_path(path))
-        temp.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        temp.rename(path)
+    replace_folder(temp, path)  # there may be one of the same name, if the run was continued from before it
     sync_folder(path.parent)
 
 
@@ -233,6 +202,6 @@ def _dcp_errors(path: Path) -> Iterator[None]:
         cause = next(iter(error.failures.values()))[0]
         if isinstance(cause, OSError):
             raise OSError(cause.errno, reason_of(cause), str(path)) from error
-        if isinstance(cause, RuntimeError | pickle.UnpicklingError | ValueError | KeyError | EOFError):
+        if isinstance(cause, RuntimeError | Refused | ValueError | KeyError | EOFError):
             raise damaged(path) from error
         raise

@@ -49,7 +49,10 @@ Vocabulary = Mapping[str, Callable[..., Any] | None]
 
 
 class Machine:
-    """Reads the pickles of a seekable file. `build` gives an object its attributes; None refuses persistent ids."""
+    """Reads the pickles of a seekable file. `build` gives an object its attributes; None refuses persistent ids.
+
+    `max_opcodes` is MAX_OPCODES by default.
+    """
 
     def __init__(
         self,
@@ -57,7 +60,10 @@ class Machine:
         vocabulary: Vocabulary,
         build: Callable[[Any, Any], None],
         resolve_persistent: Callable[[Any], Any] | None = None,
+        *,
+        max_opcodes: int | None = None,
     ) -> None:
+        self._max_opcodes = max_opcodes or MAX_OPCODES
         self._file = _Bounded(file)
         self._vocabulary = vocabulary
         self._give_state = build
@@ -89,8 +95,8 @@ class Machine:
             name, read_argument = _OPCODES[code]
             argument = None if read_argument is None else read_argument(file)
             steps += 1
-            if steps > MAX_OPCODES:
-                raise Refused(f"it has more than {MAX_OPCODES} opcodes")
+            if steps > self._max_opcodes:
+                raise Refused(f"it has more than {self._max_opcodes} opcodes")
             if name == "STOP":
                 self._steps = steps
                 if self._missing > 0:

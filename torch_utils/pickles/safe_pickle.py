@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from dnnlib.errors import ConfigError, one_line, reason_of
+from dnnlib.lfs import POINTER_HINT, is_lfs_pointer
 from torch_utils.pickles.machine import MAX_OPCODES, Machine, Refused, StoredObject, Word
 from torch_utils.pickles.values import SHAPES_VOCABULARY, VOCABULARY, build
 
@@ -40,11 +41,13 @@ def read_pickle(source: str | os.PathLike[str] | BinaryIO, name: str | None = No
 
 
 def file_format(path: str | os.PathLike[str]) -> Literal["safetensors", "pickle", "zip", "unknown"]:
-    """Return the format of a file, from its first bytes. Raises OSError."""
+    """Return the format of a file, from its first bytes. Raises OSError, and ConfigError for a Git LFS pointer."""
     with open(path, "rb") as file:
-        head = file.read(9)
+        head = file.read(64)
+    if is_lfs_pointer(head):
+        raise ConfigError(f"{path}: {POINTER_HINT}")
     # A header length that fits the file, then JSON. In a pickle, that byte is part of a frame's length, and zero.
-    if head[8:] == b"{" and int.from_bytes(head[:8], "little") <= os.path.getsize(path) - 8:
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= os.path.getsize(path) - 8:
         return "safetensors"
     return "pickle" if head[:1] == b"\x80" else "zip" if head[:2] == b"PK" else "unknown"
 

@@ -6,7 +6,6 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch.distributed
@@ -20,8 +19,6 @@ _FIRST_RANK_SEC = 0.5
 _PRINTING_SEC = 2.0
 # Time for a launcher to see the end of a killed process, so that it reports that one and not those that noticed.
 _LAUNCHER_SEC = 1.0
-# A worker is killed by this signal if its memory is less than promised, or PyTorch asks for it in vain.
-_SIGNS_OF_LITTLE_SHARED_MEMORY = ("killed by signal: Bus error", "unable to allocate shared memory")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,28 +64,6 @@ def fail(error: BaseException, rank: int, store: torch.distributed.Store | None)
     elif lost:
         reason = str(error).strip().splitlines()[0].partition(". This is typically")[0]
         raise LostContactError(f"another process of the run is gone or does not answer: {reason}") from None
-
-
-@contextlib.contextmanager
-def worker_errors() -> Iterator[None]:
-    """Restore the message of a ConfigError from a DataLoader's worker, and explain a lack of shared memory.
-
-    DataLoader raises it with the worker's traceback as its message, which ends with the original one.
-    """
-    try:
-        yield
-    except ConfigError as error:
-        raise ConfigError(str(error).rpartition(f"{ConfigError.__name__}: ")[2].strip()) from None
-    except RuntimeError as error:
-        text = f"{error} {error.__cause__}"
-        if not any(sign in text for sign in _SIGNS_OF_LITTLE_SHARED_MEMORY):
-            raise
-        little = ConfigError(
-            "a loader process ran out of shared memory (/dev/shm); start a container with --ipc=host or --shm-size=8g,"
-            " or train with --workers=0"
-        )
-        little.only_here = True
-        raise little from None
 
 
 def _record(failure: Failure, store: torch.distributed.Store | None) -> Failure:

@@ -115,7 +115,7 @@ def _watch(receiving: socket.socket, on_first: Callable[[signal.Signals], None],
 
 @contextlib.contextmanager
 def spared_children() -> Iterator[None]:
-    """Block SIGNALS in processes that are started in the block, until they call `prepare_worker`.
+    """Block SIGNALS in processes that are started in the block, until they unblock them.
 
     Otherwise a signal to the process group, such as ^C, would end a worker during its imports, with a traceback on the
     screen. Signals to this process are handled after the block. No effect on Windows.
@@ -132,22 +132,3 @@ def spared_children() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, previous)
-
-
-def prepare_worker(worker_id: int) -> None:
-    """Let the main process decide when this worker ends: for DataLoader's `worker_init_fn`.
-
-    The first SIGTERM is ignored: it went to the whole process group, and the main process needs the worker until the
-    end of its iteration. The second one is meant for a worker that does not end by itself.
-    """
-    terminations: list[int] = []
-
-    def terminate(signum: int, frame: Any) -> None:
-        if terminations:
-            os._exit(0)
-        terminations.append(signum)
-
-    for signum in SIGNALS:
-        signal.signal(signum, terminate if signum == signal.SIGTERM else signal.SIG_IGN)
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)

@@ -194,3 +194,20 @@ def test_what_is_set_aside_never_takes_the_place_of_something(tmp_path: Path):
         names.append(set_aside(tmp_path / "state.pt").name)
     assert names == ["state.pt.damaged", "state.pt.damaged-2", "state.pt.damaged-3"]
     assert [(tmp_path / name).read_text() for name in names] == ["0", "1", "2"]
+
+
+def test_a_scalar_takes_no_more_memory_than_its_file(tmp_path: Path):
+    # What NumPy's own pickle of a scalar says, with a type of 4 GB.
+    content = (
+        b"\x80\x02}X\x01\x00\x00\x00acnumpy._core.multiarray\nscalar\n"
+        b"cnumpy\ndtype\nX\x0b\x00\x00\x00V4000000000\x89\x88\x87RX\x00\x00\x00\x00\x86Rs."
+    )
+    path = tmp_path / "training-state-0000001.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in {"data.pkl": content, "version": b"3\n", "byteorder": b"little"}.items():
+            archive.writestr(f"archive/{name}", data)
+    with pytest.raises(DamagedCheckpoint):
+        load_checkpoint(path)
+    scalars = {"a": np.float64(0.5), "b": np.int64(3), "c": np.float32(2)}
+    torch.save(scalars, path)
+    assert load_checkpoint(path) == scalars

@@ -1,5 +1,7 @@
 """Checkpoints that are folders: data round-trips, damage is noticed, and nothing in them is executed."""
 
+import hashlib
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -84,6 +86,64 @@ def test_the_index_can_name_no_function_to_call(path: Path, tmp_path: Path):
     assert not (tmp_path / "executed").exists()
 
 
+POISON = b"cpathlib\nPosixPath\nN}S'name'\nS'../evil'\ns\x86b0ctorch.distributed.checkpoint.metadata\nMetadata\n(}NNtR."
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        POISON,
+        b"\x80\x04Nr\xff\xff\xff\x0f.",  # a place in the memo, for which Python's reader takes 4 GB
+        b"\x80\x04\x8d\xff\xff\xff\xff\xff\xff\xff\x0fabc.",  # text of 2**60 bytes
+        b"\x80\x04" + b"(" * 100_000 + b".",
+        b"",
+        pickle.dumps(None),
+    ],
+    ids=["class", "memo", "text", "marks", "empty", "none"],
+)
+def test_a_hostile_index_is_damage_and_changes_no_class(path: Path, index: bytes):
+    (path / ".metadata").write_bytes(index)
+    with pytest.raises(DamagedCheckpoint):
+        open_sharded(path, verify=False)
+    assert Path("/a/b").name == "b"
+
+
+@pytest.mark.parametrize(
+    ("found", "put"),
+    [
+        (b"__0_0.distcp", b"../../../etc"),
+        (b"__0_0.distcp", b"..\\..\\a.pt__"),
+        (b"K\x03K\x04\x86", b"K\xffK\xff\x86"),
+        (b"float32", b"complex"),
+    ],
+)
+def test_an_index_that_asks_for_more_than_the_files_hold_is_damage(path: Path, found: bytes, put: bytes):
+    content = (path / ".metadata").read_bytes()
+    assert found in content and len(put) == len(found)
+    (path / ".metadata").write_bytes(content.replace(found, put))
+    with pytest.raises(DamagedCheckpoint):
+        open_sharded(path, verify=False)
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "..", "../outside", "a\0b"])
+def test_a_manifest_names_files_in_its_folder_only(path: Path, name: str):
+    (path.parent / "outside").write_text("")
+    manifest = json.loads((path / MANIFEST).read_text())
+    manifest["files"][name] = "x"
+    del manifest["sha256"]
+    manifest["sha256"] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    (path / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(DamagedCheckpoint):
+        open_sharded(path)
+
+
+@pytest.mark.parametrize("text", ["[]", "[" * 100_000, '{"format": ' + "9" * 5000 + "}", "\udcff"])
+def test_a_manifest_that_is_none_is_damage(path: Path, text: str):
+    (path / MANIFEST).write_text(text, errors="surrogateescape")
+    with pytest.raises(DamagedCheckpoint):
+        open_sharded(path)
+
+
 def test_a_folder_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -107,3 +167,16 @@ def test_folders_count_as_checkpoints_are_set_aside_and_removed_when_old(tmp_pat
     remove_older(folder.checkpoints(), keep=1)
     assert folder.checkpoints() == [paths[1]]
     assert [path.name for path in folder.damaged_checkpoints()] == ["training-state-0000003.dcp.damaged"]
+
+
+def test_an_old_folder_that_was_half_deleted_is_gone_at_the_next_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    paths = [tmp_path / f"training-state-{kimg:07d}.dcp" for kimg in (1, 2)]
+    for path in paths:
+        save_sharded(path, DATA, World())
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("shutil.rmtree", lambda folder: (_ for _ in ()).throw(KeyboardInterrupt))  # stands for a kill
+        remove_older(paths, keep=1)
+    folder = RunFolder(tmp_path)
+    assert folder.checkpoints() == paths[1:]
+    with folder.held(World(), say=lambda text: None):
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["run.lock", paths[1].name]

@@ -1,17 +1,13 @@
 """One process of two fails: both end, and what is on the screen is the first cause, once."""
 
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from dnnlib.errors import ConfigError
 from tests.helpers.paths import ROOT
-from torch_utils.processes.failures import worker_errors
 
 # What the two processes do in each of torchrun's attempts.
 PROGRAM = """
@@ -82,24 +78,3 @@ def test_processes_that_do_not_meet_say_so_in_one_line(tmp_path: Path):
     assert end.stderr.splitlines()[-1].startswith(
         "dnnlib.errors.ConfigError: the processes of this run do not find each other at 127.0.0.1:0 within 0:00:00.36"
     )
-
-
-class _Killed(torch.utils.data.Dataset):
-    def __getitem__(self, index: int) -> int:
-        os.kill(os.getpid(), signal.SIGBUS)
-        return index
-
-    def __len__(self) -> int:
-        return 2
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="the signal and /dev/shm are those of Linux")
-def test_a_loader_killed_by_a_bus_error_names_the_options_of_the_container():
-    loader = torch.utils.data.DataLoader(_Killed(), num_workers=1, multiprocessing_context="fork")
-    with pytest.raises(ConfigError, match=r"/dev/shm.*--ipc=host.*--shm-size.*--workers=0"), worker_errors():
-        next(iter(loader))
-
-
-def test_other_errors_of_a_loader_stay_as_they_are():
-    with pytest.raises(RuntimeError, match="killed by signal: Segmentation fault"), worker_errors():
-        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Segmentation fault. ")

@@ -1,4 +1,4 @@
-"""Signals ask a session to end; a second one ends the process; workers leave it to the main process."""
+"""Signals ask a session to end; a second one ends the process."""
 
 import os
 import signal
@@ -124,24 +124,6 @@ def test_processes_that_are_spared_inherit_blocked_signals():
     with spared_children():
         assert set(SIGNALS) <= signal.pthread_sigmask(signal.SIG_BLOCK, [])
     assert not set(SIGNALS) & signal.pthread_sigmask(signal.SIG_BLOCK, [])
-
-
-@posix
-def test_a_worker_ignores_what_the_whole_group_gets_and_ends_when_told_twice():
-    code = """
-import os, signal
-from torch_utils.processes.stopping import SIGNALS, prepare_worker
-signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-os.kill(os.getpid(), signal.SIGINT)  # while it was being started
-prepare_worker(0)
-for signum in SIGNALS:
-    os.kill(os.getpid(), signum)
-print("lives", flush=True)
-os.kill(os.getpid(), signal.SIGTERM)
-print("still lives")
-"""
-    end = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
-    assert (end.returncode, end.stdout, end.stderr) == (0, "lives\n", "")
 
 
 def test_a_suspension_can_be_requested_from_the_program():
