@@ -1,19 +1,26 @@
 """Convert networks between the published pickle, .safetensors and model folders: command line."""
 
-from pathlib import Path
+from __future__ import annotations
+
 from typing import Any
+
+from dnnlib.start import ASKED_FOR_HELP
 
 import click
 import tqdm
 
-from dnnlib.cli import main
-from training.sharing.convert_network import convert_snapshots
+from dnnlib.cli import PATH, SOURCE, main, say_next
+
+if not ASKED_FOR_HELP:  # which does not wait for torch
+    from training.sharing.convert_network import convert_snapshots
 
 
 @click.command()
-@click.argument("sources", metavar="PATH|URL|NAME...", nargs=-1, required=True)
-@click.option("--outdir", metavar="DIR", help="Write {name}.safetensors for {name}.pkl here, and vice versa")
-@click.option("--out", metavar="FILE|DIR", help="Write the one input to FILE.pkl or FILE.safetensors, or to a folder")
+@click.argument("sources", metavar="PATH|URL|NAME...", type=SOURCE, nargs=-1, required=True)
+@click.option("--outdir", metavar="DIR", type=PATH, help="Write {name}.safetensors for {name}.pkl here, and vice versa")
+@click.option(
+    "--out", metavar="FILE|DIR", type=PATH, help="Write the one input to FILE.pkl or FILE.safetensors, or to a folder"
+)
 @click.option(
     "--to",
     type=click.Choice(["pkl", "safetensors", "folder"]),
@@ -23,7 +30,7 @@ from training.sharing.convert_network import convert_snapshots
 @click.option(
     "--metrics",
     metavar="FILE",
-    type=click.Path(path_type=Path),
+    type=PATH,
     multiple=True,
     help="Result of calculate_metrics.py --json for the model card; may be repeated",
 )
@@ -58,7 +65,11 @@ def cmdline(sources: tuple[str, ...], **options: Any) -> None:
             details = [] if nimg is None else [f"{nimg} images"]
             details += [] if std is None else [f"EMA length {std:g}"]
             progress.write(f"Wrote {done.path}" + f" ({', '.join(details)})" * bool(details))
+    say_next("generate_images.py", f"--net={done.path}", "--outdir=out")
 
 
 if __name__ == "__main__":
-    main(cmdline)
+    main(
+        cmdline,
+        interrupted="The files printed above are complete; convert the others with the same command without these.",
+    )

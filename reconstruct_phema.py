@@ -1,20 +1,27 @@
 """Reconstruct networks with any EMA length from a run's snapshots (post-hoc EMA), as the published script does."""
 
+from __future__ import annotations
+
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
+
+from dnnlib.start import ASKED_FOR_HELP
 
 import click
 import tqdm
 
-from dnnlib.cli import main
+from dnnlib.cli import SOURCE, main, say_next
 from dnnlib.errors import ConfigError
-from edm2.options.metrics import STD_LIST
-from training.posthoc import reconstruction
-from training.posthoc.inputs import list_input_pickles, parse_std_list
-from training.posthoc.reconstruction import Reconstruction, output_name
-from training.posthoc.response_plot import check_plot_path, plot_responses
-from training.snapshot import nimg_from_kimg as kimg_to_nimg
+from edm2.options.metrics import KIMG, STD_LIST
+from edm2.options.sampling import own_networks_option
+
+if not ASKED_FOR_HELP:  # which does not wait for torch
+    from training.posthoc import reconstruction
+    from training.posthoc.inputs import kimg_text, list_input_pickles, parse_std_list
+    from training.posthoc.reconstruction import Reconstruction, output_name
+    from training.posthoc.response_plot import check_plot_path, plot_responses
+    from training.snapshot import nimg_from_kimg as kimg_to_nimg
 
 # Names that people's scripts import from here.
 __all__ = ["kimg_to_nimg", "list_input_pickles", "parse_std_list", "pkl_path", "reconstruct_phema"]
@@ -34,15 +41,17 @@ def reconstruct_phema(
     max_batch_size: int = 8,
     verbose: bool = True,
     out_format: str = "pkl",
+    own_networks: Sequence[str] = (),
 ) -> Reconstruction:
     """`training.posthoc.reconstruction.reconstruct_phema`; `verbose` prints what is going to be done."""
     work = reconstruction.reconstruct_phema(
-        in_pkls, out_std, out_nimg, out_dir, out_prefix, skip_existing, max_batch_size, out_format
-    )
+        in_pkls, out_std, out_nimg, out_dir, out_prefix, skip_existing, max_batch_size, out_format,
+        own_networks=own_networks,
+    )  # fmt: skip
     if verbose:
         for path in work.skipped:
             print(f"{path} exists, skipped")
-        kimg = work.out_nimg // 1000
+        kimg = kimg_text(work.out_nimg)
         print(f"Reconstructing {len(work.out_stds)} EMA profiles at {kimg} kimg from {len(work.inputs)} snapshots")
     return work
 
@@ -53,13 +62,11 @@ def pkl_path(dir: str | os.PathLike[str], prefix: str, nimg: int, std: float) ->
 
 
 @click.command()
-@click.option("--indir", metavar="DIR", required=True, help="Folder with the snapshots of a training run")
+@click.option("--indir", metavar="DIR", type=SOURCE, required=True, help="Folder with the snapshots of a training run")
 @click.option("--inprefix", metavar="STR", help="Take only inputs named {this}-{kimg}-{std}")
 @click.option("--instd", metavar="LIST", type=STD_LIST, help="Take only inputs with these EMA lengths")
-@click.option("--outdir", metavar="DIR", required=True, help="Where to save the reconstructed networks")
-@click.option(
-    "--outkimg", metavar="KIMG", type=click.IntRange(min=1), help="Training time of the outputs [default: newest input]"
-)
+@click.option("--outdir", metavar="DIR", type=SOURCE, required=True, help="Where to save the reconstructed networks")
+@click.option("--outkimg", metavar="KIMG", type=KIMG, help="Training time of the outputs [default: newest input]")
 @click.option(
     "--outstd",
     "out_std",
@@ -96,13 +103,13 @@ def pkl_path(dir: str | os.PathLike[str], prefix: str, nimg: int, std: float) ->
     "--format",
     "out_format",
     type=click.Choice(["pkl", "safetensors", "both"]),
-    default="pkl",
-    show_default=True,
-    help="File format of the outputs",
+    help="File format of the outputs  [default: pkl; safetensors with --network]",
 )
+@own_networks_option
 @click.option(
     "--plot",
     metavar="FILE",
+    type=SOURCE,
     help="Draw the wanted and the achieved averaging profiles over training time (png, pdf, svg)",
 )
 def cmdline(
@@ -113,6 +120,8 @@ def cmdline(
     outkimg: int | None,
     out_std: list[float],
     plot: str | None,
+    out_format: str | None,
+    own_networks: tuple[str, ...],
     **options: Any,
 ) -> None:
     """Reconstruct networks with any EMA length from the snapshots of a training run.
@@ -150,18 +159,27 @@ def cmdline(
         filters = f" with prefix '{inprefix}'" if inprefix is not None else ""
         filters += f" with EMA length {', '.join(f'{std:.3f}' for std in instd)}" if instd is not None else ""
         raise ConfigError(f"no snapshots {{prefix}}-{{kimg}}-{{std}}.pkl or .safetensors{filters} in {indir}")
-    nimg = kimg_to_nimg(outkimg) if outkimg is not None else None
-    work = reconstruct_phema(inputs, out_std, nimg, outdir, **options)
+    out_format = out_format or ("safetensors" if own_networks else "pkl")
+    if own_networks and out_format != "safetensors":
+        raise ConfigError(f"--format={out_format} cannot hold an own network; use --format=safetensors")
+    options |= {"out_format": out_format, "own_networks": own_networks}
+    work = reconstruct_phema(inputs, out_std, outkimg, outdir, **options)
+    paths = list(work.skipped)
     with tqdm.tqdm(total=len(work), unit="step", dynamic_ncols=True, disable=not len(work)) as progress:
         for step in work:
             progress.update()
             for output in step.outputs:
+                paths += output.paths
                 note = f", amplifies rounding errors {output.gain:.0f} times" if output.gain > _MAX_GAIN else ""
                 progress.write(f"{', '.join(str(path) for path in output.paths)}: fit {output.fit:.2e}{note}")
     if plot is not None:
         plot_responses(plot, work.inputs, work.out_nimg, out_std)
         print(f"Profiles in {plot}")
+    say_next("generate_images.py", f"--net={paths[0]}", "--outdir=out")
 
 
 if __name__ == "__main__":
-    main(cmdline)
+    main(
+        cmdline,
+        interrupted="The networks printed above are complete; the same command with --skip makes the others.",
+    )

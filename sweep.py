@@ -1,44 +1,50 @@
 """Measure a training run over EMA lengths and guidance weights, without writing networks or images."""
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import Any
+
+from dnnlib.start import ASKED_FOR_HELP
 
 import click
 import tqdm
 
 import dnnlib.cli
+from dnnlib.cli import PATH, SOURCE
 from dnnlib.disk import make_folder, require_file_place
 from dnnlib.errors import ConfigError
-from edm2.options.metrics import COUNT, STD_LIST, Measuring, batch_option, detector_options, measuring_options
-from edm2.options.sampling import NUMBERS, sampling_options_without
-from torch_utils import distributed
-from torch_utils.distributed import World
-from torch_utils.precision import numerics
-from torch_utils.processes.together import on_main
-from training.metrics import results
-from training.metrics.available import Plan, plan_metrics
-from training.metrics.reference import load_stats
-from training.posthoc.inputs import Input, choose_inputs, list_input_pickles
-from training.posthoc.response_plot import SUFFIXES
-from training.sampling.request import SamplingRequest, resolve_sampling
-from training.snapshot import nimg_from_kimg
-from training.sweep import ema_sweep
-from training.sweep.ema_sweep import Point, Sweep
-from training.sweep.sweep_plot import plot_sweep
+from edm2.options.metrics import COUNT, KIMG, STD_LIST, Measuring, batch_option, detector_options, measuring_options
+from edm2.options.sampling import NUMBERS, sampling_options_without, settled_precision
+
+if not ASKED_FOR_HELP:  # which does not wait for torch
+    from torch_utils import distributed
+    from torch_utils.distributed import World
+    from torch_utils.precision import numerics
+    from torch_utils.processes.together import on_main
+    from training.metrics import results
+    from training.metrics.available import Plan, plan_metrics
+    from training.metrics.reference import load_stats
+    from training.posthoc.inputs import Input, choose_inputs, kimg_text, list_input_pickles
+    from training.posthoc.response_plot import SUFFIXES
+    from training.sampling.request import SamplingRequest, resolve_sampling
+    from training.sweep import ema_sweep
+    from training.sweep.ema_sweep import Point, Sweep
+    from training.sweep.sweep_plot import plot_sweep
 
 
 @click.command()
-@click.option("--indir", metavar="DIR", required=True, help="Folder with the snapshots of a training run")
+@click.option("--indir", metavar="DIR", type=SOURCE, required=True, help="Folder with the snapshots of a training run")
 @click.option("--inprefix", metavar="STR", help="Take only inputs named {this}-{kimg}-{std}")
 @click.option("--instd", metavar="LIST", type=STD_LIST, help="Take only inputs with these EMA lengths")
-@click.option("--outkimg", metavar="KIMG", type=COUNT, help="Training time of the networks [default: newest input]")
+@click.option("--outkimg", metavar="KIMG", type=KIMG, help="Training time of the networks [default: newest input]")
 @click.option(
     "--outstd", metavar="LIST", type=STD_LIST, required=True, help="EMA lengths to measure: 0.05 or 0.01,0.02,...,0.25"
 )
 @click.option("--guidance", metavar="LIST", type=NUMBERS, default="1", help="Guidance weights to measure [default: 1]")
 @sampling_options_without("preset", "net", "guidance", "compile")
 @measuring_options
-@click.option("--plot", metavar="FILE", type=click.Path(path_type=Path), help="Draw the curves (png, pdf, svg)")
+@click.option("--plot", metavar="FILE", type=PATH, help="Draw the curves (png, pdf, svg)")
 @batch_option(32)
 @click.option("--build", type=COUNT, default=8, show_default=True, help="Networks to reconstruct at a time")
 @detector_options
@@ -77,10 +83,11 @@ def cmdline(
     given = Measuring.take(options)
     _require_paths(given.json_path, plot)
     inputs = list_input_pickles(indir, in_prefix=inprefix, in_std=instd)
-    nimg, inputs = choose_inputs(inputs, None if outkimg is None else nimg_from_kimg(outkimg))
+    nimg, inputs = choose_inputs(inputs, outkimg)
+    options["precision"] = settled_precision(options["precision"], given.device)
     requests = [resolve_sampling(net="", guidance=weight, **options) for weight in sorted(set(guidance))]
     lists = None if instd is None else ",".join(f"{std:g}" for std in instd)
-    origin = {"indir": indir, "inprefix": inprefix, "instd": lists, "outkimg": outkimg}
+    origin = {"indir": indir, "inprefix": inprefix, "instd": lists, "outkimg": outkimg and kimg_text(nimg)}
     _sweep(inputs, nimg, outstd, requests, origin, given, plot=plot, batch=batch, build=build)
 
 
@@ -133,6 +140,8 @@ def _sweep(
             _report(points, requests, plan, origin, nimg, range(given.seed, given.seed + num))
             if plot is not None:
                 plot_sweep(plot, points, plan.metrics, title=f"{len(inputs)} snapshots, {num} images a point")
+            written = [str(path) for path in (json_path, plot) if path is not None]
+            click.echo(f"Wrote {' and '.join(written)}" if written else "--json=FILE keeps the points", err=not written)
         world.barrier()
 
 
@@ -177,4 +186,7 @@ def _report(
 
 
 if __name__ == "__main__":
-    dnnlib.cli.main(cmdline)
+    dnnlib.cli.main(
+        cmdline,
+        interrupted="The points printed above are in --json, if given; the same command continues after them.",
+    )

@@ -27,8 +27,12 @@ _POOL_SIZE = 32
 _recording_streams: "weakref.WeakSet[torch.cuda.Stream]" = weakref.WeakSet()
 
 
-def compiled(function: Callable[..., Any], announce: Callable[[str], None] | None = None) -> Callable[..., Any]:
+def compiled(
+    function: Callable[..., Any], announce: Callable[[str], None] | None = None, *, fullgraph: bool = True
+) -> Callable[..., Any]:
     """Compile a function of tensors with torch.compile: as one graph, once for each combination of shapes.
+
+    Without `fullgraph`, code that cannot be compiled runs between several graphs.
 
     `announce` gets a line before the first call of each combination, and another one with the time that it took. Where
     a compiler is missing it gets one line, and the function is called as it is. See `compiling` for the folder.
@@ -42,7 +46,7 @@ def compiled(function: Callable[..., Any], announce: Callable[[str], None] | Non
         nonlocal inner, missing
         if inner is None:
             missing = missing_compiler(args[0].device)
-            inner = torch.compile(function, fullgraph=True, dynamic=False) if missing is None else function
+            inner = torch.compile(function, fullgraph=fullgraph, dynamic=False) if missing is None else function
             if missing is not None and announce is not None:
                 announce(f"Not compiled, and slower: {missing}.")
         key = tuple((x.shape, x.dtype) if isinstance(x, torch.Tensor) else x for x in args)

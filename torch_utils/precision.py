@@ -3,15 +3,11 @@
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, get_args
 
 import numpy as np
 import torch
 
-# Arithmetic of large matrix products and convolutions: float32; float32 with factors rounded to TF32 on GPUs that have
-# it; float16 on CUDA devices and float32 elsewhere; bfloat16.
-Precision = Literal["fp32", "tf32", "fp16", "bf16"]
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+from torch_utils.precision_names import Precision
 
 
 def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
@@ -30,6 +26,19 @@ def precision_note(precision: Precision, device: torch.device) -> str | None:
     if precision == "bf16" and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return "This CPU has no instructions for bfloat16: it is emulated, and slower than --precision=fp32."
     return None
+
+
+def fastest_precision(device: torch.device) -> tuple[Precision, str]:
+    """Return the fastest format on `device`, of those that training and sampling work in, and the reason."""
+    if device.type == "cuda":
+        if torch.cuda.get_device_capability(device) >= (7, 0):
+            return "fp16", "as published"
+        return "fp32", "this GPU has no tensor cores"
+    if device.type != "cpu":
+        return "fp32", f"other formats are not used on {device.type}"
+    if precision_note("bf16", device) is None:
+        return "bf16", "this CPU has instructions for it"
+    return "fp32", "this CPU has no instructions for bfloat16"
 
 
 @contextmanager

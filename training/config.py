@@ -9,17 +9,19 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field
-from typing import Any, ClassVar, Literal
-
-import torch
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from dnnlib.download import is_remote
 from dnnlib.errors import ConfigError
 from dnnlib.fields import check_limits, option
-from torch_utils.compiling import missing_compiler
-from torch_utils.precision import PRECISIONS, Precision
+from torch_utils.precision_names import AUTO, PRECISIONS, Precision
 from training.metrics.metric_table import parse_metrics
 
+if TYPE_CHECKING:
+    import torch
+
+PUBLISHED_VAE = "stabilityai/sd-vae-ft-mse"  # the VAE of the published networks, whose latents' statistics are known
+ENCODER_PRECISIONS = ("tf32", "fp32")  # of a VAE's convolutions on GPUs that have TF32
 SHUFFLE_BUFFER = 10_000  # images of a data set behind a URL
 MAX_SAMPLES = 64  # columns of a sample grid
 
@@ -40,13 +42,18 @@ class NetworkConfig:
     channels_per_head: int = 64
     dropout: float = option(0.0, "Dropout probability", shown="", least=0, below=1)
     precision: Precision = option(
-        "fp16", "Number format of the U-Net; fp16 is float32 without a CUDA device", choices=PRECISIONS
+        "fp16",
+        "Number format of the U-Net; fp16 is float32 without a CUDA device, auto = the fastest here",
+        choices=PRECISIONS,
+        extra={"settled": (AUTO,)},  # values of the option that are replaced before there is a configuration
     )
 
     def __post_init__(self) -> None:
         check_limits(self)
         if not self.channel_mult or min(self.channel_mult) < 1:
             raise ConfigError("--channel-mult needs one whole number above 0 for each level, e.g. 1,2,3,4")
+        if any(resolution < 0 for resolution in self.attn_resolutions):
+            raise ConfigError("--attn-resolutions needs whole numbers such as 16,8; 0 means no level")
 
     def fitted_to(self, resolution: int) -> "NetworkConfig":
         """Return the same with narrower attention heads, if a level with attention is narrower than a usual head.
@@ -79,13 +86,13 @@ class MetricsConfig:
 
     # Names in training.metrics.metric_table, or ("all",).
     names: tuple[str, ...] = option(help="Measure the averaged networks: fd_efflite0, fid, ...", flag="metrics")
-    ref: str | None = option(None, "Reference statistics to compare with", value="PATH|URL")
+    ref: str | None = option(None, "Reference statistics for --metrics", value="PATH|URL")
     every: int | None = option(  # None = whenever a snapshot is taken
         None, "Interval of measurements, each with a snapshot", value="NIMG", shown="--snapshot", above=0
     )
-    num: int = option(5000, "Images that each network generates", value="NIMG", least=2)  # from the seeds 0, 1, ...
-    batch: int = option(32, "Images at once per process", least=1)
-    steps: int = option(32, "Sampling steps", least=2)  # of Heun's method
+    num: int = option(5000, "Images to measure of each network", value="NIMG", least=2)  # from the seeds 0, 1, ...
+    batch: int = option(32, "Images at once per process, for --metrics", least=1)
+    steps: int = option(32, "Sampling steps for --metrics", least=2)  # of Heun's method
     weights: dict[str, str] = field(default_factory=dict)  # files by detector, in place of the published ones
 
     def __post_init__(self) -> None:
@@ -109,15 +116,19 @@ class SamplesConfig:
         least=1,
         most=MAX_SAMPLES,
     )
-    classes: tuple[int, ...] | None = option(None, "Classes of its rows", shown="all, or 10 spread over them")
-    std: float | None = option(None, "EMA length to draw from", shown="best for the preset")  # None = the first one
-    steps: int = option(32, "Sampling steps", least=2)  # of Heun's method
-    batch: int = option(32, "Images at once per process", least=1)
+    classes: tuple[int | str, ...] | None = option(
+        None, "Classes, by number or name, in the rows of sample grids", shown="all, or 10 spread over them"
+    )
+    std: float | None = option(
+        None, "EMA length of the network in sample grids", shown="best for the preset"
+    )  # None = the first one
+    steps: int = option(32, "Sampling steps for --samples", least=2)  # of Heun's method
+    batch: int = option(32, "Images at once per process, for --samples", least=1)
 
     def __post_init__(self) -> None:
         check_limits(self)
-        if self.classes is not None and (not self.classes or min(self.classes) < 0):
-            raise ConfigError("--samples-classes needs class numbers from 0 on, e.g. 0,1,7")
+        if self.classes is not None and not (self.classes and all(isinstance(c, str) or c >= 0 for c in self.classes)):
+            raise ConfigError("--samples-classes needs class numbers from 0 on, or names, e.g. 0,1,7")
 
     def check_tracked(self, ema_stds: Sequence[float]) -> None:
         """Raise ConfigError if the run does not track the EMA length."""
@@ -131,6 +142,10 @@ class TrainingConfig:
     """All options of a training run. Image counts are numbers of images, over all processes."""
 
     data: str = option(help="The data set  [required, unless the preset brings one]", value="ZIP|DIR|URL")
+    dataset_class: str | None = option(
+        None, "Own data set class for --data, if it needs that", flag="dataset", value="MODULE:CLASS", shown="none"
+    )
+    dataset_args: dict[str, Any] | None = option(None, "Arguments of --dataset")
     shuffle_buffer: int | None = option(  # None = SHUFFLE_BUFFER
         None, "Images to shuffle over, for data at a URL", value="IMAGES", shown="10000", above=0
     )
@@ -147,9 +162,15 @@ class TrainingConfig:
     )
     vae: str | None = None  # encode pixels with this VAE while training: hub name or local folder
     encoder_precision: str | None = None  # of that VAE, one of ENCODER_PRECISIONS; None = tf32
+    network_class: str | None = option(  # see training/own
+        None, "Own network in place of ours (docs/extending.md)", flag="network", value="MODULE:CLASS", shown="none"
+    )
+    network_args: dict[str, Any] | None = option(None, "Arguments of --network")
     network: NetworkConfig = NetworkConfig()
     P_mean: float = option(-0.4, "Mean of ln(sigma)", shown="")
     P_std: float = option(1.0, "Standard deviation of ln(sigma)", shown="", above=0)
+    loss_class: str | None = option(None, "Own loss in place of ours", flag="loss", value="MODULE:CLASS", shown="none")
+    loss_args: dict[str, Any] | None = option(None, "Arguments of --loss")
     lr: float = option(0.01, "Reference learning rate", shown="", above=0)
     decay: float = option(
         70e3, "Batches before the learning rate decays; 0 = never", value="BATCHES", shown="", least=0
@@ -158,8 +179,10 @@ class TrainingConfig:
     ema_stds: tuple[float, ...] = option((0.050, 0.100), "EMA lengths to track, relative to training time", shown="")
     batch: int = option(2048, "Total batch size, over all processes", value="NIMG", shown="", above=0)
     seed: int = option(0, "Random seed", least=0, most=(1 << 63) - 1)
-    ls: float | Literal["auto"] = option(1.0, "Loss scaling; auto adapts it", value="FLOAT|auto", shown="1", above=0)
-    init: str | None = option(None, "Start from this snapshot's weights", value="PKL|URL")
+    ls: float | Literal["auto"] = option(
+        1.0, "Factor on the loss; auto = adapted to the gradients", value="FLOAT|auto", shown="1", above=0
+    )
+    init: str | None = option(None, "Start from the weights of a snapshot", value="PKL|URL")
     init_partial: bool = option(False, "Initialize tensors that do not fit --init, instead of failing", value="")
     duration: int = neutral(1 << 31, "Training duration", value="NIMG", shown="", above=0)
     batch_gpu: int | None = neutral(  # None = no accumulation
@@ -173,23 +196,29 @@ class TrainingConfig:
     )
     keep_checkpoints: int = neutral(2, "Checkpoints to keep; 0 = all", least=0)
     background_saves: bool = neutral(True, "Write files while training continues, from a copy in host memory")
-    on_disk_full: str = neutral("stop", "If the disk is full", choices=("stop", "wait"))
-    bench: bool = neutral(True, "Let cuDNN time its algorithms")
+    on_disk_full: str = neutral("stop", "What to do when the disk is full", choices=("stop", "wait"))
+    bench: bool = neutral(True, "Let cuDNN time its algorithms and take the fastest")
     compile: bool | None = neutral(None, "Compile the network", shown="on CUDA devices")
     recompute: bool = neutral(False, "Save memory: compute activations again in the backward pass")
     shard: bool = neutral(False, "Save memory: spread weights over the processes (FSDP2)")
-    shard_group: int | None = neutral(None, "Processes that share one copy", shown="all", above=0)
+    shard_group: int | None = neutral(
+        None, "Processes that share one copy of the weights, for --shard", shown="all", above=0
+    )
     workers: int = neutral(0, "Data-loading processes", shown="2 with a GPU, else 0", least=0)
     data_cache: str | None = neutral(
-        None, "Folder for the shards of data at a URL", value="DIR", shown="in the cache folder"
+        None, "Folder that keeps the shards of data at a URL", value="DIR", shown="in the cache folder"
     )
-    data_cache_size: int = neutral(50 * 10**9, "Size limit for these shards", value="SIZE", shown="50GB", above=0)
+    data_cache_size: int = neutral(
+        50 * 10**9, "Size limit of the shards in --data-cache", value="SIZE", shown="50GB", above=0
+    )
     metrics: MetricsConfig | None = neutral(None)  # None = nothing is measured
     slice: int | None = neutral(
         None, "End the session after NIMG images; the next one continues", value="NIMG", above=0
     )
-    on_nonfinite: str = neutral("stop", "If loss or gradients stay infinite or NaN", choices=("stop", "continue"))
-    nonfinite_limit: int = neutral(3, "Consecutive status intervals before that", above=0)
+    on_nonfinite: str = neutral(
+        "stop", "What to do when loss or gradients stay infinite or NaN", choices=("stop", "continue")
+    )
+    nonfinite_limit: int = neutral(3, "Status intervals with such values before --on-nonfinite acts", above=0)
     monitor: bool = neutral(
         False, "Record magnitudes of gradients, and of each block's activations and weights, in stats.jsonl", value=""
     )
@@ -198,6 +227,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         check_limits(self)
         self._check_data()
+        self._check_own_parts()
         if self.shard_group is not None and not self.shard:
             raise ConfigError(f"--shard-group={self.shard_group} needs --shard=True")
         if len({f"{std:.3f}" for std in self.ema_stds}) != len(self.ema_stds) or not self.ema_stds:
@@ -208,6 +238,22 @@ class TrainingConfig:
             self.samples.check_tracked(self.ema_stds)
             if self.snapshot == 0 and self.metrics is None:
                 raise ConfigError("--samples draws a grid at each snapshot; --snapshot=0 takes none")
+
+    def _check_own_parts(self) -> None:
+        for part in ("network", "loss", "dataset"):
+            if getattr(self, f"{part}_args") is not None and getattr(self, f"{part}_class") is None:
+                raise ConfigError(f"--{part}-args needs --{part}=module:Class")
+        if self.network_class is None:
+            return
+        if self.recompute:
+            raise ConfigError("--recompute is for our network; an own one may call torch.utils.checkpoint itself")
+        if self.snapshot_format != "safetensors":
+            raise ConfigError(f"--format={self.snapshot_format} cannot hold an own network; use --format=safetensors")
+
+    @property
+    def has_own_parts(self) -> bool:
+        """True if the network or the loss is of the user's own."""
+        return self.network_class is not None or self.loss_class is not None
 
     def _check_data(self) -> None:
         """Raise ConfigError for options that do not go together, whatever is in the data set."""
@@ -235,6 +281,17 @@ class TrainingConfig:
         """Number of images over which a data set behind a URL is shuffled, at least."""
         return SHUFFLE_BUFFER if self.shuffle_buffer is None else self.shuffle_buffer
 
+    def crosses(self, interval: int, nimg: int) -> bool:
+        """Return whether the iteration that ends at `nimg` crosses a multiple of `interval` images (0 = none)."""
+        return interval > 0 and nimg // interval > (nimg - self.batch) // interval
+
+    def saves_at(self, nimg: int) -> bool:
+        """Return whether an iteration ends at `nimg` images after which files are due."""
+        every = self.metrics.every if self.metrics is not None else None
+        intervals = (self.snapshot, self.checkpoint, every or 0)
+        is_last = nimg - self.batch < self.duration <= nimg
+        return nimg % self.batch == 0 and (is_last or any(self.crosses(interval, nimg) for interval in intervals))
+
     def share_of(self, num_ranks: int) -> tuple[int, int]:
         """Return images per process and iteration, and the rounds of accumulation that they are split into."""
         if self.batch % num_ranks:
@@ -250,11 +307,13 @@ class TrainingConfig:
             )
         return share, share // per_round
 
-    def compiles_on(self, device: torch.device) -> bool:
+    def compiles_on(self, device: "torch.device") -> bool:
         """Return whether the network is compiled on `device`: if that is asked for, and a compiler is found."""
+        from torch_utils.compiling import missing_compiler  # here, because options are made without torch
+
         return self.asks_to_compile_on(device) and missing_compiler(device) is None
 
-    def asks_to_compile_on(self, device: torch.device) -> bool:
+    def asks_to_compile_on(self, device: "torch.device") -> bool:
         """Return whether the options ask for a compiled network on `device`."""
         return device.type == "cuda" if self.compile is None else self.compile
 
@@ -287,6 +346,15 @@ class TrainingConfig:
         pairs = [(key, old.get(key), value) for key, value in new.items() if key not in neutral | {"network"}]
         pairs += [(key, old_network.get(key), value) for key, value in new["network"].items()]
         return [f"{key}: {_shown(was)} in the run, {now} asked for" for key, was, now in pairs if was != now]
+
+
+def is_published(stored: str) -> bool:
+    """Return whether the text of a training_options.json is that of the published code."""
+    try:
+        options = json.loads(stored)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(options, dict) and "network" not in options and "network_kwargs" in options
 
 
 def _shown(value: Any) -> str:

@@ -11,6 +11,7 @@ torch and torch_utils.persistence at the top.
 from __future__ import annotations  # the published code base supports Python 3.9
 
 import copy
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -314,6 +315,7 @@ def _load_vae(name: str) -> Any:
             f'VAE {name!r} needs the diffusers library, which is not installed; try: pip install "edm2[vae]"'
         ) from None
     try:
+        require_on_hub(name)
         return AutoencoderKL.from_pretrained(
             name,
             use_safetensors=True,  # weights are data, never a pickle
@@ -322,6 +324,16 @@ def _load_vae(name: str) -> Any:
     except Exception as error:  # not found, no network, damaged files, weights of another shape
         reason = " ".join(str(error).split())[:300]
         raise _user_error(f"VAE {name!r} cannot be loaded as a hub name or a local folder: {reason}") from None
+
+
+def require_on_hub(name: str) -> None:
+    """Raise ConfigError if the hub cannot be reached: diffusers says half a minute later that a file is missing."""
+    try:
+        from dnnlib.hub import HubName, fetch_file, parse_repository
+    except ImportError:  # in the published code base
+        return
+    if not os.path.isdir(name) and parse_repository(name) == HubName(repo=name):
+        fetch_file(HubName(repo=name, file="config.json"))
 
 
 def _user_error(message: str) -> ValueError:

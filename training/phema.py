@@ -8,7 +8,7 @@ to ofs and `exp` is gamma. Times may be in any unit (images, steps), the same ev
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -138,6 +138,28 @@ def posthoc_fit(
     # A perfect fit cancels to a rounding error of either sign.
     error: Array = np.sqrt(np.maximum(square, 0) / norm)
     return error
+
+
+def posthoc_average(
+    states: Sequence[Mapping[str, torch.Tensor]], weights: Sequence[float], buffers: Collection[str] = ()
+) -> dict[str, torch.Tensor]:
+    """Return the weighted sum of state dictionaries, with one column of `solve_posthoc_coefficients` as `weights`.
+
+    Sums are float32, or float64 for float64. Averages have no meaning for buffers, such as the statistics of batch
+    normalization: tensors named in `buffers`, and those of integers, are the last state's, so the newest comes last.
+    """
+    if len(states) != len(weights) or any(state.keys() != states[-1].keys() for state in states):
+        raise ValueError(f"{len(weights)} weights need as many states, all with the same names")
+    result = {}
+    for name, last in states[-1].items():
+        if name in buffers or not last.is_floating_point():
+            result[name] = last.clone()
+            continue
+        total = torch.zeros_like(last, dtype=torch.promote_types(last.dtype, torch.float32))
+        for state, weight in zip(states, weights, strict=True):
+            total += state[name].to(total.dtype) * float(weight)
+        result[name] = total
+    return result
 
 
 def _profiles(ofs: npt.ArrayLike, std: npt.ArrayLike) -> tuple[Array, Array]:

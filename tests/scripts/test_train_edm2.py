@@ -1,6 +1,7 @@
 """The command line of train_edm2.py: what it prints and writes, and how it refuses."""
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -40,9 +41,17 @@ def test_a_run_writes_its_options_log_statistics_snapshots_and_checkpoints(data,
     assert run(*args, "--format=both") == 0
     names = {path.name for path in out.iterdir()}
     snapshots = {
-        f"network-snapshot-0000000-{std}.{ext}" for std in ("0.050", "0.100") for ext in ("pkl", "safetensors")
+        f"network-snapshot-0000000.{nimg}-{std}.{ext}"
+        for nimg, std, ext in itertools.product(("016", "032"), ("0.050", "0.100"), ("pkl", "safetensors"))
     }
-    files = {"training_options.json", "log.txt", "stats.jsonl", "sessions.jsonl", "training-state-0000000.pt"}
+    files = {
+        "training_options.json",
+        "data.json",
+        "log.txt",
+        "stats.jsonl",
+        "sessions.jsonl",
+        "training-state-0000000.032.pt",
+    }
     assert names == files | snapshots
     lines = [json.loads(line) for line in (out / "stats.jsonl").read_text().splitlines()]
     assert [line["Progress/kimg"] for line in lines] == [0.016, 0.032]
@@ -54,7 +63,8 @@ def test_a_run_writes_its_options_log_statistics_snapshots_and_checkpoints(data,
 def test_status_lines_say_what_the_published_ones_do(data, tmp_path, capsys):
     assert run(*SHORT, f"--outdir={tmp_path / 'run'}", f"--data={data}", "--status=16") == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("kimg ")]
-    assert len(lines) == 2
+    assert len(lines) == 2 and max(map(len, lines)) <= 110
+    assert [line.split()[1] for line in lines] == ["0.016", "0.032"]
     fields = ["kimg", "time", "sec/tick", "sec/kimg", "maintenance", "cpumem", "gpumem", "reserved"]
     assert all(re.findall(r"(\S+) +\S+", line)[: len(fields)] == fields for line in lines)
 
@@ -81,12 +91,12 @@ def test_a_finished_run_without_checkpoints_is_not_trained_and_overwritten_again
 def test_a_finished_run_says_so_and_a_longer_duration_continues_it(data, tmp_path, capsys):
     args = [*TINY, "--batch=8", f"--outdir={tmp_path / 'run'}", f"--data={data}", "--status=8"]
     assert run(*args, "--duration=16") == 0
-    state = (tmp_path / "run" / "training-state-0000000.pt").read_bytes()
+    state = (tmp_path / "run" / "training-state-0000000.016.pt").read_bytes()
     capsys.readouterr()
     assert run(*args, "--duration=16") == 0
     text = capsys.readouterr().out
     assert "The run is finished" in text and "Training for" not in text
-    assert (tmp_path / "run" / "training-state-0000000.pt").read_bytes() == state
+    assert (tmp_path / "run" / "training-state-0000000.016.pt").read_bytes() == state
     assert run(*args, "--duration=24") == 0
     assert "Training for 1 iterations" in capsys.readouterr().out
     lines = (tmp_path / "run" / "stats.jsonl").read_text().splitlines()
@@ -299,7 +309,7 @@ def test_a_damaged_checkpoint_is_refused_and_nothing_changes(data, tmp_path, cap
     out = tmp_path / "run"
     args = [*TINY, "--batch=8", f"--outdir={out}", f"--data={data}", "--status=8"]
     assert run(*args, "--duration=8") == 0
-    state = out / "training-state-0000000.pt"
+    state = out / "training-state-0000000.008.pt"
     state.write_bytes(state.read_bytes()[:1000])
     before = {path: path.read_bytes() for path in out.iterdir()}
     capsys.readouterr()
@@ -326,7 +336,7 @@ def test_images_of_mixed_sizes_are_refused_before_anything_is_written(tmp_path, 
 
 def test_init_with_partial_says_what_stayed_fresh(data, tmp_path, capsys):
     assert run(*SHORT, f"--outdir={tmp_path / 'a'}", f"--data={data}", "--snapshot=32") == 0
-    snapshot = tmp_path / "a" / "network-snapshot-0000000-0.050.pkl"
+    snapshot = tmp_path / "a" / "network-snapshot-0000000.032-0.050.pkl"
     capsys.readouterr()
     args = [*SHORT, f"--outdir={tmp_path / 'b'}", f"--data={data}", f"--init={snapshot}"]
     assert run(*args, "--cond=False") == 0  # the label embedding of the snapshot finds no place
@@ -413,3 +423,24 @@ def test_what_compiling_takes_is_said_before_it_begins(missing: str | None, monk
         assert line == "The network is not compiled, and several times slower: no compiler was found."
     run.config = dataclasses.replace(run.config, compile=None)
     assert list(run_log._compile_notes(run)) == []
+
+
+def test_the_fastest_precision_is_chosen_once_for_a_run(data, tmp_path, capsys, monkeypatch):
+    def machine(*, has_bf16: bool) -> None:
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_bf16, raising=False)
+
+    out = tmp_path / "run"
+    args = [*TINY, "--batch=8", f"--data={data}", f"--outdir={out}", "--precision=auto"]
+    machine(has_bf16=True)
+    assert run(*args, "--duration=8", "--dry-run") == 0
+    assert "--precision=auto: bf16, this CPU has instructions for it." in capsys.readouterr().out
+    machine(has_bf16=False)
+    assert run(*args, "--duration=8") == 0
+    assert "--precision=auto: fp32, this CPU has no instructions for bfloat16." in capsys.readouterr().out
+    assert json.loads((out / "training_options.json").read_text())["network"]["precision"] == "fp32"
+    machine(has_bf16=True)
+    assert run(*args, "--duration=16") == 0
+    assert "--precision=auto: fp32, as the run began." in capsys.readouterr().out
+    assert json.loads((out / "training_options.json").read_text())["network"]["precision"] == "fp32"
+    assert run(*args, "--duration=16", "--fp16=True") == 2
+    assert "contradict" in capsys.readouterr().err

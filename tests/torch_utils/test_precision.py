@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from torch_utils.precision import PRECISIONS, compute_dtype, numerics, precision_note
+from torch_utils.precision import compute_dtype, fastest_precision, numerics, precision_note
+from torch_utils.precision_names import PRECISIONS
 
 
 @pytest.mark.parametrize(
@@ -38,3 +39,13 @@ def test_a_precision_that_the_device_does_not_have_is_said(monkeypatch):
     for supported in (True, False):
         monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda value=supported: value, raising=False)
         assert (precision_note("bf16", cpu) is None) == supported
+
+
+def test_the_fastest_format_is_that_of_the_device(monkeypatch):
+    for supported, fastest in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda value=supported: value, raising=False)
+        assert fastest_precision(torch.device("cpu"))[0] == fastest
+    for capability, fastest in (((9, 0), "fp16"), ((7, 0), "fp16"), ((6, 1), "fp32")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, value=capability: value)
+        assert fastest_precision(torch.device("cuda", 0))[0] == fastest
+    assert fastest_precision(torch.device("mps"))[0] == "fp32"

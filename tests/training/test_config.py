@@ -165,6 +165,11 @@ def test_every_field_is_an_option_or_one_of_these():
 def test_a_run_compiles_only_where_a_compiler_is_found(monkeypatch: pytest.MonkeyPatch):
     config, gpu = CONFIG, torch.device("cuda")
     for missing in (None, "no compiler was found"):
-        monkeypatch.setattr("training.config.missing_compiler", lambda device, missing=missing: missing)
+        monkeypatch.setattr("torch_utils.compiling.missing_compiler", lambda device, missing=missing: missing)
         assert config.compiles_on(gpu) == (missing is None) and config.asks_to_compile_on(gpu)
         assert not config.compiles_on(torch.device("cpu"))
+
+
+def test_resolutions_with_attention_are_not_negative():
+    with pytest.raises(ConfigError, match="--attn-resolutions needs whole numbers"):
+        NetworkConfig(attn_resolutions=(16, -8))

@@ -54,6 +54,7 @@ def loaded(monkeypatch):
     module = types.ModuleType("diffusers")
     module.AutoencoderKL = AutoencoderKL
     monkeypatch.setitem(sys.modules, "diffusers", module)
+    monkeypatch.setattr("training.encoders.require_on_hub", lambda name: None)
     return names
 
 

@@ -1,5 +1,6 @@
 """EMA profiles, decays and coefficients against closed forms, quadrature and golden numbers; tracking too."""
 
+import copy
 import io
 import json
 from typing import Any
@@ -261,3 +262,36 @@ def test_a_network_whose_parameters_changed_is_refused():
     net.extra = torch.nn.Parameter(torch.zeros(2))
     with pytest.raises(ValueError, match="extra"):
         ema.update(32, 32)
+
+
+def test_an_average_of_states_sums_parameters_and_takes_the_last_buffers():
+    nets = [torch.nn.BatchNorm1d(3) for _ in range(3)]
+    for index, net in enumerate(nets):
+        net(torch.randn(4, 3) + index)
+        torch.nn.init.normal_(net.weight)
+    states = [net.half().state_dict() for net in nets]
+    average = phema.posthoc_average(states, np.array([0.5, -1.0, 1.5]), [name for name, _ in nets[0].named_buffers()])
+    expected = sum(weight * state["weight"].float() for weight, state in zip((0.5, -1, 1.5), states, strict=True))
+    torch.testing.assert_close(average["weight"], expected)
+    assert average["weight"].dtype == torch.float32
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        assert torch.equal(average[name], states[-1][name])
+    with pytest.raises(ValueError, match="2 weights need as many states"):
+        phema.posthoc_average(states, [1, 0])
+
+
+def test_a_reconstruction_from_states_is_the_average_that_was_tracked():
+    net = torch.nn.Linear(3, 2).double()
+    ema = phema.PowerFunctionEMA(net, stds=[0.05, 0.10, 0.15])
+    stored = []
+    for step in range(1, 257):
+        torch.nn.init.normal_(net.weight)
+        ema.update(step, 1)
+        if step % 16 == 0:
+            for std, (average, _) in zip((0.05, 0.1), ema.get()[:2], strict=True):
+                stored.append((step, std, copy.deepcopy(average.state_dict())))
+    times, stds, states = zip(*stored, strict=True)
+    coefficients = phema.solve_posthoc_coefficients(times, stds, 256, 0.15)[:, 0]
+    result = phema.posthoc_average(states, coefficients)["weight"]
+    wanted = ema.get()[2][0].weight
+    assert (result - wanted).norm() < 0.1 * (net.weight - wanted).norm()

@@ -13,8 +13,10 @@ from dnnlib.errors import ConfigError
 from tests.helpers.tiny import assert_same_state, tiny_config, train, write_dataset
 from torch_utils.checkpoints.checkpoint import load_checkpoint
 from torch_utils.distributed import World
-from training.config import TrainingConfig
+from training.config import SamplesConfig, TrainingConfig
 from training.encoders import StabilityVAEEncoder
+from training.posthoc.inputs import list_input_pickles
+from training.posthoc.reconstruction import reconstruct_phema
 from training.run.run_data import batches
 from training.run.run_folder import RunFolder
 from training.snapshot import load_snapshot
@@ -67,7 +69,7 @@ def test_a_run_cut_at_any_checkpoint_ends_bitwise_as_one_that_was_not(
         assert len(resumed) == 5 - cut
         later = list(resumed)
         assert_same_state(resumed.state.state_dict(), whole.state.state_dict())
-        assert_same_state(load_checkpoint(folder / "training-state-0000000.pt"), _stored(whole))
+        assert_same_state(load_checkpoint(folder / "training-state-0000000.040.pt"), _stored(whole))
         losses = [_mean_loss(each, later[0].nimg) for each in (later, events)]
         assert losses[0] == losses[1]
 
@@ -131,7 +133,7 @@ def test_snapshots_hold_the_averages_and_what_is_needed_to_use_them(data: Path, 
     paths = [path for event in run if isinstance(event, Saved) for path in event.paths]
     assert sorted(path.name for path in paths) == sorted(
         f"network-snapshot-000000{kimg}-{std}.{extension}"
-        for kimg in (0, 1)
+        for kimg in ("0.512", "1")
         for std in ("0.050", "0.200")
         for extension in ("pkl", "safetensors")
     )
@@ -260,3 +262,22 @@ def test_latents_of_another_channel_count_are_refused_and_not_taken_for_pixels(t
     np.save(folder / "0.npy", np.zeros([6, 8, 8], dtype=np.float32))
     with pytest.raises(ConfigError, match="latents of 6 channels, not 8"):
         make_run(tiny_config(folder, cond=False), tmp_path / "run")
+
+
+def test_files_less_than_a_thousand_images_apart_have_their_own_names(data: Path, tmp_path: Path):
+    samples = SamplesConfig(num=1, classes=(0,), steps=2)
+    config = tiny_config(
+        data, batch=256, duration=2048, snapshot=512, checkpoint=512, keep_checkpoints=0, samples=samples
+    )
+    paths = [path for event in make_run(config, tmp_path) if isinstance(event, Saved) for path in event.paths]
+    times = ("0000000.512", "0000001", "0000001.536", "0000002")
+    assert {path.name for path in tmp_path.glob("samples-*")} == {f"samples-{each}.png" for each in times}
+    assert {path.name for path in tmp_path.glob("training-state-*")} == {f"training-state-{each}.pt" for each in times}
+    assert {path.name for path in paths} == {path.name for path in tmp_path.iterdir() if "samples" not in path.name}
+    inputs = list_input_pickles(tmp_path, in_std=0.05)
+    assert [file.nimg for file in inputs] == [512, 1024, 1536, 2048]
+    (output,) = [o for step in reconstruct_phema(inputs, 0.1, 1536, out_dir=tmp_path / "out") for o in step.outputs]
+    assert output.paths[0].name == "phema-0000001.536-0.100.pkl"
+    assert load_snapshot(output.paths[0]).nimg == 1536
+    resumed = make_run(dataclasses.replace(config, duration=2304), tmp_path)
+    assert resumed.state.nimg == 2048

@@ -8,14 +8,16 @@ from typing import Any
 import torch
 
 from torch_utils.cuda import StaticCall, compiled
-from torch_utils.precision import Precision, compute_dtype, numerics
+from torch_utils.precision import compute_dtype, numerics
+from torch_utils.precision_names import Precision
 from training.fast.inference_network import Evaluate, InferencePrecond
 from training.networks_edm2 import Block, Precond
+from training.own.own_network import OwnForm, OwnNetwork, prepared_own_network
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareNetwork:
-    """The `prepare` argument of `generate_images`. Networks that are not a `Precond` stay unchanged."""
+    """The `prepare` argument of `generate_images`. Only a `Precond` and an `OwnNetwork` change."""
 
     precision: Precision | None = None  # None = as published: float16 on CUDA if the network has use_fp16, else float32
     compile: bool = False
@@ -32,8 +34,11 @@ class PrepareNetwork:
 
     def __call__(self, net: Any, device: torch.device) -> Any:
         """Return `net`, which is on `device`, in the form for sampling."""
-        if isinstance(net, InferencePrecond):
+        if isinstance(net, InferencePrecond | OwnForm):
             return net
+        if isinstance(net, OwnNetwork):
+            through = partial(self._accelerate, recorded=False, fullgraph=False)
+            return prepared_own_network(net, dtype=_dtype(net, self.precision, device), through=through)
         if type(net) is not Precond:
             if self.announce is not None and (self.precision is not None or self.compile):
                 self.announce(f"{type(net).__name__} is not a Precond: it runs unchanged, in its own precision.")
@@ -48,8 +53,8 @@ class PrepareNetwork:
             fixed_batch=recorded or self.compile,
         )
 
-    def _accelerate(self, evaluate: Evaluate, *, recorded: bool) -> Evaluate:
-        call: Evaluate = compiled(evaluate, self.announce) if self.compile else evaluate
+    def _accelerate(self, evaluate: Evaluate, *, recorded: bool, fullgraph: bool = True) -> Evaluate:
+        call: Evaluate = compiled(evaluate, self.announce, fullgraph=fullgraph) if self.compile else evaluate
         call = _in_tf32(call) if self.precision == "tf32" else call
         return StaticCall(call) if recorded else call
 
@@ -64,7 +69,7 @@ def _in_tf32(evaluate: Evaluate) -> Evaluate:
     return call
 
 
-def _dtype(net: Precond, precision: Precision | None, device: torch.device) -> torch.dtype:
+def _dtype(net: Precond | OwnNetwork, precision: Precision | None, device: torch.device) -> torch.dtype:
     if precision is None:
         precision = "fp16" if net.use_fp16 else "fp32"
     return compute_dtype(precision, device)

@@ -13,9 +13,10 @@ from safetensors import SafetensorError, safe_open
 
 from dnnlib.errors import ConfigError, reason_of
 from training.phema import MAX_STD
-from training.snapshot import nimg_from_kimg, parse_name
+from training.snapshot import KIMG, name_of_nimg, nimg_from_name, parse_name
 
-_NAME = re.compile(r"(?P<prefix>.*)-(?P<kimg>\d+)-(?P<std>\d+\.\d+)(?P<suffix>\.pkl|\.safetensors)")
+_NAME = re.compile(rf"(?P<prefix>.*)-(?P<kimg>{KIMG})-(?P<std>\d+\.\d+)(?P<suffix>\.pkl|\.safetensors)")
+_MAX_STDS = 10_000  # of a list
 _SPACING = "0.010,0.015,...,0.250"  # example for errors
 
 
@@ -48,11 +49,32 @@ def parse_std_list(text: str | list[float]) -> list[float]:
             step = second - first
             if step <= 0 or last < second:
                 raise ConfigError(f"'{text}' does not rise; write e.g. {_SPACING}")
+            if not (last - second) / step < _MAX_STDS:
+                raise ConfigError(f"'{text}' has more than {_MAX_STDS:,} lengths; write e.g. {_SPACING}")
             # Half a step of slack, so that rounding neither drops the last value nor adds one beyond it.
             stds.update(second + step * j for j in range(1, int((last - second) / step + 0.5)))
         else:
             stds.add(_parse_std(part, text))
     return sorted(stds)
+
+
+def parse_kimg(text: str | float) -> int:
+    """Return the image count of a file name's thousands, which may have decimals (1.536); it must be above 0."""
+    match = re.fullmatch(r"([0-9]{1,15})(?:\.([0-9]{1,3}))?", str(text).strip())
+    nimg = 0
+    if match is not None:
+        nimg = nimg_from_name(f"{match[1]}.{match[2]:0<3}" if match[2] else match[1])
+    if nimg < 1:
+        raise ConfigError(
+            f"'{str(text)[:100]}' is not a training time; write thousands of images above 0, as in file names"
+        )
+    return nimg
+
+
+def kimg_text(nimg: int) -> str:
+    """Return an image count as `parse_kimg` reads it."""
+    kimg, point, rest = name_of_nimg(nimg).partition(".")
+    return f"{int(kimg)}{point}{rest}"
 
 
 def _parse_std(part: str, text: str) -> float:
@@ -85,8 +107,9 @@ def list_input_pickles(
         std = float(match["std"])
         if stds is None or any(math.isclose(std, selected, abs_tol=1e-6) for selected in stds):
             path = os.path.join(in_dir, name)
-            nimg = _recorded_nimg(path, int(match["kimg"]))
-            nimg = nimg_from_kimg(int(match["kimg"])) if nimg is None else nimg
+            nimg = nimg_from_name(match["kimg"])
+            if "." not in match["kimg"]:  # in thousands
+                nimg = _recorded_nimg(path, int(match["kimg"])) or nimg
             # .safetensors sorts after .pkl, so it replaces the pickle here.
             found[name.removesuffix(match["suffix"])] = Input(path=path, nimg=nimg, std=std)
     return sorted(found.values(), key=lambda file: (file.nimg, file.std, file.path))
@@ -106,8 +129,8 @@ def choose_inputs(inputs: Iterable[Input], out_nimg: int | None) -> tuple[int, l
         if not same:
             near = min(times, key=lambda time: abs(time - nimg))
             raise ConfigError(
-                f"no input snapshot at {nimg // 1000} kimg ({nimg} images); there are {len(times)} times from"
-                f" {times[0] // 1000} to {times[-1] // 1000} kimg, the nearest is {near // 1000}"
+                f"no input snapshot at {kimg_text(nimg)} kimg ({nimg} images); there are {len(times)} times from"
+                f" {kimg_text(times[0])} to {kimg_text(times[-1])} kimg, the nearest is {kimg_text(near)}"
             )
         nimg = same[-1]
     inputs = [file for file in inputs if file.nimg <= nimg]

@@ -19,11 +19,12 @@ import torch
 from dnnlib.atomic import remove_leftovers
 from dnnlib.disk import make_folder, require_folder
 from dnnlib.errors import ConfigError
+from dnnlib.text import unknown
 from training import phema
 from training.posthoc.inputs import Input, choose_inputs, list_input_pickles, require_std
 from training.posthoc.stored_averages import InputFiles
 from training.posthoc.sums import NotFinite, WeightedSums
-from training.snapshot import Snapshot, read_header, save_snapshot
+from training.snapshot import Snapshot, name_of_nimg, read_header, save_snapshot
 
 __all__ = [
     "Input",
@@ -69,6 +70,7 @@ def reconstruct_phema(
     max_batch_size: int = 8,
     out_format: str = "pkl",
     read_bytes: int = 2 << 30,
+    own_networks: Sequence[str] = (),
 ) -> "Reconstruction":
     """Plan the networks of lengths `out_std` at `out_nimg` images (None = the newest input); iterating builds them.
 
@@ -76,6 +78,8 @@ def reconstruct_phema(
     built at a time, in one pass over the inputs. With `out_dir`, they are written there as {out_prefix}-{kimg}-{std} in
     `out_format` (pkl, safetensors, both). `skip_existing` keeps outputs that exist, are whole and were made of the same
     snapshots; it refuses others, and removes temporary files of these names that a killed process left.
+
+    `own_networks`: see `load_snapshot`. Their files are .safetensors.
 
     Raises ConfigError. Until the iteration begins, nothing else is read or written; until all inputs have been checked
     against each other, nothing is added or written.
@@ -89,7 +93,7 @@ def reconstruct_phema(
     if max_batch_size < 1:
         raise ConfigError(f"max_batch_size={max_batch_size} must be at least 1")
     if out_format not in _FORMATS:
-        raise ConfigError(f"unknown file format '{out_format}'; choose from {', '.join(_FORMATS)}")
+        raise ConfigError(unknown("file format", out_format, _FORMATS))
     nimg, inputs = choose_inputs(inputs, out_nimg)
     skipped: list[Path] = []
     if out_dir is None:
@@ -101,8 +105,8 @@ def reconstruct_phema(
         _check_files(files, inputs)
         plans = [_Plan(nimg=nimg, std=std, paths=paths) for std, paths in zip(stds, files, strict=True)]
         if skip_existing:
-            plans, skipped = _without_finished(plans, inputs)
-    return Reconstruction(inputs, nimg, plans, skipped, max_batch_size, read_bytes)
+            plans, skipped = _without_finished(plans, inputs, own_networks)
+    return Reconstruction(inputs, nimg, plans, skipped, max_batch_size, read_bytes, own_networks)
 
 
 def _sorted_stds(out_std: float | Iterable[float]) -> list[float]:
@@ -114,9 +118,11 @@ def _sorted_stds(out_std: float | Iterable[float]) -> list[float]:
     return stds
 
 
-def _without_finished(plans: list["_Plan"], inputs: list[Input]) -> tuple[list["_Plan"], list[Path]]:
+def _without_finished(
+    plans: list["_Plan"], inputs: list[Input], own_networks: Sequence[str]
+) -> tuple[list["_Plan"], list[Path]]:
     """Return what is left to build, and the files that are finished. Leftovers of killed processes are removed."""
-    finished = [path for plan in plans for path in plan.paths if _is_finished(path, plan, inputs)]
+    finished = [path for plan in plans for path in plan.paths if _is_finished(path, plan, inputs, own_networks)]
     for plan in plans:
         for path in plan.paths:
             remove_leftovers(path)
@@ -126,18 +132,22 @@ def _without_finished(plans: list["_Plan"], inputs: list[Input]) -> tuple[list["
 
 def output_name(prefix: str, nimg: int, std: float) -> str:
     """Return the name of a snapshot's file, without its suffix."""
-    return f"{prefix}-{nimg // 1000:07d}-{std:.3f}"
+    return f"{prefix}-{name_of_nimg(nimg)}-{std:.3f}"
 
 
 def reconstruct_networks(
-    in_pkls: Iterable[Any], out_std: float | Iterable[float], out_nimg: int | None = None, max_batch_size: int = 8
+    in_pkls: Iterable[Any],
+    out_std: float | Iterable[float],
+    out_nimg: int | None = None,
+    max_batch_size: int = 8,
+    own_networks: Sequence[str] = (),
 ) -> Iterator[tuple[float, Snapshot]]:
     """Return the networks that `reconstruct_phema` would write, as pairs (length, snapshot) sorted by length.
 
     Nothing is written. `max_batch_size` networks are in memory at a time; they share it until the last is released.
     Raises ConfigError: at once for wrong arguments, for wrong files during the iteration.
     """
-    work = reconstruct_phema(in_pkls, out_std, out_nimg, max_batch_size=max_batch_size)
+    work = reconstruct_phema(in_pkls, out_std, out_nimg, max_batch_size=max_batch_size, own_networks=own_networks)
     return ((output.std, output.snapshot) for step in work for output in step.outputs)
 
 
@@ -162,6 +172,7 @@ class Reconstruction:
         skipped: Sequence[Path],
         max_batch_size: int,
         read_bytes: int,
+        own_networks: Sequence[str] = (),
     ) -> None:
         self.inputs = list(inputs)
         self.out_nimg = out_nimg
@@ -169,6 +180,7 @@ class Reconstruction:
         self.skipped = list(skipped)
         self._batches = [list(plans[i : i + max_batch_size]) for i in range(0, len(plans), max_batch_size)]
         self._read_bytes = read_bytes
+        self._own_networks = own_networks
 
     def __len__(self) -> int:
         """Number of steps: inputs times passes, of which one checks and the others build a batch each."""
@@ -178,7 +190,7 @@ class Reconstruction:
         """Check all inputs against each other, then build and write the outputs batch by batch."""
         if not self._batches:
             return
-        files = InputFiles(self.inputs, self._read_bytes)
+        files = InputFiles(self.inputs, self._read_bytes, self._own_networks)
         for _ in files.check():
             yield Step(pass_idx=0)
         for index, batch in enumerate(self._batches, start=1):
@@ -186,9 +198,13 @@ class Reconstruction:
 
     def _run_pass(self, pass_idx: int, batch: list[_Plan], files: InputFiles) -> Iterator[Step]:
         profiles = ([file.nimg for file in self.inputs], [file.std for file in self.inputs])
-        targets = ([plan.nimg for plan in batch], [plan.std for plan in batch])
-        weights = phema.solve_posthoc_coefficients(*profiles, *targets)
-        fits = phema.posthoc_fit(*profiles, *targets, weights)
+        # One at a time: the rounding of a matrix product depends on the number of columns.
+        columns = [phema.solve_posthoc_coefficients(*profiles, plan.nimg, plan.std) for plan in batch]
+        weights = np.concatenate(columns, axis=1)
+        fits = [
+            phema.posthoc_fit(*profiles, plan.nimg, plan.std, column).item()
+            for plan, column in zip(batch, columns, strict=True)
+        ]
         sums = WeightedSums(files.shapes(), weights)
         with ThreadPoolExecutor(_WRITERS) as pool:
             # Build the modules while the sums are computed: those run outside Python most of the time.
@@ -197,7 +213,7 @@ class Reconstruction:
             names, nets = [os.path.basename(file.path) for file in self.inputs], laid_out.result()
 
             def finish(index: int) -> Output:
-                plan, fit, gain = batch[index], float(fits[index]), float(np.linalg.norm(weights[:, index]))
+                plan, fit, gain = batch[index], fits[index], float(np.linalg.norm(weights[:, index]))
                 info = {"posthoc_inputs": names, "posthoc_fit": fit}
                 tensors = sums.outputs[index] | buffers
                 snapshot = files.assemble(nets[index], tensors, nimg=plan.nimg, std=plan.std, info=info)
@@ -243,7 +259,7 @@ def _as_published(snapshot: Snapshot) -> Snapshot:
     return replace(snapshot, info=info) if info else replace(snapshot, info={}, nimg=None, ema_std=None)
 
 
-def _is_finished(path: Path, plan: _Plan, inputs: Sequence[Input]) -> bool:
+def _is_finished(path: Path, plan: _Plan, inputs: Sequence[Input], own_networks: Sequence[str]) -> bool:
     """Return whether `path` exists. Raises ConfigError if it is damaged or says that it was not made as planned.
 
     Pickles, in the published layout, do not say of which snapshots they were made.
@@ -252,7 +268,7 @@ def _is_finished(path: Path, plan: _Plan, inputs: Sequence[Input]) -> bool:
         return False
     hint = "leave out --skip to replace it, or choose another folder or prefix"
     try:
-        header = read_header(path)
+        header = read_header(path, own_networks=own_networks)
     except ConfigError as error:
         raise ConfigError(f"{error}; {hint}") from None
     recorded = header.info.get("posthoc_inputs")

@@ -14,6 +14,7 @@ from dnnlib.background import map_in_order
 from dnnlib.download import open_url
 from dnnlib.errors import ConfigError
 from training.networks_edm2 import Precond
+from training.own.own_network import OwnNetwork
 from training.posthoc.inputs import Input
 from training.posthoc.sums import Float16File, Reader, StateReader
 from training.snapshot import Snapshot, SnapshotHeader, header_of, load_snapshot, read_header
@@ -36,7 +37,8 @@ class InputFiles:
     their files take at most `read_bytes` together; otherwise `groups` reads a few at a time.
     """
 
-    def __init__(self, inputs: Sequence[Input], read_bytes: int) -> None:
+    def __init__(self, inputs: Sequence[Input], read_bytes: int, own_networks: Sequence[str] = ()) -> None:
+        self._own_networks = own_networks
         self._inputs = list(inputs)
         self._paths = [open_url(file.path, return_filename=True) for file in inputs]
         self._mapped = {i: file for i, path in enumerate(self._paths) if (file := _map(path)) is not None}
@@ -59,7 +61,7 @@ class InputFiles:
                 header = header_of(snapshot)
                 self._readers[index] = StateReader(snapshot.net.state_dict().__getitem__)
             else:
-                header = read_header(file.path)
+                header = read_header(file.path, own_networks=self._own_networks)
             if index == 0:
                 self._expected = header
             _check_header(header, self._expected, file.path, self._inputs[0].path)
@@ -98,12 +100,18 @@ class InputFiles:
             if name in self._expected.buffers
         }
 
-    def lay_out(self) -> Precond:
-        """Build a network like that of the inputs on the meta device."""
-        return lay_out_network(self._expected.config["arguments"], float("inf"))
+    def lay_out(self) -> Precond | OwnNetwork:
+        """Build a network like that of the inputs, to be filled."""
+        return lay_out_network(self._expected.config, float("inf"), self._own_networks)
 
     def assemble(
-        self, net: Precond, tensors: dict[str, torch.Tensor], *, nimg: int, std: float, info: dict[str, Any]
+        self,
+        net: Precond | OwnNetwork,
+        tensors: dict[str, torch.Tensor],
+        *,
+        nimg: int,
+        std: float,
+        info: dict[str, Any],
     ) -> Snapshot:
         """Return `net` with `tensors` as a snapshot; all else, and the start of `info`, is the first input's."""
         header = self._expected
@@ -120,7 +128,7 @@ class InputFiles:
         """Return the header of a .safetensors file, without parsing it if only time and length are new."""
         layout, recorded = _layout(self._mapped[index])
         if recorded is None or layout != self._known_layout:
-            self._known_header = read_header(self._inputs[index].path)
+            self._known_header = read_header(self._inputs[index].path, own_networks=self._own_networks)
             self._known_layout = layout
             return self._known_header
         return replace(self._known_header, nimg=recorded[0], ema_std=recorded[1])

@@ -72,6 +72,9 @@ class Float16File:
 
 # I inputs, O outputs, N values of a block.
 BLOCK_BYTES = 4 << 20  # of a block of all inputs in float32: fits the processor's cache
+# Outputs that are multiplied at a time, filled up with zeros: the rounding of a row depends on the number of rows, and
+# an output must not depend on the others that are built with it.
+_ROWS = 8
 _AHEAD = 2  # blocks that are read while one is added
 
 
@@ -94,7 +97,8 @@ class WeightedSums:
 
     def add(self, indices: Sequence[int], readers: Sequence[Reader], last: bool) -> Iterator[float]:
         """Add the inputs `indices`, yielding the share that is done; `last` completes the outputs. Raises NotFinite."""
-        weights = self._weights[:, list(indices)].contiguous()
+        weights = torch.zeros(-(-len(self.outputs) // _ROWS) * _ROWS, len(readers))
+        weights[: len(self.outputs)] = self._weights[:, list(indices)]
         product = torch.empty(weights.shape[0] * self._width(len(readers)))
         with cpu_threads(max(torch.get_num_threads() - 1, 1)):  # leaves one to the reading
             yield from self._add(weights, product, readers, last)
@@ -105,8 +109,10 @@ class WeightedSums:
         total = sum(torch.Size(shape).numel() for shape in self._shapes.values())
         done = 0
         for name, start, stop, stacked in self._read(readers):
-            block = product[: weights.shape[0] * (stop - start)].view(weights.shape[0], -1)  # [O, N]
-            torch.mm(weights, stacked, out=block)
+            products = product[: weights.shape[0] * (stop - start)].view(weights.shape[0], -1)
+            for rows, out in zip(weights.split(_ROWS), products.split(_ROWS), strict=True):
+                torch.mm(rows, stacked, out=out)
+            block = products[: len(self.outputs)]  # [O, N]
             if not last:
                 if name not in self._sums:
                     self._sums[name] = torch.zeros(len(self.outputs), torch.Size(self._shapes[name]).numel())

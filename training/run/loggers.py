@@ -6,6 +6,7 @@ Both packages are optional and imported only on request.
 import importlib.util
 import json
 import os
+import threading
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,13 +14,14 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-import PIL.Image
 import torch
 
 from dnnlib.atomic import write_text
 from dnnlib.errors import ConfigError, reason_of
+from dnnlib.text import format_kimg
 from torch_utils.precision import unchanged_random_state
 from training.config import TrainingConfig
+from training.images.decode import on_background, open_image
 
 WANDB_PROJECT = "edm2"  # unless WANDB_PROJECT names another
 
@@ -33,6 +35,23 @@ def check_loggers(names: Sequence[str]) -> None:
         spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None:  # missing, or just a folder of that name, such as W&B's own
             raise ConfigError(f'--log={name} needs the {name} package, which is missing; pip install "edm2[{name}]"')
+
+
+def log_in(names: Sequence[str]) -> None:
+    """Raise ConfigError if a run could not be logged for want of a login. Writes nothing."""
+    if "wandb" in names:
+        import wandb
+
+        try:
+            with _without_random_effects():
+                wandb.login()
+        except (wandb.Error, OSError) as error:
+            raise _wandb_error(error) from None
+
+
+def _wandb_error(error: Exception) -> ConfigError:
+    reason = " ".join(str(error).split())[:300].rstrip(".;")
+    return ConfigError(f"--log=wandb: {reason}; log in with `wandb login`, or set WANDB_MODE=offline")
 
 
 class TensorBoardLogger:
@@ -57,8 +76,8 @@ class TensorBoardLogger:
 
     def image(self, path: Path, nimg: int) -> None:
         """Log a sample grid."""
-        with PIL.Image.open(path) as image:
-            pixels = np.asarray(image.convert("RGB"))
+        with open_image(path.read_bytes()) as image:
+            pixels = np.asarray(on_background(image))
         self._writer.add_image("samples", pixels, nimg, dataformats="HWC")
         self._writer.flush()
 
@@ -89,8 +108,7 @@ class WandbLogger:
                 settings=wandb.Settings(console="off", save_code=False, silent=True),
             )
         except (wandb.Error, OSError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ConfigError(f"--log=wandb: {reason}; log in with `wandb login`, or set WANDB_MODE=offline") from None
+            raise _wandb_error(error) from None
 
     def scalars(self, stats: Mapping[str, float], texts: Mapping[str, str], nimg: int) -> None:
         """Log numbers under their names in stats.jsonl; texts go to the summary."""
@@ -99,7 +117,7 @@ class WandbLogger:
 
     def image(self, path: Path, nimg: int) -> None:
         """Log a sample grid."""
-        self._log({"samples": self._wandb.Image(str(path), caption=f"{nimg / 1e3:.1f} kimg")}, nimg)
+        self._log({"samples": self._wandb.Image(str(path), caption=f"{format_kimg(nimg)} kimg")}, nimg)
 
     def close(self, *, failed: bool) -> None:
         """Wait until all is written or sent."""
@@ -143,12 +161,20 @@ class RunLoggers:
         self._call("image", path, nimg)
 
     def __enter__(self) -> "RunLoggers":
+        self._previous_hook = threading.excepthook
+        threading.excepthook = self._on_failed_thread
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._call("close", failed=kind is not None)
+        threading.excepthook = self._previous_hook
+
+    def _on_failed_thread(self, args: threading.ExceptHookArgs) -> None:
+        """Print no traceback of TensorBoard's thread: the next call of the logger raises the same."""
+        if not type(args.thread).__module__.startswith("tensorboard."):
+            self._previous_hook(args)
 
     def _call(self, method: str, *args: Any, **kwargs: Any) -> None:
         for name in list(self._loggers):

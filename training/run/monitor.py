@@ -107,6 +107,9 @@ class Monitor:
         def convert(module: torch.nn.Module, args: Any) -> Any:
             return (args[0].to(self._dtype), *args[1:])
 
+        if not hasattr(self._net, "unet"):  # of the user's own: in float32, as it is
+            yield
+            return
         hook = self._net.get_submodule("unet").register_forward_pre_hook(convert)
         try:
             yield
@@ -121,6 +124,8 @@ class Monitor:
         blocks = list(_blocks(self._net))
         if self._replica is None:
             return blocks
+        if not hasattr(self._net, "unet"):
+            return list(_blocks(self._replica.get_submodule("net")))
         modules = [*self._replica.get_submodule("enc").children(), *self._replica.get_submodule("dec").children()]
         return [(name, module) for (name, _), module in zip(blocks[1:], modules, strict=True)]
 
@@ -154,8 +159,9 @@ def _activations(
     sums: dict[str, torch.Tensor] = {}
 
     def hook(name: str) -> Callable[..., None]:
-        def measure(module: torch.nn.Module, args: Any, output: torch.Tensor) -> None:
-            _add(sums, "activations", name, output)
+        def measure(module: torch.nn.Module, args: Any, output: Any) -> None:
+            if isinstance(output, torch.Tensor):  # parts of an own network may return anything
+                _add(sums, "activations", name, output)
 
         return measure
 
@@ -186,12 +192,23 @@ def _weights(net: torch.nn.Module) -> dict[str, torch.Tensor]:
 def _add(sums: dict[str, torch.Tensor], kind: str, name: str, values: torch.Tensor) -> None:
     squares = values.detach().float().square().sum(dtype=_wide(values))
     row = torch.stack([torch.full_like(squares, values.numel()), squares])
-    for key in (f"{kind}/{name}", f"{kind}/{name.rpartition('_')[0]}"):
+    level = name.rpartition("_")[0]
+    for key in (f"{kind}/{name}", *([f"{kind}/{level}"] if level else [])):
         sums[key] = sums[key] + row if key in sums else row
 
 
 def _blocks(net: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    """Yield the parts of the U-Net in order, each with its name: {enc|dec}.{resolution}_{part}."""
+    """Yield the parts of the U-Net in order, each with its name: {enc|dec}.{resolution}_{part}.
+
+    Those of an own network are its submodules, and the elements of lists of them.
+    """
+    if not hasattr(net, "unet"):
+        for name, module in net.get_submodule("model").named_children():
+            if isinstance(module, torch.nn.ModuleList | torch.nn.ModuleDict):
+                yield from ((f"{name}_{part}", block) for part, block in module.named_children())
+            else:
+                yield name, module
+        return
     unet = net.get_submodule("unet")
     for half in ("enc", "dec"):
         for name, block in unet.get_submodule(half).named_children():

@@ -15,6 +15,7 @@ from torch_utils.distributed import World
 from torch_utils.processes.together import everywhere, on_main
 from training.config import TrainingConfig
 from training.dataset.contract import ImageDataset
+from training.run.known_data import data_facts
 from training.run.run_folder import RunFolder
 
 # Each machine may keep its copy of the data in another place; the content is compared.
@@ -144,11 +145,7 @@ def _facts(config: TrainingConfig, dataset: ImageDataset, resumed_from: str) -> 
     options = json.loads(config.to_json())
     facts = {f"option {name}": value for name, value in options.items() if name not in {*_MAY_DIFFER, "network"}}
     facts |= {f"option {name}": value for name, value in dataclasses.asdict(config.network).items()}
-    facts["number of images"] = len(dataset)
-    facts["resolution"] = dataset.resolution
-    facts["channels"] = dataset.num_channels
-    facts["length of labels"] = dataset.label_dim
-    facts["labels"] = dataset.labels_fingerprint()
+    facts |= data_facts(config, dataset)
     facts["files of the data set"] = dataset.fingerprint()
     facts["checkpoint to continue from"] = resumed_from or "none"
     facts["version of PyTorch"] = torch.__version__

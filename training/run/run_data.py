@@ -1,8 +1,7 @@
 """The data of a run: opened once, checked against the options, encoded, and read in batches."""
 
-import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import numpy as np
 import torch
@@ -13,8 +12,7 @@ from dnnlib.download import is_remote
 from dnnlib.errors import ConfigError
 from torch_utils.cuda import on_device
 from torch_utils.distributed import World
-from torch_utils.processes.failures import worker_errors
-from torch_utils.processes.stopping import prepare_worker, spared_children
+from torch_utils.processes.data_workers import prepare_worker, worker_batches
 from training.condition.spec import Condition, parse_condition
 from training.config import TrainingConfig
 from training.dataset.contract import BatchReader, ImageDataset
@@ -30,8 +28,11 @@ from training.dataset.latents import (
 )
 from training.dataset.order import BatchPositions
 from training.encoders import Encoder, StabilityVAEEncoder
+from training.own.own_dataset import open_own_dataset
 from training.run.run_folder import RunFolder
 from training.streaming.streamed import StreamedDataset
+
+_MOST_NAMED = 10  # classes in a line of text
 
 # A process that reads the data itself keeps decoded items in memory if all of them take at most this.
 CACHE_BYTES = 512 << 20
@@ -39,6 +40,8 @@ CACHE_BYTES = 512 << 20
 
 def open_dataset(config: TrainingConfig) -> ImageDataset:
     """Open the data set of a run. Raises ConfigError if it cannot be read; `check_dataset` looks at the rest."""
+    if config.dataset_class is not None:
+        return open_own_dataset(config)
     if not is_remote(config.data):
         return ImageFolderDataset(config.data, use_labels=config.uses_labels, xflip=config.xflip)
     return StreamedDataset(
@@ -65,17 +68,20 @@ def _check_labels(config: TrainingConfig, dataset: ImageDataset) -> None:
             need, instead = "--balance", "leave it out"
         elif config.label_dropout:
             need, instead = f"--label-dropout={config.label_dropout}", "use --cond=False alone"
-        raise ConfigError(f"{config.data} has no labels, which {need} needs; add labels, or {instead}")
+        raise ConfigError(f"{config.data or dataset.name} has no labels, which {need} needs; add labels, or {instead}")
     if config.balance and not dataset.has_onehot_labels:
         raise ConfigError(
-            f"--balance needs class indices as labels, and those of {config.data} are vectors of {dataset.label_dim};"
-            " leave it out"
+            f"--balance needs class indices as labels, and those of {config.data or dataset.name} are vectors of"
+            f" {dataset.label_dim}; leave it out"
         )
 
 
 def describe_labels(config: TrainingConfig, dataset: ImageDataset) -> str:
     """Return how the run uses the classes, in one line."""
     text = f"{dataset.label_dim}" if config.cond else "not used"
+    if config.cond and dataset.class_names:
+        names, more = dataset.class_names[:_MOST_NAMED], len(dataset.class_names) - _MOST_NAMED
+        text += f" ({', '.join(names)}{f' and {more} more' if more > 0 else ''})"
     if config.balance:
         counts = np.bincount(dataset.item_labels())
         filled = counts[counts > 0]
@@ -118,10 +124,13 @@ def make_encoder(config: TrainingConfig, dataset: ImageDataset) -> Encoder:
     return encoder_of(dataset) if config.vae is None else vae_encoder(dataset, config.vae)
 
 
-def load_encoder(config: TrainingConfig, dataset: ImageDataset, folder: RunFolder, world: World) -> Encoder:
+def load_encoder(
+    config: TrainingConfig, dataset: ImageDataset, folder: RunFolder, world: World, *, resumed: bool
+) -> Encoder:
     """Return the encoder, with its VAE loaded if the run encodes pixels while it trains. Every process calls this.
 
-    The statistics of a VAE other than the published one are measured at the start of the run and kept in its folder.
+    The statistics of a VAE other than the published one are measured at the start of the run and kept in its folder;
+    with `resumed`, they are those in the folder.
     """
     encoder = make_encoder(config, dataset)
     if config.vae is None:
@@ -130,7 +139,7 @@ def load_encoder(config: TrainingConfig, dataset: ImageDataset, folder: RunFolde
     tf32 = config.encoder_precision != "fp32"
     encoder = encoder.with_encoder(tf32=tf32)
     if config.vae != PUBLISHED_VAE:
-        if world.is_main and not folder.encoder_file.is_file():
+        if world.is_main and not (resumed and folder.encoder_file.is_file()):
             make_folder(folder.path)
             write_text(folder.encoder_file, json.dumps(encoder_entry(measured_encoder(encoder, dataset, world.device))))
         world.barrier()
@@ -142,7 +151,7 @@ def load_encoder(config: TrainingConfig, dataset: ImageDataset, folder: RunFolde
 
 def batches(
     config: TrainingConfig, dataset: ImageDataset, world: World, *, start: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+) -> Generator[tuple[torch.Tensor, torch.Tensor], None, None]:
     """Yield this process's share of each batch, on its device, from position `start` of the run on."""
     if config.workers == 0 and dataset.decoded_bytes <= CACHE_BYTES:
         dataset.keep_items()
@@ -157,7 +166,5 @@ def batches(
             prefetch_factor=2 if config.workers else None,
             worker_init_fn=prepare_worker,
         )
-        with worker_errors():
-            with spared_children() if config.workers else contextlib.nullcontext():
-                items = iter(loader)
+        with worker_batches(loader) as items:
             yield from on_device(items, world.device)

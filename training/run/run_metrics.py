@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
-from dnnlib.errors import ConfigError
 from torch_utils.precision import numerics, unchanged_random_state
-from training.config import MetricsConfig, TrainingConfig
+from training.config import MetricsConfig
 from training.dataset.contract import ImageDataset
 from training.fast.prepare import PrepareNetwork
 from training.metrics.available import plan_metrics
@@ -34,16 +33,6 @@ class Measured:
     texts: dict[str, str]  # Metrics/settings, and Metrics/best_{metric}: the best snapshot's file; main process only
 
 
-def check_metrics(config: TrainingConfig, dataset: ImageDataset) -> None:
-    """Raise ConfigError if the run's images cannot be measured. Reads no file."""
-    decoded = config.vae is not None or dataset.holds_latents
-    if config.metrics is not None and not decoded and dataset.num_channels not in (1, 3):
-        raise ConfigError(
-            f"--metrics={','.join(config.metrics.names)} takes images of 1 or 3 channels; {config.data} has"
-            f" {dataset.num_channels}"
-        )
-
-
 class TrainingMetrics:
     """Measures the run of `state`, and remembers the scores recorded so far.
 
@@ -56,7 +45,7 @@ class TrainingMetrics:
     def __init__(self, config: MetricsConfig, state: TrainingState, dataset: ImageDataset, folder: RunFolder) -> None:
         # Images between measurements.
         self.every = state.config.snapshot if config.every is None else config.every
-        self._config = config
+        self._config, self._run_config = config, state.config
         self._folder = folder
         self._world, self._encoder = state.world, state.encoder
         with unchanged_random_state(self._world.device):
@@ -130,7 +119,10 @@ class TrainingMetrics:
         for key, value in stats.items():
             name, _, std = key.removeprefix(_PREFIX).rpartition("-")
             if key.startswith(_PREFIX) and name in self._scores and isinstance(value, float):
-                files = (self._folder.snapshot_path(nimg, f"-{std}", kind) for kind in ("safetensors", "pkl"))
+                files = (
+                    self._folder.snapshot_path(self._run_config, nimg, f"-{std}", kind)
+                    for kind in ("safetensors", "pkl")
+                )
                 file = next((path for path in files if path.is_file()), None)
                 if file is not None:
                     self._scores[name][file.name] = value

@@ -16,6 +16,8 @@ from training.config import TrainingConfig
 from training.dataset.contract import ImageDataset
 from training.fast.training_network import FastPrecond
 from training.networks_edm2 import Precond
+from training.own.own_loss import check_loss
+from training.own.own_network import OwnForm, OwnNetwork, build_own_network, check_own_network
 from training.run.run_data import condition_of, network_shape
 from training.run.sharding import shard_network
 from training.snapshot import load_snapshot
@@ -29,8 +31,8 @@ _BUCKET_MB = 25
 _LARGE_BUCKET_MB = 128
 
 
-def make_network(config: TrainingConfig, dataset: ImageDataset) -> Precond:
-    """Return a network for the data set, initialized from the run's seed, on the CPU."""
+def make_network(config: TrainingConfig, dataset: ImageDataset) -> Precond | OwnNetwork:
+    """Return a network for the data set, initialized from the run's seed, in training mode, on the CPU."""
     resolution, channels = network_shape(config, dataset)
     label_dim = dataset.label_dim if config.cond else 0
     condition = condition_of(config, dataset)
@@ -38,29 +40,49 @@ def make_network(config: TrainingConfig, dataset: ImageDataset) -> Precond:
     extra: dict[str, Any] = {"cond_channels": cond_channels} if cond_channels else {}  # snapshots note it only if used
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
+        if config.network_class is not None:
+            shape = {"img_resolution": resolution, "img_channels": channels, "label_dim": label_dim}
+            return build_own_network(config.network_class, shape | extra | (config.network_args or {})).train()
         try:
-            return Precond(resolution, channels, label_dim, **config.network.arguments(), **extra)
+            return Precond(resolution, channels, label_dim, **config.network.arguments(), **extra).train()
         except ValueError as error:
             raise ConfigError(str(error)) from None
 
 
 def check_network(config: TrainingConfig, dataset: ImageDataset) -> None:
-    """Raise ConfigError if no network of this shape can be made for the data set. Allocates no weights."""
+    """Raise ConfigError if no network of this shape can be made for the data set, or if an own one does not fit.
+
+    Allocates no weights, except those of an own network, which is called once.
+    """
+    if config.network_class is not None:
+        net = make_network(config, dataset)
+        assert isinstance(net, OwnNetwork)
+        check_own_network(net)
+        return
     with torch.device("meta"):
         make_network(config, dataset)
 
 
-def copy_weights(source: str, net: Precond, *, partial: bool) -> tuple[list[str], bool]:
+def check_own_loss(config: TrainingConfig, dataset: ImageDataset) -> None:
+    """Raise ConfigError if a loss of the user's own does not fit the data set."""
+    resolution, channels = network_shape(config, dataset)
+    condition = condition_of(config, dataset)
+    cond_channels = 0 if condition is None else condition.channels(channels)
+    check_loss(config, (channels, resolution, resolution), dataset.label_dim if config.cond else 0, cond_channels)
+
+
+def copy_weights(source: str, net: Precond | OwnNetwork, *, partial: bool) -> tuple[list[str], bool]:
     """Start `net` from the weights of the snapshot `source`.
 
     Returns (names of tensors left at initialization, whether conditioning channels were added). Added channels start at
     zero, which leaves weight norms, and so the network's output, unchanged. Tensors that the snapshot lacks or has in
     another shape raise ConfigError, unless `partial` leaves them at initialization.
     """
-    origin = load_snapshot(source).net
+    own_networks = [net.name] if isinstance(net, OwnNetwork) else []
+    origin = load_snapshot(source, own_networks=own_networks).net
     theirs = origin.state_dict()
     ours = net.state_dict()
-    stem = f"unet.enc.{next(iter(net.unet.enc))}.weight"
+    stem = "" if isinstance(net, OwnNetwork) else f"unet.enc.{next(iter(net.unet.enc))}.weight"
     added = 0
     if net.cond_channels and not origin.cond_channels and stem in theirs:
         weight = theirs[stem]
@@ -83,19 +105,26 @@ def shape_text(tensor: torch.Tensor | None) -> str:
     return "none" if tensor is None else "x".join(map(str, tensor.shape)) or "scalar"
 
 
-def make_replica(net: Precond, config: TrainingConfig, world: World) -> torch.nn.Module:
+def make_replica(net: Precond | OwnNetwork, config: TrainingConfig, world: World) -> torch.nn.Module:
     """Return the network that the loss calls in place of `net`: fast, compiled, tied to the other processes.
 
     It computes with the parameters of `net`. With more than one process, its backward pass leaves the mean gradients of
     all processes in them; for sharded parameters see training/run/sharding.py.
     """
     device, bucket_mb = world.device, _BUCKET_MB
-    replica = FastPrecond(net, dtype=compute_dtype(config.network.precision, device), recompute=config.recompute)
+    dtype = compute_dtype(config.network.precision, device)
+    replica: OwnForm | FastPrecond
+    if isinstance(net, OwnNetwork):
+        replica = OwnForm(net, dtype=dtype)
+    else:
+        replica = FastPrecond(net, dtype=dtype, recompute=config.recompute)
     if config.compiles_on(device):
         keep_compiled_code()
         # The compiler's own way to cut the network at full buckets would cut it inside blocks.
         torch._dynamo.config.optimize_ddp = False
-        if compiles_as_one(config, world):
+        if isinstance(replica, OwnForm):  # of unknown parts, which may have code that cannot be compiled between them
+            replica.compile(dynamic=False)
+        elif compiles_as_one(config, world):
             replica.compile(fullgraph=True, dynamic=False, options=COMPILE_OPTIONS)
             bucket_mb = _LARGE_BUCKET_MB
         else:
@@ -107,6 +136,7 @@ def make_replica(net: Precond, config: TrainingConfig, world: World) -> torch.nn
     with warnings.catch_warnings():
         # The argument that replaces it, forward_sync_buffers, needs PyTorch 2.13.
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+        one_round = config.share_of(world.size)[1] == 1
         return DistributedDataParallel(
             replica,
             device_ids=[device.index] if device.type == "cuda" else None,
@@ -114,7 +144,9 @@ def make_replica(net: Precond, config: TrainingConfig, world: World) -> torch.nn
             bucket_cap_mb=bucket_mb,
             gradient_as_bucket_view=True,
             # A static graph cannot leave the exchange out of some rounds of accumulation.
-            static_graph=config.share_of(world.size)[1] == 1,
+            static_graph=one_round,
+            # Parts of the user's may leave parameters out. A static graph learns by itself which.
+            find_unused_parameters=config.has_own_parts and not one_round,
         )
 
 

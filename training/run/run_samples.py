@@ -4,6 +4,7 @@ Shape legend: N images, C channels, H x W pixels.
 """
 
 import copy
+import dataclasses
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from training.presets import GENERATION
 from training.run.batch_inputs import shown_images
 from training.run.run_folder import RunFolder
 from training.run.state import TrainingState
-from training.sampling.generation import generate_images
+from training.sampling.generation import class_index, generate_images
 
 FORMAT = "edm2-samples"
 VERSION = 1
@@ -50,14 +51,17 @@ def preferred_std(preset: str, tracked: Sequence[float]) -> float:
 
 def check_samples(config: TrainingConfig, dataset: ImageDataset) -> None:
     """Raise ConfigError if no grid can be drawn for this data. Reads no file."""
-    if config.samples is None:
-        return
-    decoded = config.vae is not None or dataset.holds_latents
-    if not decoded and dataset.num_channels not in (1, 3):
-        raise ConfigError(
-            f"--samples writes images of 1 or 3 channels; {config.data} has {dataset.num_channels}; leave it out"
-        )
-    grid_rows(config.samples, dataset.label_dim if config.cond else 0)
+    if config.samples is not None:
+        grid_rows(config.samples, dataset.label_dim if config.cond else 0)
+
+
+def with_class_numbers(config: TrainingConfig, dataset: ImageDataset) -> TrainingConfig:
+    """Return the configuration with numbers for names in --samples-classes. Raises ConfigError for unknown names."""
+    if config.samples is None or config.samples.classes is None or not config.cond:
+        return config
+    names, owner = dataset.class_names or [], f"--data={config.data}"
+    numbers = tuple(class_index(name, names, dataset.label_dim, owner) for name in config.samples.classes)
+    return dataclasses.replace(config, samples=dataclasses.replace(config.samples, classes=numbers))
 
 
 def grid_rows(config: SamplesConfig, label_dim: int) -> list[int | None]:
@@ -71,9 +75,10 @@ def grid_rows(config: SamplesConfig, label_dim: int) -> list[int | None]:
         return [None] * min(config.num, MAX_ROWS)
     if config.classes is None:
         return [int(index) for index in np.linspace(0, label_dim - 1, min(label_dim, MAX_ROWS)).round()]
-    if max(config.classes) >= label_dim:
-        raise ConfigError(f"--samples-classes has {max(config.classes)}; the classes are 0 to {label_dim - 1}")
-    return list(config.classes)
+    unknown = [index for index in config.classes if isinstance(index, str) or index >= label_dim]
+    if unknown:
+        raise ConfigError(f"--samples-classes has {unknown[-1]}; the classes are 0 to {label_dim - 1}")
+    return [int(index) for index in config.classes]
 
 
 class RunSamples:
@@ -84,7 +89,7 @@ class RunSamples:
     """
 
     def __init__(self, config: SamplesConfig, state: TrainingState, dataset: ImageDataset, folder: RunFolder) -> None:
-        self._config = config
+        self._config, self._run_config = config, state.config
         self._std = state.config.ema_stds[0] if config.std is None else config.std
         self._folder = folder
         self._world, self._encoder = state.world, state.encoder
@@ -111,9 +116,12 @@ class RunSamples:
         rows = grid_rows(self._config, net.label_dim)
         conditioning = self._conditioning(net, rows)
         images = self._images(net, rows, conditioning)
-        path = self._folder.path / f"samples-{nimg // 1000:07d}.png"
+        path = self._folder.samples_path(self._run_config, nimg)
         if self._world.is_main:
             record = {**self._record(rows, images.shape, nimg), "label_dim": net.label_dim}
+            names = self._dataset.class_names if net.label_dim else None
+            if names is not None:
+                record["class_names"] = [names[row] if row is not None and row < len(names) else None for row in rows]
             columns = self._config.num
             if conditioning is not None:
                 images, columns = _with_conditioning(images, conditioning, len(rows)), columns + 2

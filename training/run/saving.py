@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -21,6 +21,7 @@ from torch_utils.checkpoints.host_copy import HostCopy, on_host
 from torch_utils.distributed import World
 from torch_utils.processes.together import on_main
 from training.config import TrainingConfig
+from training.loss import EDM2Loss
 from training.run.run_folder import RunFolder
 from training.run.state import TrainingState
 from training.snapshot import Snapshot, save_snapshot
@@ -93,7 +94,7 @@ class RunSaver:
                 tensors = self._on_host(tensors, copy, torch.float16)
             num_bytes = sum(value.numel() * 2 for value in tensors.values()) + _SNAPSHOT_BYTES
             for extension in extensions:
-                path = self._folder.snapshot_path(state.nimg, suffix, extension)
+                path = self._folder.snapshot_path(config, state.nimg, suffix, extension)
                 work = partial(_write_snapshot, self._snapshot(state, net, std), tensors, copy)
                 writes.append(Write(path=path, num_bytes=num_bytes, work=work))
         yield from self._submit(writes)
@@ -106,7 +107,7 @@ class RunSaver:
         yield from self._begin(nimg)
         if self._world.is_main:
             data = self._on_host(data, self._state_copy, None)
-        path = self._folder.checkpoint_path(nimg)
+        path = self._folder.checkpoint_path(self._config, nimg)
         work = partial(self._write_checkpoint, data)
         yield from self._submit([Write(path=path, num_bytes=checkpoint_bytes(data), work=work)])
 
@@ -115,7 +116,7 @@ class RunSaver:
         from torch_utils.checkpoints.sharded import save_sharded  # slow to import
 
         yield from self.settle()
-        path, is_announced = self._folder.checkpoint_path(nimg, sharded=True), False
+        path, is_announced = self._folder.checkpoint_path(self._config, nimg, sharded=True), False
         while True:
             on_main(self._world, self._folder.require_held)
             try:
@@ -159,9 +160,13 @@ class RunSaver:
         yield from expected
 
     def close(self) -> None:
-        """Wait until everything is written, without the other processes."""
+        """Wait until everything is written, without the other processes; while an exception ends the run, no longer
+        than the disk has room."""
+        failing = sys.exc_info()[0] is not None
+        if failing:
+            self._writer.give_up()
         self._writer.wait()
-        if self._writer.failure is not None and sys.exc_info()[0] is None:
+        if self._writer.failure is not None and not failing:
             raise self._writer.failure
 
     def _share(self, done: bool) -> bool:
@@ -205,26 +210,32 @@ class RunSaver:
     def _remove_older(self, path: Path) -> None:
         if self._config.keep_checkpoints:
             paths = self._folder.checkpoints()
-            remove_older(paths[: paths.index(path) + 1], keep=self._config.keep_checkpoints)
+            if path in paths:  # or the folder has vanished, as the next write will tell
+                remove_older(paths[: paths.index(path) + 1], keep=self._config.keep_checkpoints)
 
     def _snapshot(self, state: TrainingState, net: Any, std: float) -> Snapshot:
+        own_loss = self._config.loss_class
+        loss = {"class": own_loss, "arguments": self._config.loss_args or {}}
         return Snapshot(
             net=net,
             encoder=state.encoder,
             dataset_kwargs={
-                "class_name": "training.dataset.ImageFolderDataset",
+                "class_name": self._config.dataset_class or "training.dataset.ImageFolderDataset",
                 "path": self._config.data,
                 "use_labels": self._config.cond,
                 "xflip": self._config.xflip,
+                **({} if self._config.dataset_args is None else {"args": self._config.dataset_args}),
             },
-            loss_fn=state.loss_fn,
+            loss_fn=cast(EDM2Loss, state.loss_fn) if own_loss is None else None,
             nimg=state.nimg,
             ema_std=std,
             info={
                 "batch": self._config.batch,
                 "seed": self._config.seed,
                 # Tools learn from these that a network takes a conditioning image, or also works without labels.
+                **({} if own_loss is None else {"loss": loss}),
                 **({} if state.condition is None else {"condition": str(state.condition)}),
+                **({} if state.class_names is None else {"classes": state.class_names}),
                 **{name: value for name in ("balance", "label_dropout") if (value := getattr(self._config, name))},
             },
         )

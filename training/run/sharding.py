@@ -20,9 +20,10 @@ from torch_utils.checkpoints.stored import check_same, flatten
 from torch_utils.distributed import World
 from training.fast.training_network import FastPrecond
 from training.networks_edm2 import Precond
+from training.own.own_network import OwnForm, OwnNetwork, remade
 
 
-def shard_network(replica: FastPrecond, world: World, *, group: int) -> None:
+def shard_network(replica: FastPrecond | OwnForm, world: World, *, group: int) -> None:
     """Spread the weights of `replica`, and so of its `net`, over groups of `group` consecutive processes.
 
     All processes must have the same weights. With more than one group, every group has a copy, and gradients are
@@ -30,7 +31,7 @@ def shard_network(replica: FastPrecond, world: World, *, group: int) -> None:
 
     The parameters of `net` become DTensors on the run's device. Scalars (gains) stay whole in every process, since
     `fully_shard` accepts none: see `scatter_gradients`. The embedding layers of all blocks, which the network applies
-    in one product, are gathered with what belongs to no block.
+    in one product, are gathered with what belongs to no block. An own network is one block.
     """
     # Imported here: most runs do not need it, and it takes a third as long as importing torch.
     from torch.distributed.device_mesh import init_device_mesh
@@ -45,8 +46,7 @@ def shard_network(replica: FastPrecond, world: World, *, group: int) -> None:
         if param.ndim == 0:
             param.data = param.data.to(world.device)
     replica.register_forward_hook(_with_own_memory)
-    blocks = [*replica.enc, *replica.dec]
-    for block in blocks:
+    for block in [] if isinstance(replica, OwnForm) else [*replica.enc, *replica.dec]:
         with _hidden(block, lambda name, param: _left_whole(param) or name == "block.emb_linear.weight"):
             fully_shard(block, mesh=mesh)
     with _hidden(replica, lambda name, param: _left_whole(param)):
@@ -85,15 +85,18 @@ def _hidden(module: nn.Module, which: Callable[[str, torch.Tensor], bool]) -> It
             owner._parameters[name] = param
 
 
-def local_module(net: Precond) -> Precond:
+def local_module(net: Precond | OwnNetwork) -> Precond | OwnNetwork:
     """Return a network whose parameters are this process's rows of a sharded `net`, in the same memory.
 
     It is never called: it holds what Adam, normalization and averages act on.
     """
     local = _without_content(net)
-    for name, param in net.named_parameters():
+    rows: dict[int, nn.Parameter] = {}  # by the parameter, which an own network may use under several names
+    for name, param in net.named_parameters(remove_duplicate=False):
         owner, _, attribute = name.rpartition(".")
-        local.get_submodule(owner)._parameters[attribute] = nn.Parameter(_rows(param.detach()))
+        if id(param) not in rows:
+            rows[id(param)] = nn.Parameter(_rows(param.detach()), requires_grad=param.requires_grad)
+        local.get_submodule(owner)._parameters[attribute] = rows[id(param)]
     for name, buffer in net.named_buffers():
         owner, _, attribute = name.rpartition(".")
         local.get_submodule(owner)._buffers[attribute] = buffer
@@ -129,13 +132,15 @@ def whole_like(rows: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def gathered(local: nn.Module, net: Precond, world: World, *, main_only: bool = False) -> Precond:
+def gathered(
+    local: nn.Module, net: Precond | OwnNetwork, world: World, *, main_only: bool = False
+) -> Precond | OwnNetwork:
     """Return a whole network from the rows in the local modules, in float16 as in files. Every process calls this.
 
     With `main_only` it is in the memory of the main process's host and has no content elsewhere. It is gathered tensor
     by tensor, so that a GPU holds at most one whole tensor at a time.
     """
-    like = dict(net.named_parameters())
+    like = dict(net.named_parameters(remove_duplicate=False))
     tensors = {}
     for name, value in local.state_dict().items():
         value = value.to(torch.float16)
@@ -151,7 +156,10 @@ def gathered(local: nn.Module, net: Precond, world: World, *, main_only: bool = 
     return result
 
 
-def _without_content(net: Any) -> Precond:
+def _without_content(net: Any) -> Precond | OwnNetwork:
+    """Return a network like `net` whose tensors are to be replaced: without values, unless it is the user's own."""
+    if isinstance(net, OwnNetwork):
+        return remade(net)
     with torch.device("meta"):
         return Precond(*net._init_args, **net._init_kwargs)
 
@@ -171,7 +179,7 @@ def sharded_state(data: dict[str, Any], net: nn.Module) -> dict[str, Any]:
 
     `data` is as in TrainingState.state_dict(). Nothing is copied.
     """
-    params = dict(net.named_parameters())
+    params = dict(net.named_parameters(remove_duplicate=False))
     moments = data["optimizer"]["state"]
 
     def named(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -179,7 +187,7 @@ def sharded_state(data: dict[str, Any], net: nn.Module) -> dict[str, Any]:
 
     state = {
         index: {k: whole_like(v, param) if v.ndim else v for k, v in moments[index].items()}
-        for index, param in enumerate(params.values())
+        for index, param in enumerate(net.parameters())
         if index in moments
     }
     return {

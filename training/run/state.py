@@ -16,7 +16,7 @@ from torch_utils.precision import compute_dtype
 from training.config import TrainingConfig
 from training.dataset.contract import ImageDataset
 from training.encoders import Encoder, StabilityVAEEncoder
-from training.loss import EDM2Loss
+from training.own.own_loss import make_loss
 from training.phema import PowerFunctionEMA
 from training.run.batch_inputs import condition_images, drop_labels
 from training.run.monitor import Monitor
@@ -63,8 +63,9 @@ class TrainingState:
         self.elapsed_sec = 0.0
         self.encoder = make_encoder(config, dataset) if encoder is None else encoder
         self.condition = condition_of(config, dataset)
+        self.class_names = dataset.class_names if config.cond else None
         self.sharded = config.shards_over(world.size)
-        self.net = make_network(config, dataset).train().requires_grad_(True)
+        self.net = make_network(config, dataset)
         if not self.sharded:
             self.net.to(world.device)
         self.uninitialized: list[str] = []  # tensors that --init has nothing fitting for
@@ -75,7 +76,7 @@ class TrainingState:
             )
         if not self.sharded:
             pack_weights(self.net)
-        self.loss_fn = EDM2Loss(P_mean=config.P_mean, P_std=config.P_std, sigma_data=self.net.sigma_data)
+        self.loss_fn = make_loss(config, self.net.sigma_data)
         self.replica = make_replica(self.net, config, world)
         self.local = local_module(self.net) if self.sharded else self.net  # what this process steps and averages
         self._params, self._weights = list(self.local.parameters()), weights_of(self.local)
@@ -155,7 +156,7 @@ class TrainingState:
         }
         if config.label_dropout:
             labels = drop_labels(labels, noise, start, config.label_dropout)
-        if config.network.dropout:
+        if config.network.dropout or config.has_own_parts:  # which may draw from torch's generator
             torch.manual_seed(derive_seed(config.seed, Purpose.DROPOUT, self.nimg, self.world.rank))
         if self.condition is not None:
             draws["cond_images"] = condition_images(self.condition, latents, noise, start, self.net.sigma_data)
@@ -196,6 +197,7 @@ class TrainingState:
             "net": self.local.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "ema": self.ema.state_dict(),
+            "loss_fn": _published_loss(self.config, self.net.sigma_data),
             "loss_scale": self.loss_scale.state_dict(),
         }
         return sharded_state(data, self.net) if self.sharded else data
@@ -225,7 +227,7 @@ class TrainingState:
         """Take this process's rows of the weights, moments and averages in `data`."""
         if list(data["ema"]["stds"]) != self.ema.stds:
             raise ValueError(f"the stored averages have widths {data['ema']['stds']}, this run has {self.ema.stds}")
-        start_moments(self.optimizer)
+        start_moments(self.optimizer, data["optimizer"]["state"])  # of those that ever had a gradient
         target, source = (
             {"net": d["net"], "optimizer": d["optimizer"]["state"], "ema": d["ema"]["emas"]}
             for d in (self.state_dict(), data)
@@ -247,6 +249,12 @@ class TrainingState:
         if not self.sharded:
             return averages
         return ((gathered(ema, self.net, self.world, main_only=main_only), suffix) for ema, suffix in averages)
+
+
+def _published_loss(config: TrainingConfig, sigma_data: float) -> dict[str, Any]:
+    """Return the fifth key of a published checkpoint. The options tell the same, and nothing here reads it."""
+    arguments = {"P_mean": config.P_mean, "P_std": config.P_std}
+    return {**arguments, "sigma_data": sigma_data, "_init_args": (), "_init_kwargs": arguments}
 
 
 def _fitting_moments(stored: dict[str, Any], parameters: list[torch.nn.Parameter]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ Source: Karras et al., arXiv 2312.02696, Eq. 47, 66 and 67, Section 2.3, Table 6
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -35,13 +35,15 @@ def make_optimizer(params: Iterable[torch.nn.Parameter], lr: float) -> torch.opt
     return torch.optim.Adam(params, lr=lr, betas=BETAS, fused=True)
 
 
-def start_moments(optimizer: torch.optim.Adam) -> None:
-    """Give the optimizer the state that its first step would make, to be filled in by others."""
+def start_moments(optimizer: torch.optim.Adam, indices: Collection[int]) -> None:
+    """Give the parameters of these indices the state that a first step would make, to be filled in by others."""
     params = [param for group in optimizer.param_groups for param in group["params"]]
-    moments = [
-        {"step": torch.zeros([]), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)} for p in params
-    ]
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": dict(enumerate(moments))})
+    moments = {
+        i: {"step": torch.zeros([]), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        for i, p in enumerate(params)
+        if i in indices
+    }
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
 
 
 def with_fused_adam(state: dict[str, Any]) -> dict[str, Any]:
@@ -78,17 +80,32 @@ def normalize_weights(net: torch.nn.Module) -> None:
 def normalize_rows(weights: Sequence[torch.Tensor]) -> None:
     """Do the work of `normalize_weights` for the result of `weights_of`.
 
-    Weights that `pack_weights` has put together take one call for their magnitudes and one for the division.
+    Weights that `pack_weights` has put together take one call for their magnitudes and one for the division. Weights
+    with rows that are not unbroken in memory are normalized one by one.
     """
     by_length: dict[int, list[torch.Tensor]] = {}
     for weight in weights:
+        if not _has_unbroken_rows(weight):
+            norm = torch.linalg.vector_norm(weight, dim=list(range(1, weight.ndim)), keepdim=True)
+            weight.div_(norm / math.sqrt(weight.shape[1:].numel()) + EPS)
+            continue
         by_length.setdefault(weight.shape[1:].numel(), []).append(weight)
     rows = [part.view(-1, length) for length, group in by_length.items() for part in joined(group)]
+    if not rows:
+        return
     norms = [torch.linalg.vector_norm(part, dim=1, keepdim=True) for part in rows]
     torch._foreach_mul_(norms, [1 / math.sqrt(part.shape[1]) for part in rows])
     torch._foreach_add_(norms, EPS)
     for part, norm in zip(rows, norms, strict=True):  # _foreach_div_ would do the same: the shapes differ
         part.div_(norm)
+
+
+def _has_unbroken_rows(weight: torch.Tensor) -> bool:
+    """Return whether rows follow one another in memory without gaps; their elements may be in any order."""
+    shape, strides = weight.shape, weight.stride()
+    length = shape[1:].numel()
+    span = 1 + sum((size - 1) * stride for size, stride in zip(shape[1:], strides[1:], strict=True))
+    return span == length and strides[0] == length
 
 
 @torch.no_grad()

@@ -6,12 +6,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from dnnlib import hub
 from dnnlib.disk import make_folder, require_folder
 from dnnlib.download import is_url
 from dnnlib.errors import ConfigError, reason_of
+from dnnlib.parse import split_url
 from training.run.run_folder import RunFolder
 from training.sharing.model_card import CardFacts, is_published
 from training.sharing.write_folder import require_free, save_folder
@@ -166,7 +167,7 @@ def _name_of(source: str) -> tuple[str, bool]:
         name = hub.parse_hub_url(source)
         return Path(name.file or name.repo).name, name.file is None
     if is_url(source):
-        return Path(unquote(urlsplit(source).path)).name, False
+        return Path(unquote(split_url(source).path)).name, False
     repository = None if Path(source).exists() else hub.parse_repository(source)
     if repository is not None and Path(source).suffix not in SUFFIXES:
         return Path(repository.repo).name, True
@@ -186,9 +187,10 @@ def _read_result(path: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text("utf-8"))
         for entry in record["results"].values():
-            float(entry["minimum"])
+            for key in ("minimum", *(("mean", "std") if entry.get("std") else ())):
+                float(entry[key])
     except OSError as error:
         raise ConfigError(f"cannot read --metrics={path}: {reason_of(error)}") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         raise ConfigError(f"--metrics={path} is not a result of calculate_metrics.py --json") from None
     return dict(record)

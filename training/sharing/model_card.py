@@ -76,7 +76,7 @@ def _summary(snapshot: Snapshot) -> str:
     kind = f"A class-conditional diffusion model of {net.label_dim} classes" if net.label_dim else "A diffusion model"
     what = f"images of {size} pixels, {net.img_channels} channel{'s' * (net.img_channels != 1)}"
     if isinstance(snapshot.encoder, StabilityVAEEncoder):
-        what = f"latents of {size} with {net.img_channels} channels, of the VAE `{snapshot.encoder.vae_name}`"
+        what = f"latents of {size} with {net.img_channels} channels, of the VAE {_code(snapshot.encoder.vae_name)}"
     return (
         f"{kind} for {what}: the magnitude-preserving U-Net of EDM2 (Karras et al., arXiv 2312.02696) in the form that"
         " the diffusers library loads. `unet/diffusion_pytorch_model.safetensors` is also a network file of its own."
@@ -122,17 +122,17 @@ def _network_rows(snapshot: Snapshot) -> list[tuple[str, str]]:
 def _training(snapshot: Snapshot, facts: CardFacts) -> str:
     rows = []
     if snapshot.dataset_kwargs and snapshot.dataset_kwargs.get("path"):
-        rows.append(("data", f"`{PurePath(str(snapshot.dataset_kwargs['path'])).name}`"))
-        rows += [(key, str(snapshot.dataset_kwargs[key])) for key in ("xflip",) if key in snapshot.dataset_kwargs]
+        rows.append(("data", _code(PurePath(str(snapshot.dataset_kwargs["path"])).name)))
+        rows += [(key, _cell(snapshot.dataset_kwargs[key])) for key in ("xflip",) if key in snapshot.dataset_kwargs]
     if snapshot.loss_fn is not None:
         loss = snapshot.loss_fn
         rows.append(("noise levels", f"ln(sigma) normal, mean {loss.P_mean:g}, standard deviation {loss.P_std:g}"))
     rows += [
-        (key.replace("_", " "), _cell(value))
+        (_cell(key.replace("_", " ")), _cell(value))
         for key, value in sorted(snapshot.info.items())
         if key not in ("training_command", "metrics", "license", "source")
     ]
-    rows += [("source", f"{snapshot.info['source']}")] if "source" in snapshot.info else []
+    rows += [("source", _cell(snapshot.info["source"]))] if "source" in snapshot.info else []
     parts = [_table(("", ""), rows)] if rows else []
     command = snapshot.info.get("training_command")
     parts += [f"Command:\n\n```\n{str(command).replace('```', '')}\n```"] if command else []
@@ -144,14 +144,21 @@ def _training(snapshot: Snapshot, facts: CardFacts) -> str:
 def _scores(snapshot: Snapshot, facts: CardFacts) -> str:
     rows: list[tuple[str, ...]] = []
     for record in facts.results:
-        images = f"{record.get('num_images', '')}"
+        images = _cell(record.get("num_images", ""))
         for name, entry in record["results"].items():
             spread = f" (mean {_number(entry['mean'])} ± {_number(entry['std'])})" if entry.get("std") else ""
-            rows.append((name, _number(entry["minimum"]) + spread, images, f"`{record.get('command', '')}`"))
-    rows += [(name, _number(value), "", "while training") for name, value in sorted(facts.scores.items())]
+            rows.append(
+                (
+                    _cell(name),
+                    _number(entry["minimum"]) + spread,
+                    images,
+                    _code(record.get("command", "")),
+                )
+            )
+    rows += [(_cell(name), _number(value), "", "while training") for name, value in sorted(facts.scores.items())]
     recorded = snapshot.info.get("metrics")
     if isinstance(recorded, Mapping):
-        rows += [(str(name), _cell(value), "", "") for name, value in sorted(recorded.items())]
+        rows += [(_cell(name), _cell(value), "", "") for name, value in sorted(recorded.items())]
     if not rows:
         return ""
     return f"## Results\n\n{_table(('metric', 'value', 'images', 'how'), rows)}"
@@ -183,7 +190,13 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 def _cell(value: Any) -> str:
     """Return a value from a stranger's file as the text of one table cell."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return " ".join(text.split())[:1000]
+    return re.sub(r"([\\`*_\[\]<>&#!~])", r"\\\1", " ".join(text.split())[:1000])
+
+
+def _code(value: Any) -> str:
+    """Return a value from a stranger's file as code within a line; '' for an empty one."""
+    text = " ".join(str(value).replace("`", "").split())[:1000]
+    return f"`{text}`" if text else ""
 
 
 def _number(value: Any) -> str:

@@ -14,7 +14,7 @@ from dnnlib.atomic import atomic_folder, write_text
 from dnnlib.errors import ConfigError, reason_of
 from dnnlib.text import installed_version
 from training.encoders import StabilityVAEEncoder
-from training.sampling.options import HeunOptions
+from training.sampling.schedule import HeunOptions
 from training.sharing.model_card import CardFacts, model_card
 from training.snapshot import Snapshot, locate, save_snapshot
 from training.snapshot.parts import build_encoder, described, described_snapshot

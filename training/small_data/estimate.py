@@ -5,7 +5,9 @@ Shape legend: N images, C channels, H x W pixels, L labels.
 
 import dataclasses
 import math
+import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,8 +16,9 @@ from typing import Any
 import psutil
 import torch
 
+from dnnlib.memory import container_free_bytes
 from dnnlib.parse import format_nimg
-from dnnlib.text import format_duration
+from dnnlib.text import format_duration, format_passes
 from torch_utils.distributed import World
 from torch_utils.precision import numerics, unchanged_random_state
 from training.config import TrainingConfig
@@ -27,7 +30,7 @@ from training.run.run_data import CACHE_BYTES, network_shape
 from training.run.state import TrainingState
 
 # Forward and backward: three times the forward pass.
-_PASSES = 3
+PASSES = 3
 # Operations that a measured step may have, and the least time of all measured steps.
 _CPU_OPS = 60e9
 _GPU_OPS = 10e12
@@ -54,6 +57,7 @@ class Memory:
     activations: int  # what a round's images leave for the backward pass, and the weights as they act on them
     copies: int  # of weights, moments and averages, while a checkpoint is on its way to the disk; on the host
     images: int  # of the data set, decoded; on the host
+    image: int = 0  # the part of the activations that one more image of the round adds
     program: int = 0  # what the process took before the run; on the host
 
     def total(self, device: torch.device) -> int:
@@ -103,7 +107,7 @@ def estimate(config: TrainingConfig, dataset: ImageDataset, device: torch.device
         share, rounds = config.share_of(num_ranks)
         shortened = dataclasses.replace(config, compile=False, shard=False, shard_group=None, batch_gpu=None, init=None)
         state = TrainingState(shortened, dataset, World(device=device), resumed=True)
-        image_ops = _PASSES * count_flops(state.net).total_flops
+        image_ops = PASSES * count_flops(state.net).total_flops
         most = max(int((_CPU_OPS if device.type == "cpu" else _GPU_OPS) / image_ops), 1)
         num_images = min(most, share // rounds)
         state.config = dataclasses.replace(shortened, batch=num_images, vae=None)
@@ -179,6 +183,7 @@ def count_memory(state: TrainingState, config: TrainingConfig, dataset: ImageDat
     return Memory(
         weights=weight_bytes * (kept + 1),
         activations=one + (two - one) * (per_round - 1),
+        image=two - one,
         copies=weight_bytes * kept if config.background_saves else 0,
         images=dataset.decoded_bytes if config.workers == 0 and dataset.decoded_bytes <= CACHE_BYTES else 0,
     )
@@ -218,6 +223,31 @@ def saved_bytes(work: Callable[[], Any]) -> int:
     return sum(sizes.values())
 
 
+def free_bytes(device: torch.device) -> int:
+    """Return the memory that a run may take, that of this process included: the device's, for a CPU the container's."""
+    if device.type != "cpu" and not torch.cuda.is_available():
+        return sys.maxsize  # unknown
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    available, allowed = int(psutil.virtual_memory().available), container_free_bytes()
+    return min(available, available if allowed is None else allowed) + int(psutil.Process().memory_info().rss)
+
+
+def _memory_advice(e: Estimate) -> list[str]:
+    """Return a line if the processes of this machine need more memory than it has, with the rounds that would fit."""
+    memory, config = e.memory, e.config
+    local = 1 if e.device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", e.num_ranks))
+    limit = free_bytes(e.device) // local
+    excess = memory.total(e.device) - limit
+    if excess <= 0:
+        return []
+    share, rounds = config.share_of(e.num_ranks)
+    most = share // rounds - -(-excess // memory.image) if memory.image else 0
+    fit = max((n for n in range(1, most + 1) if share % n == 0), default=0)
+    advice = f"--batch-gpu={fit} fits" if fit else "a smaller --channels is needed, besides --batch-gpu=1"
+    return [f"which is more than the {limit / 2**30:.2f} GiB that are free here: {advice}"]
+
+
 def describe_estimate(estimate: Estimate, *, nimg: int = 0) -> str:
     """Return the estimate for what is left of the run after `nimg` images, and what fits an hour if it takes longer."""
     e, config, speed, memory = estimate, estimate.config, estimate.speed, estimate.memory
@@ -229,11 +259,12 @@ def describe_estimate(estimate: Estimate, *, nimg: int = 0) -> str:
         f" {e.image_ops * rate / e.num_ranks / 1e9:,.3g} Gflop/s a process",
         f"  time     {format_duration(e.seconds(max(config.duration - nimg, 0)))}"
         f" for {'the rest of ' if nimg else ''}{format_nimg(config.duration)} images,"
-        f" {f'{passes:,.0f}' if passes >= 10 else f'{passes:.2g}'} passes",
+        f" {format_passes(passes)}",
     ]
     if e.seconds(config.duration - nimg) > _HOUR_SEC and not nimg:
         fit = e.images_in(_HOUR_SEC)
         lines.append(f"           --duration={format_nimg(fit)} takes an hour; it can be raised later to continue")
+        lines.append(f"           in 20 minutes here: --duration={format_nimg(e.images_in(_HOUR_SEC / 3))}")
     parts = {
         "weights, moments, averages": memory.weights,
         "activations": memory.activations,
@@ -244,6 +275,7 @@ def describe_estimate(estimate: Estimate, *, nimg: int = 0) -> str:
     where = "" if e.device.type == "cpu" else " on the device"
     named = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items() if size)
     lines.append(f"  memory   {memory.total(e.device) / 2**30:.2f} GiB a process{where}; in all: {named}")
+    lines += [f"           {line}" for line in _memory_advice(e)]
     left_out = ["snapshots", *(["samples"] if config.samples else []), *(["metrics"] if config.metrics else [])]
     left_out += ["the VAE"] if config.vae is not None else []
     compiled = "; compiled code is faster" if config.compiles_on(e.device) else ""

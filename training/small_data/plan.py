@@ -17,8 +17,6 @@ from training.dataset.contract import ImageDataset
 from training.run.run_data import network_shape, open_dataset
 from training.small_data.rules import SHAPES, Facts, Shape, choose, remarks
 
-PRESET = "small"
-
 # For the question whether mirrored images belong to a data set: they do among landscapes, but not among letters.
 NUM_IMAGES = 2048  # examined at most, evenly spread over the data set
 NUM_QUERIES = 512  # of them whose neighbors are searched, at most
@@ -51,6 +49,8 @@ def make_plan(
     balance: bool | None = None,
     vae: str | None,
     duration: int | None,
+    snapshot: int | None = None,
+    batch: int | None = None,
     **streaming: Any,
 ) -> Plan:
     """Return the plan for the data set at `data`; values other than None were given on the command line.
@@ -73,7 +73,7 @@ def make_plan(
         latents=latents,
         foreign=foreign_share(dataset) if examined else None,
     )
-    config, choices = choose(facts, shape, duration=duration)
+    config, choices = choose(facts, shape, duration=duration, snapshot=snapshot, batch=batch)
     return Plan(config=config, choices=choices, facts=facts, dataset=dataset)
 
 
@@ -86,6 +86,9 @@ def describe_plan(plan: Plan, config: TrainingConfig) -> str:
     for option, why in plan.choices.items():
         value = value_of(config, option)
         rows.append((f"--{option}={value}", why if value == value_of(plan.config, option) else "as given"))
+    if config.rampup * 1e6 > config.duration:
+        fit = config.duration / 4e6
+        rows.append((f"--rampup={fit:.2g}", "would suit a run this short, in which the learning rate only rises"))
     width = max(len(option) for option, _ in rows)
     return "\n".join(
         [

@@ -15,12 +15,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from dnnlib.text import format_passes
 from training.config import NetworkConfig, TrainingConfig
 from training.networks_edm2 import Precond
 
 IMAGENET = 1_281_167  # images
 PARAMS_PER_IMAGE = 1100  # upper bound: 56 million for 50,000 images
 PASSES = 1600
+LEAST_INTERVAL = 1024  # images between snapshots
 WIDTHS = (16, 24, 32, 48, 64, 96, 128)  # whose levels divide into heads of 32 channels or a few more
 FEW_IMAGES = 1000  # below this even the narrowest network can memorize all images
 MANY_IMAGES = 200_000  # above this the presets of the papers fit better
@@ -82,7 +84,7 @@ SHAPES = {
 # Every choice with its reason, in the order of the help page. Names in braces are filled in by `choose`.
 _REASONS = {
     "cond": "{classes}",
-    "duration": "{PASSES:,} passes, as EDM2 on ImageNet; at least 16Ki images a class and 128Ki in all",
+    "duration": "{passes}; EDM2 on ImageNet: 1,676; at least 16Ki images a class and 128Ki in all",
     "batch": "half the square root of the number of images: 128 for CIFAR-10 (DDPM); 16 to 256",
     "channels": "{num_params:.1f} million parameters, {per_image:,.0f} an image; {bound}",
     "channel-mult": "for {resolution}x{resolution}: {levels} levels, down to 8x8",
@@ -96,20 +98,27 @@ _REASONS = {
     "rampup": "EDM2's 4,883 batches, likewise; at least 100",
     "ema-stds": "EDM2's; every other length can be reconstructed afterwards",
     "xflip": "{mirroring}",
-    "status": "a quarter of --snapshot",
-    "snapshot": "16 to 32 in the run, enough to reconstruct any EMA length",
-    "checkpoint": "as --snapshot",
+    "status": "{status}",
+    "snapshot": "{snapshots}",
+    "checkpoint": "{checkpoint}",
 }
 
 
-def choose(facts: Facts, shape: Shape, *, duration: int | None = None) -> tuple[TrainingConfig, dict[str, str]]:
-    """Return the configuration, its `data` empty, and all reasons; the user's `duration` decides only on intervals."""
+def choose(
+    facts: Facts, shape: Shape, *, duration: int | None = None, snapshot: int | None = None, batch: int | None = None
+) -> tuple[TrainingConfig, dict[str, str]]:
+    """Return the configuration, its `data` empty, and all reasons.
+
+    `duration`, `snapshot` and `batch` were given by the user, and decide only on intervals.
+    """
     n = facts.num_images
     channels, num_params = _width(facts, shape)
     scale = math.sqrt(n / IMAGENET)
-    batch = 1 << min(max(round(math.log2(math.sqrt(n) / 2)), 4), 8)
+    chosen_batch = 1 << min(max(round(math.log2(math.sqrt(n) / 2)), 4), 8)
     planned = _duration(facts)
-    snapshot = max(1 << (max((duration or planned) // 16, 1).bit_length() - 1), batch)
+    length, step = duration or planned, batch or chosen_batch
+    interval = max(1 << (max(length // 16, 1).bit_length() - 1), LEAST_INTERVAL, step)
+    interval = snapshot or interval
     config = TrainingConfig(
         data="",
         cond=facts.num_classes > 1,
@@ -119,18 +128,21 @@ def choose(facts: Facts, shape: Shape, *, duration: int | None = None) -> tuple[
         P_std=shape.P_std,
         lr=0.012,
         decay=float(_two_digits(shape.decay * scale)),
-        rampup=_two_digits(max(10e6 / 2048 * scale, 100) * batch) / 1e6,
-        batch=batch,
+        rampup=_two_digits(max(10e6 / 2048 * scale, 100) * chosen_batch) / 1e6,
+        batch=chosen_batch,
         duration=planned,
-        snapshot=snapshot,
-        checkpoint=snapshot,
-        status=max(snapshot // 4, batch),
+        snapshot=interval if snapshot is None else snapshot,
+        checkpoint=interval,
+        status=max(interval // 4, step),
     )
     bound = f"at most {PARAMS_PER_IMAGE:,}, as EDM on CIFAR-10"
     if num_params > PARAMS_PER_IMAGE * n:
         bound = f"the narrowest used; {PARAMS_PER_IMAGE:,} would be EDM's on CIFAR-10"
     values = {
-        "PASSES": PASSES,
+        "passes": format_passes(planned / n),
+        "snapshots": "as given" if snapshot is not None else _why_snapshot(-(-length // interval)),
+        "checkpoint": "as --snapshot" if snapshot != 0 else "16 to 32 in the run",
+        "status": "a quarter of --checkpoint" if interval // 4 >= step else "each batch",
         "classes": _why_cond(facts),
         "num_params": num_params / 1e6,
         "per_image": num_params / n,
@@ -212,6 +224,11 @@ def _why_xflip(facts: Facts) -> str:
     return f"{nearer}; " + (
         f"off from {FOREIGN_FROM:.0%}" if facts.foreign >= FOREIGN_FROM else "50% if mirroring is natural"
     )
+
+
+def _why_snapshot(num: int) -> str:
+    enough = ", enough to reconstruct any EMA length" if num >= 16 else ", of a short run"
+    return f"{num} in the run{enough}"
 
 
 def _two_digits(value: float) -> int:

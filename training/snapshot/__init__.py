@@ -2,8 +2,8 @@
 
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from dnnlib.atomic import atomic_path
 from dnnlib.disk import write_error
 from dnnlib.errors import ConfigError, one_line, reason_of
 from torch_utils.pickles.safe_pickle import file_format, read_pickle
+from training.own.own_network import OwnNetwork, StoredOwnNetwork
 from training.snapshot.code import TrustCode
 from training.snapshot.locate import SUFFIXES, locate_network, read_folder
 from training.snapshot.parts import (
@@ -26,6 +27,8 @@ from training.snapshot.parts import (
 from training.snapshot.pickle_file import snapshot_of, write_pickle
 from training.snapshot.safetensors_file import read_safetensors, write_safetensors
 
+KIMG = r"\d+(?:\.\d{3})?"  # an image count in a file's name, see `name_of_nimg`
+
 
 @dataclass(frozen=True, kw_only=True)
 class SnapshotHeader:
@@ -34,8 +37,9 @@ class SnapshotHeader:
     nimg: int | None
     ema_std: float | None
     config: dict[str, Any]  # {"class": "Precond", "arguments": {...}}: the constructor's, by name, as JSON values
-    tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]  # dtype and shape by name, in the network's order
-    buffers: frozenset[str]  # names of the tensors that are not parameters
+    # Dtype and shape by name, in the network's order.
+    tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = field(repr=False)
+    buffers: frozenset[str] = field(repr=False)  # names of the tensors that are not parameters
     encoder: dict[str, Any] | None  # like `config`
     loss: dict[str, Any] | None  # like `config`
     dataset_kwargs: dict[str, Any] | None
@@ -43,7 +47,11 @@ class SnapshotHeader:
 
 
 def load_snapshot(
-    source: str | os.PathLike[str], trust_code: TrustCode | None = None, *, device: torch.device | str = "cpu"
+    source: str | os.PathLike[str],
+    trust_code: TrustCode | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    own_networks: Sequence[str] = (),
 ) -> Snapshot:
     """Read the network `source` without running anything from it.
 
@@ -51,22 +59,23 @@ def load_snapshot(
     of a file, not its name, tells its format; the name only fills in image count and EMA length that the content lacks.
 
     Files with classes other than ours are refused unless the caller gives `trust_code`. It is called with each source
-    text that the file has for them before the text is run, like a program that was downloaded.
+    text that the file has for them before the text is run, like a program that was downloaded. Networks of the user's
+    own (docs/extending.md) are refused unless `own_networks` has their class, as module:Class, which is then imported.
 
     Raises ConfigError, naming the file, if it is missing, foreign or damaged.
     """
-    snapshot = _read(str(source), values=True, trust_code=trust_code, device=device)
+    snapshot = _read(str(source), values=True, trust_code=trust_code, device=device, own_networks=own_networks)
     snapshot.net.to(device)
     return snapshot
 
 
-def read_header(source: str | os.PathLike[str]) -> SnapshotHeader:
+def read_header(source: str | os.PathLike[str], *, own_networks: Sequence[str] = ()) -> SnapshotHeader:
     """Read the network `source`, named as for `load_snapshot`, without the values of its tensors.
 
     Only the header of a .safetensors file is read; a pickle is read through, but no tensor is kept. The same files are
     refused, with the same errors, as by `load_snapshot`, except for damage in the values.
     """
-    return header_of(_read(str(source), values=False))
+    return header_of(_read(str(source), values=False, own_networks=own_networks))
 
 
 def header_of(snapshot: Snapshot) -> SnapshotHeader:
@@ -85,7 +94,13 @@ def header_of(snapshot: Snapshot) -> SnapshotHeader:
     )
 
 
-def _read(name: str, values: bool, trust_code: TrustCode | None = None, device: torch.device | str = "cpu") -> Snapshot:
+def _read(
+    name: str,
+    values: bool,
+    trust_code: TrustCode | None = None,
+    device: torch.device | str = "cpu",
+    own_networks: Sequence[str] = (),
+) -> Snapshot:
     """Read the network `name`. Without `values` it is on the meta device, else on `device` or still on the CPU."""
     path = locate_network(name)
     try:
@@ -99,7 +114,7 @@ def _read(name: str, values: bool, trust_code: TrustCode | None = None, device: 
         elif kind == "folder":
             snapshot = read_folder(path, values)
         elif kind == "safetensors":
-            snapshot = read_safetensors(path, values, device)
+            snapshot = read_safetensors(path, values, device, own_networks=own_networks)
         else:
             raise ConfigError("it is neither a pickle nor a safetensors file")
     except ConfigError as error:
@@ -126,11 +141,13 @@ def save_snapshot(
     in float16 already. `tensors`, a state dictionary of the network, replaces its own.
 
     Pickles stay readable by the published code; they have one more entry if `info` is set, or if the name does not tell
-    image count and EMA length.
+    image count and EMA length. Networks of the user's own are written as .safetensors only.
     """
     path = Path(path)
     if path.suffix not in SUFFIXES:
         raise ConfigError(f"{path} has none of the suffixes {' and '.join(SUFFIXES)} of network files")
+    if path.suffix == ".pkl" and isinstance(snapshot.net, OwnNetwork | StoredOwnNetwork):
+        raise ConfigError(f"{path} cannot hold an own network, {snapshot.net.name}; use .safetensors")
     if not as_is:
         snapshot = _rebuilt(snapshot, tensors)
     try:
@@ -155,8 +172,27 @@ def label_dropout(info: Mapping[str, Any]) -> float:
 
 def parse_name(name: str | os.PathLike[str]) -> tuple[int, float] | None:
     """Return image count and EMA length of a name like network-snapshot-0008388-0.050.pkl; None for other names."""
-    match = re.search(r"-(\d{7,12})-(\d\.\d{3})\.(?:pkl|safetensors)$", str(name))
-    return None if match is None else (nimg_from_kimg(int(match[1])), float(match[2]))
+    match = re.search(r"-(\d{7,12}(?:\.\d{3})?)-(\d\.\d{3})\.(?:pkl|safetensors)$", str(name))
+    return None if match is None else (nimg_from_name(match[1]), float(match[2]))
+
+
+def name_of_nimg(nimg: int, *, is_saved: Callable[[int], bool] = lambda nimg: False) -> str:
+    """Return an image count as file names have it: 0008388 for 8,388,608 images, 0000001.536 for 1,536.
+
+    The published form has the thousands alone. It is used if they tell the count: for multiples of 1024, and for those
+    of 1000 unless `is_saved` is true for the multiple of 1024 with the same thousands, whose files have that name.
+    """
+    kimg, rest = divmod(nimg, 1000)
+    same = nimg_from_kimg(kimg)
+    if nimg == same or (rest == 0 and not is_saved(same)):
+        return f"{kimg:07d}"
+    return f"{kimg:07d}.{rest:03d}"
+
+
+def nimg_from_name(text: str) -> int:
+    """Invert `name_of_nimg`; thousands alone count as by `nimg_from_kimg`."""
+    kimg, point, rest = text.partition(".")
+    return int(kimg) * 1000 + int(rest) if point else nimg_from_kimg(int(kimg))
 
 
 def nimg_from_kimg(kimg: int) -> int:
@@ -172,12 +208,14 @@ def _rebuilt(snapshot: Snapshot, tensors: Mapping[str, torch.Tensor] | None) -> 
     """Return `snapshot` with newly built parts, values in float16 on the CPU, and plain dictionaries."""
     state = snapshot.net.state_dict() if tensors is None else tensors
     entries = described_snapshot(snapshot)
+    rounded = {name: value.detach().to("cpu", torch.float16) for name, value in state.items()}
+    net: Any
+    if isinstance(snapshot.net, OwnNetwork):
+        net = StoredOwnNetwork(name=snapshot.net.name, arguments=snapshot.net.arguments, tensors=rounded)
+    else:
+        net = build_network(entries["network"], rounded, float("inf"))
     return Snapshot(
-        net=build_network(
-            entries["network"]["arguments"],
-            {name: value.detach().to("cpu", torch.float16) for name, value in state.items()},
-            float("inf"),
-        ),
+        net=net,
         **rebuilt_parts(entries["encoder"], entries["loss"]),
         dataset_kwargs=entries["dataset_kwargs"],
         nimg=entries["nimg"],

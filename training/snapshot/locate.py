@@ -20,6 +20,7 @@ from typing import Any
 from dnnlib import hub
 from dnnlib.download import is_url, open_url
 from dnnlib.errors import ConfigError, reason_of
+from dnnlib.parse import require_possible
 from training.encoders import StabilityVAEEncoder
 from training.snapshot.parts import Snapshot
 from training.snapshot.safetensors_file import FORMAT, VERSION, read_safetensors
@@ -47,7 +48,7 @@ def locate_network(source: str) -> Path:
     if hub.is_hub_url(source):
         name = hub.parse_hub_url(source)
         return hub.fetch_file(name) if name.file is not None else _fetch_repository(name)
-    path = Path(source)
+    path = Path(source) if is_url(source) else require_possible(source)
     if is_url(source) or path.is_file():
         return Path(open_url(source, return_filename=True))
     if path.is_dir():
@@ -101,7 +102,9 @@ def _only_network(name: hub.HubName, names: Sequence[str]) -> str:
 
 def read_folder(folder: Path, values: bool = True) -> Snapshot:
     """Read a model folder, of a pipeline or network alone; on the meta device without `values`. Raises ConfigError."""
-    present = [path.relative_to(folder).as_posix() for path in [*folder.glob("*"), *folder.glob("*/*")]]
+    present = [
+        path.relative_to(folder).as_posix() for path in [*folder.glob("*"), *folder.glob("*/*")] if path.is_file()
+    ]
     files = network_files(PurePosixPath(), present)
     if not files:
         parts = next((name for name in present if name.endswith(f"{WEIGHTS_FILE}.index.json")), None)

@@ -7,7 +7,7 @@ is laid out on the meta device, from checked arguments, and takes over the file'
 import inspect
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,8 @@ from torch.overrides import TorchFunctionMode
 from dnnlib.errors import ConfigError, one_line
 from training.encoders import Encoder, StabilityVAEEncoder, StandardRGBEncoder
 from training.loss import EDM2Loss
-from training.networks_edm2 import Block, Precond, UNet
+from training.networks_edm2 import Block, Precond, UNet, image_size
+from training.own.own_network import OwnNetwork, StoredOwnNetwork, build_own_network, chosen_class
 
 ENCODERS: dict[str, type[Encoder]] = {cls.__name__: cls for cls in (StandardRGBEncoder, StabilityVAEEncoder)}
 
@@ -36,13 +37,24 @@ _BLOCK_OWN = {"in_channels", "out_channels", "emb_channels", "flavor", "resample
 class Snapshot:
     """The contents of a network file: what its three readers return and `save_snapshot` writes."""
 
-    net: Precond  # evaluation mode; parameters in the dtype of the file, float16 in published files
+    net: Precond | OwnNetwork  # evaluation mode; parameters in the dtype of the file, float16 in published files
     encoder: Encoder | None = None
     dataset_kwargs: dict[str, Any] | None = None
     loss_fn: EDM2Loss | None = None
     nimg: int | None = None  # images seen in training
     ema_std: float | None = None  # relative EMA length, Eq. 123 of arXiv 2312.02696
     info: dict[str, Any] = field(default_factory=dict)  # provenance, as JSON values
+
+    def __repr__(self) -> str:
+        """Return one line, with the network's shape in place of its modules."""
+        net = self.net
+        shape = "x".join(map(str, (net.img_channels, *image_size(net))))
+        num_params = sum(parameter.numel() for parameter in net.parameters())
+        encoder, loss = (None if part is None else type(part).__name__ for part in (self.encoder, self.loss_fn))
+        return (
+            f"Snapshot(net={type(net).__name__} of {shape} with {net.label_dim} classes and {num_params:,} parameters,"
+            f" {encoder=!s}, loss_fn={loss}, nimg={self.nimg}, ema_std={self.ema_std}, info of {list(self.info)})"
+        )
 
 
 def plain(value: Any, what: str) -> Any:
@@ -100,17 +112,30 @@ def network_arguments(args: Iterable[Any], kwargs: Mapping[str, Any]) -> dict[st
     return arguments
 
 
-def build_network(arguments: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], file_bytes: float) -> Precond:
-    """Build the network of these arguments and let it take over these tensors; evaluation mode, without gradients.
+def build_network(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, torch.Tensor],
+    file_bytes: float,
+    own_networks: Sequence[str] = (),
+) -> Precond | OwnNetwork:
+    """Build the network of this class and these arguments, and let it take over these tensors.
 
-    Raises ConfigError unless names and shapes are exactly the network's. `file_bytes`, the size of the file, bounds how
-    many layers the arguments may ask for.
+    It is in evaluation mode, without gradients. Raises ConfigError unless names and shapes are exactly the network's.
+    `file_bytes`, the size of the file, bounds how many layers the arguments may ask for. `own_networks`: classes that
+    the user named, which are imported if the network is of one of them.
     """
-    return fill_network(lay_out_network(arguments, file_bytes), tensors)
+    return fill_network(lay_out_network(config, file_bytes, own_networks), tensors)
 
 
-def lay_out_network(arguments: Mapping[str, Any], file_bytes: float) -> Precond:
-    """Build the network of these arguments on the meta device."""
+def lay_out_network(
+    config: Mapping[str, Any], file_bytes: float, own_networks: Sequence[str] = ()
+) -> Precond | OwnNetwork:
+    """Build the network of this class and these arguments; on the meta device, unless it is the user's own."""
+    if config["class"] != Precond.__name__:
+        arguments = plain(config["arguments"], "its network's arguments")
+        with torch.random.fork_rng(devices=[]):
+            return build_own_network(chosen_class(config["class"], own_networks), arguments)
+    arguments = network_arguments((), config["arguments"])
     defaults = inspect.signature(UNet).parameters
     mult, num_blocks = (arguments.get(name, defaults[name].default) for name in ("channel_mult", "num_blocks"))
     if isinstance(mult, list | tuple) and isinstance(num_blocks, int):
@@ -124,7 +149,7 @@ def lay_out_network(arguments: Mapping[str, Any], file_bytes: float) -> Precond:
         raise ConfigError(f"its arguments do not describe a network: {one_line(error)}") from error
 
 
-def fill_network(net: Precond, tensors: Mapping[str, torch.Tensor]) -> Precond:
+def fill_network(net: Precond | OwnNetwork, tensors: Mapping[str, torch.Tensor]) -> Precond | OwnNetwork:
     """Give a network from `lay_out_network` its tensors, strictly by name and shape."""
     _check_tensors(net.state_dict(), tensors)
     net.load_state_dict({name: value.contiguous() for name, value in tensors.items()}, assign=True)
@@ -182,6 +207,8 @@ def described(obj: Any) -> dict[str, Any]:
 
 def described_network(net: Any) -> dict[str, Any]:
     """Return class name and constructor arguments of a network, as a header has them."""
+    if isinstance(net, OwnNetwork | StoredOwnNetwork):
+        return {"class": net.name, "arguments": plain(net.arguments, f"arguments of {net.name}")}
     return {"class": type(net).__name__, "arguments": network_arguments(net._init_args, net._init_kwargs)}
 
 

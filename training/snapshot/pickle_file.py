@@ -41,9 +41,8 @@ def snapshot_of(tree: Any, file_bytes: int, trust_code: TrustCode | None = None)
         )
     made = dict(zip(foreign, make_trusted(foreign.values(), trust_code), strict=True)) if trust_code else {}
     if "ema" not in made:
-        made["ema"] = parts.build_network(
-            parts.network_arguments(*_init_arguments(stored)), flatten(stored), file_bytes
-        )
+        config = {"class": "Precond", "arguments": parts.network_arguments(*_init_arguments(stored))}
+        made["ema"] = parts.build_network(config, flatten(stored), file_bytes)
     return Snapshot(
         net=made["ema"],
         encoder=made["encoder"] if "encoder" in made else _rebuild(tree, "encoder", parts.build_encoder),

@@ -4,18 +4,17 @@ docs/file-formats.md describes the keys.
 """
 
 import json
-import os
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from dnnlib.errors import ConfigError
+from dnnlib.lfs import POINTER_HINT, is_lfs_pointer
 from dnnlib.text import installed_version
+from torch_utils.tensor_file import save_tensors
 from training.snapshot import parts
 from training.snapshot.parts import Snapshot
 
@@ -31,11 +30,12 @@ def read_safetensors(
     device: torch.device | str = "cpu",
     *,
     metadata: Mapping[str, str] | None = None,
+    own_networks: Sequence[str] = (),
 ) -> Snapshot:
     """Read the file `path`. Raises ConfigError, without the file's name.
 
     Tensors go from the mapped file to `device` without a copy in between. Without `values`, only the header is read and
-    the network is on the meta device. `metadata` replaces that of the file.
+    the network is on the meta device. `metadata` replaces that of the file. For `own_networks` see `build_network`.
     """
     device = torch.device(device)
     try:
@@ -49,13 +49,14 @@ def read_safetensors(
             read_tensor = (lambda name: _copied(file, name, device)) if values else lambda name: _shape(file, name)
             tensors = {name: read_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ConfigError(f"the file is damaged or cut short: {error}") from error
+        reason = POINTER_HINT if is_lfs_pointer(Path(path)) else f"the file is damaged or cut short: {error}"
+        raise ConfigError(reason) from error
     network = _class_and_arguments(metadata, "network")
-    if network is None or network["class"] != "Precond":
-        raise ConfigError(f"its network has the class {network and network['class']!r}; known is Precond")
+    if network is None:
+        raise ConfigError("its header has no network")
     encoder, loss = (_class_and_arguments(metadata, key) for key in ("encoder", "loss"))
     return Snapshot(
-        net=parts.build_network(parts.network_arguments((), network["arguments"]), tensors, path.stat().st_size),
+        net=parts.build_network(network, tensors, path.stat().st_size, own_networks),
         **parts.rebuilt_parts(encoder, loss),
         dataset_kwargs=_entry(metadata, "dataset_kwargs", dict),
         nimg=_entry(metadata, "nimg", int),
@@ -70,13 +71,7 @@ def write_safetensors(path: Path, snapshot: Snapshot) -> None:
     entries = parts.described_snapshot(snapshot) | {"written_by": written_by}
     metadata = {key: json.dumps(value, sort_keys=True) for key, value in entries.items()}
     metadata |= {"format": FORMAT, "format_version": str(VERSION)}
-    try:
-        save_file({name: value.contiguous() for name, value in snapshot.net.state_dict().items()}, path, metadata)
-    except SafetensorError as error:  # it holds the system's error as text only
-        code = re.search(r"\(os error (\d+)\)", str(error))
-        if code is None:
-            raise
-        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+    save_tensors(path, {name: value.numpy() for name, value in snapshot.net.state_dict().items()}, metadata)
 
 
 def _copied(file: Any, name: str, device: torch.device) -> torch.Tensor:
@@ -98,7 +93,7 @@ def _entry(metadata: Mapping[str, str], key: str, kind: type) -> Any:
         value = parts.plain(json.loads(metadata.get(key, "null")), f"header entry {key!r}")
     except (ValueError, RecursionError) as error:  # damaged, a number too long, nesting too deep
         raise ConfigError(f"its header entry {key!r} is not JSON: {error}") from error
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) < 1 << 63:
         value = float(value)
     if value is not None and type(value) is not kind:
         raise ConfigError(f"its header entry {key!r} is {str(value)[:80]!r}; a {kind.__name__} is needed")

@@ -25,11 +25,12 @@ from training.metrics.reference import Stats
 from training.metrics.results import described_file, for_json, versions
 from training.posthoc import MAX_FIT
 from training.posthoc.inputs import Input
-from training.posthoc.reconstruction import reconstruct_networks
+from training.posthoc.reconstruction import output_name, reconstruct_networks
 from training.sampling.denoisers import SELF, WithoutLabels
 from training.sampling.networks import load_network, require_label_dropout
 from training.sampling.options import SamplerOptions
 from training.sampling.request import SamplingRequest
+from training.sampling.sampler import ForeignSampler, sampler_keywords
 from training.snapshot import read_header
 
 FORMAT = "edm2-sweep"
@@ -132,9 +133,10 @@ class Sweep:
         device = self._world.device
         paths = dict.fromkeys(path for left in self._todo.values() for r in left for path in r.gnets if path != SELF)
         prepare = next(iter(self._todo.values()))[0].prepare()  # every request has the same precision
-        guides = {path: prepare(load_network(path, device), device) for path in paths}
+        own = next(iter(self._todo.values()))[0].own_networks
+        guides = {path: prepare(load_network(path, device, own), device) for path in paths}
         encoder = None
-        for std, snapshot in reconstruct_networks(self._inputs, list(self._todo), self._out_nimg, self._build):
+        for std, snapshot in reconstruct_networks(self._inputs, list(self._todo), self._out_nimg, self._build, own):
             encoder = encoder or snapshot.encoder  # a VAE is loaded once
             net = prepare(snapshot.net.to(device), device)
             for request in self._todo[std]:
@@ -183,7 +185,7 @@ def at_the_edge(points: Sequence[Point], best: Point) -> list[str]:
 def check_guides(inputs: Sequence[Input], requests: Sequence[SamplingRequest]) -> None:
     """Raise ConfigError if networks are to guide themselves and were not trained for it."""
     if any(SELF in request.gnets for request in requests):
-        header = read_header(inputs[0].path)
+        header = read_header(inputs[0].path, own_networks=requests[0].own_networks)
         require_label_dropout(header.config["arguments"]["label_dim"], header.info, inputs[0].path, "--gnet=self")
 
 
@@ -207,7 +209,7 @@ def settings_of(
         "nimg": out_nimg,
         **{name: described_file(path)["sha256"] for name, path in first.condition_files().items()},
         "gnets": [SELF if path == SELF else described_file(path)["sha256"] for path in guided.gnets],
-        "sampler": {name: value for name, value in guided.sampler.keywords().items() if name != "guidance"},
+        "sampler": {name: value for name, value in sampler_keywords(guided.sampler).items() if name != "guidance"},
         "reference": None if ref is None else described_file(ref)["sha256"],
         "metrics": list(plan.metrics),
         "detectors": {name: described_file(d.weights_path)["sha256"] for name, d in plan.detectors.items()},
@@ -266,13 +268,20 @@ def commands_for(
 
     `reconstruct`: options of reconstruct_phema.py besides --outdir and --outstd; None = left out.
     """
-    net = f"out/phema-{nimg // 1000:07d}-{point.std:.3f}.pkl"
+    net = f"out/{output_name('phema', nimg, point.std)}.{'safetensors' if request.own_networks else 'pkl'}"
     first = [f"--{name}={value}" for name, value in reconstruct.items() if value is not None]
+    first += [f"--network={name}" for name in request.own_networks]
     defaults = SamplerOptions().keywords()
     names = {"num_steps": "steps", "shares": "gnet-shares"}
     second = [f"--net={net}", *(f"--gnet={path}" for path in request.gnets)]
     second += [f"--{name}={path}" for name, path in request.condition_files().items()]
-    for name, value in request.sampler.keywords().items():
+    second += [f"--network={name}" for name in request.own_networks]
+    if isinstance(request.sampler, ForeignSampler):
+        second.append(f"--sampler={request.sampler.name}")
+        given = ",".join(f"{name}={json.dumps(value)}" for name, value in request.sampler.keywords.items())
+        second += [f"--sampler-args={given}"] if given else []
+    keywords = request.sampler.keywords() if isinstance(request.sampler, SamplerOptions) else {}
+    for name, value in keywords.items():
         if value != defaults[name]:
             text = ",".join(f"{v:g}" for v in value) if isinstance(value, tuple) else f"{value}"
             second.append(f"--{names.get(name, name)}={text}")

@@ -21,8 +21,8 @@ from training.fast.prepare import PrepareNetwork
 from training.networks_edm2 import Precond
 from training.sampling.denoisers import bind_labels
 from training.sampling.generation import generate_images
-from training.sampling.options import HeunOptions
 from training.sampling.sampler import StackedRandomGenerator, edm_sampler
+from training.sampling.schedule import HeunOptions
 from training.snapshot import load_snapshot
 
 NET = GOLDEN_DIR / "snapshots" / "rgb-cond.pkl"

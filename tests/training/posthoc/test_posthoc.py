@@ -95,6 +95,17 @@ def test_filters_by_prefix_and_length_and_prefers_safetensors(tmp_path):
     assert listed(in_std=0.05) == ["a-0000001-0.050.safetensors", "b-0000002-0.050.pkl"]
 
 
+def test_an_output_does_not_depend_on_those_built_with_it():
+    inputs = reconstruction.list_input_pickles(RUN_DIR)
+    stds = [0.04 + 0.01 * i for i in range(9)]
+    together = {output.std: output.snapshot for output in build(inputs, stds, max_batch_size=9)}
+    for output in build(inputs, stds, max_batch_size=1):
+        assert output.snapshot.info == together[output.std].info
+        expected = together[output.std].net.state_dict()
+        for name, value in output.snapshot.net.state_dict().items():
+            assert torch.equal(value, expected[name]), (output.std, name)
+
+
 @pytest.mark.parametrize("batch", [3])
 def test_golden_reconstructions(golden, batch):
     wanted, _ = golden("phema-run.safetensors")

@@ -38,7 +38,7 @@ def test_an_interrupt_at_the_terminal_leaves_workers_to_finish_the_iteration(tmp
     text = run.tail()
     assert "Traceback" not in text and "SIGINT: ending after this iteration" in text
     # The thread that watches for signals may write its line after this one.
-    assert re.search(r"Suspended at \d+\.\d kimg: SIGINT\. To continue: python.* --workers=1", text)
+    assert re.search(r"Suspended at \d+\.\d+ kimg: SIGINT\. To continue: python.* --workers=1", text)
     # None where the signal came before the first iteration; else the one that was told.
     saved = list(run.folder.glob("training-state-*"))
     assert len(saved) == text.count("Saved training-state-") <= 1

@@ -24,7 +24,7 @@ from training.run.sharding import scatter_gradients
 from training.run.state import TrainingState
 
 META = torch.device("meta")
-DATA = SimpleNamespace(resolution=16, num_channels=3, label_dim=3, holds_latents=False)
+DATA = SimpleNamespace(resolution=16, num_channels=3, label_dim=3, holds_latents=False, class_names=None)
 
 
 class MetaNoise:

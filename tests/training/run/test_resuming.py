@@ -107,7 +107,7 @@ def test_two_processes_then_one_then_two_see_every_image_of_every_epoch_once(tmp
     assert cut["begin"] == 24
     assert [nimg for nimg, _ in whole["losses"]] == [32, 64]
     assert cut["losses"] == whole["losses"]
-    ends = [load_checkpoint(tmp_path / name / "training-state-0000000.pt") for name in ("whole", "cut")]
+    ends = [load_checkpoint(tmp_path / name / "training-state-0000000.064.pt") for name in ("whole", "cut")]
     assert ends[0]["state"]["cur_nimg"] == 64
     assert_same_state(*ends)
     # On another number of processes, those sums are not lost.

@@ -24,7 +24,7 @@ from training.config import SamplesConfig, TrainingConfig
 from training.fast.prepare import PrepareNetwork
 from training.run import run_samples
 from training.run.run_folder import RunFolder
-from training.run.run_samples import check_samples, grid_rows, preferred_std
+from training.run.run_samples import check_samples, grid_rows, preferred_std, with_class_numbers
 from training.sampling.generation import generate_images
 from training.snapshot import load_snapshot
 from training.training_loop import Notice, Sampled, TrainingRun
@@ -142,14 +142,17 @@ def test_grids_that_cannot_be_are_refused_before_anything_is_written(data, tmp_p
     with pytest.raises(ConfigError, match="--snapshot=0"):
         sampled(data, snapshot=0)
     config = sampled(data)
-    pixels = SimpleNamespace(num_channels=4, holds_latents=False, label_dim=3)
-    with pytest.raises(ConfigError, match=r"1 or 3 channels; .*data\.zip has 4"):
-        check_samples(config, pixels)
-    check_samples(dataclasses.replace(config, samples=None), pixels)
     rgb = SimpleNamespace(num_channels=3, holds_latents=False, label_dim=3)
     chosen = dataclasses.replace(config, samples=SamplesConfig(num=2, classes=(1, 3)))
     with pytest.raises(ConfigError, match="--samples-classes has 3; the classes are 0 to 2"):
         check_samples(chosen, rgb)
+    named = SimpleNamespace(label_dim=3, class_names=["cat", "dog", "emu"])
+    chosen = dataclasses.replace(config, samples=SamplesConfig(num=2, classes=(2, "dog")))
+    assert with_class_numbers(chosen, named).samples.classes == (2, 1)
+    with pytest.raises(ConfigError, match="'dgo' is not a class; the network knows 3, such as dog"):
+        with_class_numbers(dataclasses.replace(config, samples=SamplesConfig(num=2, classes=("dgo",))), named)
+    with pytest.raises(ConfigError, match=r"'dog' is not a class: --data=\S+ has no names; give a number below 3"):
+        with_class_numbers(chosen, SimpleNamespace(label_dim=3, class_names=None))
     with pytest.raises(ConfigError, match="unconditional"):
         check_samples(dataclasses.replace(chosen, cond=False), rgb)
 

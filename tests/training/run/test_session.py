@@ -46,7 +46,7 @@ def test_a_request_ends_the_session_after_the_iteration_and_the_next_goes_on(dat
         events.append(event)
         if event == Iteration(nimg=16):
             distributed.request_suspend()
-    path = tmp_path / "run" / "training-state-0000000.pt"
+    path = tmp_path / "run" / "training-state-0000000.016.pt"
     assert events[-2:] == [Saved(nimg=16, paths=[path]), Ended(nimg=16, cause=Cause.SUSPEND)]
     assert [e.nimg for e in events if isinstance(e, Iteration)] == [8, 16]
     resumed = make_run(config, tmp_path / "run")
@@ -67,7 +67,7 @@ def test_slices_add_up_to_the_run(data: Path, tmp_path: Path):
     slices = [list(make_run(dataclasses.replace(config, slice=17), tmp_path / "run")) for _ in range(3)]
     assert slices[0][-1] == Ended(nimg=24, cause=Cause.SLICE)
     # The end of the run is no end of a slice, and leaves a state that says so, in spite of --checkpoint=0.
-    assert slices[1][-1] == Saved(nimg=48, paths=[tmp_path / "run" / "training-state-0000000.pt"])
+    assert slices[1][-1] == Saved(nimg=48, paths=[tmp_path / "run" / "training-state-0000000.048.pt"])
     assert slices[2] == []
     assert_same_state(make_run(config, tmp_path / "run").state.state_dict(), whole.state.state_dict())
 
@@ -85,8 +85,8 @@ def test_the_hooks_can_be_replaced_by_a_clusters_own(data: Path, tmp_path: Path,
     assert events[-1] == Ended(nimg=16, cause=Cause.STOP)
     # It ends with all that a run ends with.
     names = {path.name for e in events if isinstance(e, Saved) for path in e.paths}
-    assert names == {f"network-snapshot-0000000-{std}.pkl" for std in ("0.050", "0.100")} | {
-        "training-state-0000000.pt"
+    assert names == {f"network-snapshot-0000000.016-{std}.pkl" for std in ("0.050", "0.100")} | {
+        "training-state-0000000.016.pt"
     }
 
 
@@ -97,7 +97,7 @@ def spoil_loss(run: TrainingRun, since: int, until: int = 1 << 30) -> None:
     def spoilt(*args, **kwargs):
         return loss_fn(*args, **kwargs) * (math.nan if since <= run.state.nimg < until else 1)
 
-    run.state.loss_fn = spoilt  # type: ignore[assignment]
+    run.state.loss_fn = spoilt
 
 
 def test_a_loss_that_stays_nan_stops_the_run_with_a_checkpoint(data: Path, tmp_path: Path):
@@ -108,7 +108,7 @@ def test_a_loss_that_stays_nan_stops_the_run_with_a_checkpoint(data: Path, tmp_p
     assert isinstance(events[-1], Ended) and events[-1].cause == Cause.NONFINITE
     assert events[-1].nimg == 64  # intervals that end at 32, 48, 64
     assert "last 3 status intervals" in events[-1].explanation and "the mean loss was nan" in events[-1].explanation
-    assert events[-2] == Saved(nimg=64, paths=[tmp_path / "training-state-0000000.pt"])
+    assert events[-2] == Saved(nimg=64, paths=[tmp_path / "training-state-0000000.064.pt"])
     assert all(p.isfinite().all() for p in run.state.net.parameters())
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.distributed
 from torch.distributed.tensor import DTensor
 
+from dnnlib.atomic import temporary_path
 from tests.helpers.ranks import run_members
 from tests.helpers.tiny import assert_close, flat_state, tiny_config, train, write_dataset
 from tests.helpers.training_step import RGB, batch_of, wake
@@ -25,7 +26,7 @@ from training.run.state import TrainingState
 from training.snapshot import load_snapshot
 from training.training_loop import TrainingRun
 
-NUM_STEPS = 3
+NUM_STEPS = 2
 # Tracing takes seconds for a network of many blocks.
 FEW_BLOCKS: dict[str, Any] = {"channel_mult": (1,)}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -200,11 +201,12 @@ def test_a_run_goes_from_two_processes_to_one_to_two_and_from_sharded_to_not(fol
     whole_run = train_to_end(run_config(data, duration=32), tmp_path / "whole", World())
     shutil.copytree(folder / "run", tmp_path / "run")
     shutil.copytree(folder / "run", tmp_path / "other")
-    assert [path.name for path in (tmp_path / "run").glob("training-state-*")] == ["training-state-0000000.dcp"]
+    saved = sorted(path.name for path in (tmp_path / "run").glob("training-state-*"))
+    assert saved == ["training-state-0000000.008.dcp", "training-state-0000000.016.dcp"]
 
     middle = train_to_end(run_config(data, duration=24), tmp_path / "run", World())
     assert middle["/state/cur_nimg"] == 24
-    assert (tmp_path / "run" / "training-state-0000000.pt").is_file()
+    assert (tmp_path / "run" / "training-state-0000000.024.pt").is_file()
     run_members(_second_member, str(tmp_path), str(data))
     for name in ("run", "other"):
         end = train_to_end(run_config(data, duration=32), tmp_path / name, World())  # nothing is left to do
@@ -213,6 +215,27 @@ def test_a_run_goes_from_two_processes_to_one_to_two_and_from_sharded_to_not(fol
         for key, value in whole_run.items():
             if isinstance(value, torch.Tensor):
                 assert_close(end[key], value, tolerance_of(value), f"{name}: {key}")
+
+
+def test_a_whole_checkpoint_folder_without_its_name_gets_it_and_a_damaged_one_goes(folder: Path, tmp_path: Path):
+    shutil.copytree(folder / "run", tmp_path / "run")
+    early, late = (tmp_path / "run" / f"training-state-0000000.{nimg}.dcp" for nimg in ("008", "016"))
+    content = sorted(path.name for path in late.iterdir())
+    for state in (early, late):
+        state.rename(temporary_path(state))
+    max((tmp_path / "run").glob(".*008.dcp*/*.distcp"), key=lambda path: path.stat().st_size).write_bytes(b"cut short")
+    notes: list[str] = []
+    run_folder = RunFolder(tmp_path / "run")
+    with run_folder.held(World(), say=notes.append):
+        assert run_folder.checkpoints() == [late]
+    assert sorted(path.name for path in late.iterdir()) == content
+    assert [note for note in notes if "was complete" in note] == [
+        f"{late.name} was complete when a process was killed, and gets its name."
+    ]
+    assert not [*(tmp_path / "run").glob(".training-state-*")]
+    assert (
+        train_to_end(run_config(folder / "data.zip", duration=24), tmp_path / "run", World())["/state/cur_nimg"] == 24
+    )
 
 
 def test_snapshots_of_a_sharded_run_are_the_ordinary_ones(folder: Path, tmp_path: Path):

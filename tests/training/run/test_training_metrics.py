@@ -30,7 +30,7 @@ from training.metrics.evaluate import StatsPass, evaluate_images
 from training.metrics.reference import load_stats, save_stats
 from training.run import session
 from training.run.run_folder import RunFolder
-from training.run.run_metrics import Measured, TrainingMetrics, check_metrics
+from training.run.run_metrics import Measured, TrainingMetrics
 from training.sampling.generation import generate_images
 from training.snapshot import load_snapshot
 from training.training_loop import Saved, Status, TrainingRun
@@ -258,19 +258,6 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_written(data, ref
     latents = write_dataset(tmp_path / "latents.zip", channels=8)
     fails(dataclasses.replace(config, data=str(latents)), "cannot be loaded")
     train(make_run(dataclasses.replace(config, data=str(latents), metrics=None), tmp_path / "run"))
-
-
-@pytest.mark.parametrize(
-    ("channels", "latents", "fine"), [(1, False, True), (3, False, True), (4, False, False), (8, True, True)]
-)
-def test_images_need_one_or_three_channels(data, reference, channels, latents, fine):
-    dataset = SimpleNamespace(num_channels=channels, holds_latents=latents)
-    if fine:
-        check_metrics(measured(data, reference), dataset)
-    else:
-        with pytest.raises(ConfigError, match=r"1 or 3 channels; .*data\.zip has 4"):
-            check_metrics(measured(data, reference), dataset)
-    check_metrics(measured(data, reference, metrics=None), dataset)
 
 
 @pytest.mark.parametrize(

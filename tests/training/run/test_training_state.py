@@ -53,7 +53,11 @@ def test_six_steps_end_at_the_published_weights_and_averages(golden):
         channels_per_head=arguments["channels_per_head"],
     )
     data = SimpleNamespace(
-        resolution=arguments["img_resolution"], num_channels=4, label_dim=arguments["label_dim"], holds_latents=False
+        resolution=arguments["img_resolution"],
+        num_channels=4,
+        label_dim=arguments["label_dim"],
+        holds_latents=False,
+        class_names=None,
     )
     state = make_state(config, data)
     state.net.load_state_dict({k.removeprefix("init."): v for k, v in tensors.items() if k.startswith("init.")})
@@ -259,8 +263,10 @@ def test_init_starts_from_the_weights_of_a_snapshot(snapshot: Path):
 def test_init_lists_what_does_not_fit_and_leaves_it_fresh_where_allowed(snapshot: Path):
     config = tiny_config(Path("none"), init=str(snapshot))
     with pytest.raises(ConfigError, match=r"unet\.emb_label\.weight 8x5 here, 8x3 there.*--init-partial"):
-        make_state(config, SimpleNamespace(resolution=8, num_channels=3, label_dim=5, holds_latents=False))
-    data = SimpleNamespace(resolution=8, num_channels=1, label_dim=3, holds_latents=False)
+        make_state(
+            config, SimpleNamespace(resolution=8, num_channels=3, label_dim=5, holds_latents=False, class_names=None)
+        )
+    data = SimpleNamespace(resolution=8, num_channels=1, label_dim=3, holds_latents=False, class_names=None)
     allowed = dataclasses.replace(config, init_partial=True)
     state = make_state(allowed, data)
     fresh = make_network(config, data).state_dict()

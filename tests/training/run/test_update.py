@@ -27,6 +27,7 @@ from training.run.update import (
     joined,
     learning_rate_schedule,
     make_optimizer,
+    normalize_rows,
     normalize_weights,
     pack_weights,
     weights_of,
@@ -243,3 +244,22 @@ def test_learning_rates_equal_the_published_ones(case):
 def test_learning_rates_equal_the_oracle(nimg, options):
     expected = oracle.plain_learning_rate(nimg, 8, **options)
     assert learning_rate_schedule(nimg, 8, **options) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("layout", ["channels-last", "transposed", "every other row", "a part of each row"])
+def test_weights_in_any_layout_are_normalized_in_place_and_nothing_else_changes(layout: str):
+    whole = torch.randn(8, 6, 3, 3)
+    expected = whole.clone()
+    views = {
+        "channels-last": lambda x: x.contiguous(memory_format=torch.channels_last),
+        "transposed": lambda x: x.transpose(0, 1),
+        "every other row": lambda x: x[::2],
+        "a part of each row": lambda x: x[:, 2:5],
+    }
+    weight, wanted = views[layout](whole), views[layout](expected).clone()
+    norm = wanted.flatten(1).norm(dim=1) / wanted[0].numel() ** 0.5
+    normalize_rows([weight])
+    torch.testing.assert_close(weight, wanted / (norm + 1e-4).view(-1, 1, 1, 1))
+    if layout in ("every other row", "a part of each row"):
+        rest = (slice(1, None, 2),) if layout == "every other row" else (slice(None), slice(0, 2))
+        assert torch.equal(whole[rest], expected[rest])

@@ -184,6 +184,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytes
 
 def test_folders_without_a_network_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def refusal() -> str:
+        capsys.readouterr()
         assert run(tmp_path / "model", f"--out={tmp_path / 'net.pkl'}") == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1

@@ -15,8 +15,7 @@ from tests.helpers.paths import ROOT
 from tests.helpers.tiny import assert_same_state, tiny_config, write_dataset
 from torch_utils.checkpoints.checkpoint import load_checkpoint
 from torch_utils.distributed import World
-from training.config import TrainingConfig
-from training.dataset.latents import PUBLISHED_VAE
+from training.config import PUBLISHED_VAE, TrainingConfig
 from training.flops import count_flops
 from training.run.state import TrainingState
 from training.small_data.estimate import (
@@ -277,7 +276,7 @@ def test_a_run_continues_whatever_the_speed_is_and_can_be_made_longer(data, tmp_
     monkeypatch.setattr(script, "estimate", slower)
     assert run(*args, "--duration=32", "--checkpoint=16") == 0
     text = capsys.readouterr().out
-    assert "Continuing from" in text and "Done: 0.0 kimg" in text
+    assert "Continuing from" in text and "Done: 0.032 kimg" in text
     second = (tmp_path / "run" / "training_options.json").read_text(encoding="utf-8")
     assert json.loads(first) | {"slice": None} == json.loads(second)
     assert run(*args, "--duration=48", "--checkpoint=16") == 0
@@ -291,7 +290,9 @@ def test_the_preset_trains_the_weights_that_its_options_train_when_spelled_out(d
     for name in ("small", "fashion"):
         xflip = ["--xflip=False"]
         assert run(f"--preset={name}", f"--outdir={tmp_path / name}", *common, *xflip) == 0
-    first, second = (load_checkpoint(tmp_path / name / "training-state-0000000.pt") for name in ("small", "fashion"))
+    first, second = (
+        load_checkpoint(tmp_path / name / "training-state-0000000.032.pt") for name in ("small", "fashion")
+    )
     assert_same_state(first, second)
 
 
@@ -386,3 +387,74 @@ def test_what_fits_an_hour_is_offered_where_the_run_takes_longer():
 def test_a_slow_machine_is_offered_at_least_one_batch():
     slow = fixed_estimate(speed=Speed(image_sec=1000, batch_sec=0, num_images=1, num_steps=2))
     assert slow.images_in(60) == 32
+
+
+# What a person reads who has not read the documentation.
+
+
+def test_without_a_preset_the_default_is_named_with_what_suits_the_data_and_the_time_it_takes(tmp_path, capsys):
+    data = write_dataset(tmp_path / "data.zip", num=4, size=32)
+    args = [f"--data={data}", f"--outdir={tmp_path / 'run'}", "--device=cpu", "--batch=4", "--duration=4"]
+    args += ["--channels=8", "--channel-mult=1,2", "--num-blocks=1", "--rampup=0"]
+    assert run(*args, "--dry-run") == 0
+    text = capsys.readouterr().out
+    assert "No --preset was given, so this is edm2-img512-s" in text and "--preset=small suits them" in text
+    assert "million parameters" in text and "on this machine" in text
+    assert run(*args) == 0
+    assert "--preset=small suits them" in capsys.readouterr().out
+    assert run(*args, "--duration=8", "--dry-run", "--preset=edm2-img512-s") == 0
+    assert "No --preset" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("option", "meant"),
+    [
+        ("--preset=smal", "such as small"),
+        ("--format=pkll", "Did you mean pkl?"),
+        ("--precision=bf-16", "Did you mean bf16?"),
+    ],
+)
+def test_a_mistyped_choice_gets_the_nearest_one(option, meant, data, tmp_path, capsys):
+    assert run(f"--data={data}", f"--outdir={tmp_path / 'run'}", option) == 2
+    error = capsys.readouterr().err
+    assert meant in error and error.count("\n") == 1
+
+
+def test_a_run_that_cannot_fit_is_offered_smaller_rounds(monkeypatch):
+    memory = Memory(weights=2**30, activations=32 * 2**28, image=2**28, copies=0, images=0)
+    monkeypatch.setattr("training.small_data.estimate.free_bytes", lambda device: 4 * 2**30)
+    text = describe_estimate(fixed_estimate(memory=memory))
+    assert "which is more than the 4.00 GiB that are free here: --batch-gpu=8 fits" in text
+    monkeypatch.setattr("training.small_data.estimate.free_bytes", lambda device: 2**30)
+    assert "a smaller --channels is needed" in describe_estimate(fixed_estimate(memory=memory))
+    monkeypatch.setattr("training.small_data.estimate.free_bytes", lambda device: 2**40)
+    assert "more than" not in describe_estimate(fixed_estimate(memory=memory))
+
+
+def test_reasons_fit_the_run_that_was_asked_for(data, tmp_path, capsys):
+    args = [*TINY, f"--data={data}", f"--outdir={tmp_path / 'run'}", "--dry-run"]
+    assert run(*args, "--duration=4Ki") == 0
+    rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line.startswith("  --"))
+    assert rows["--snapshot=1Ki"] == "4 in the run, of a short run" and rows["--checkpoint=1Ki"] == "as --snapshot"
+    assert run(*args, "--duration=64Ki", "--snapshot=6Ki", "--batch=32") == 0
+    rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line.startswith("  --"))
+    assert rows["--snapshot=6Ki"] == "as given" and rows["--checkpoint=6Ki"] == "as --snapshot"
+    assert rows["--status=1536"] == "a quarter of --checkpoint"
+    assert run(*args, "--duration=1Ki", "--rampup=0.01") == 0
+    assert "would suit a run this short" in capsys.readouterr().out
+    assert run(*args) == 0
+    text = capsys.readouterr().out
+    rows = dict(line.split(maxsplit=1) for line in text.splitlines() if line.startswith("  --"))
+    duration = next(why for option, why in rows.items() if option.startswith("--duration"))
+    assert f"images, {duration.split(';')[0]}" in text
+
+
+def test_a_dry_run_says_below_the_estimate_that_the_number_format_is_slow_here(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False, raising=False)
+    args = [*TINY, f"--data={data}", f"--outdir={tmp_path / 'run'}", "--batch=4", "--dry-run"]
+    assert run(*args, "--precision=bf16") == 0
+    _, _, below = capsys.readouterr().out.partition("Estimate for this machine")
+    assert "it is emulated, and slower than --precision=fp32" in below
+    assert run(*args, "--precision=auto") == 0
+    text = capsys.readouterr().out
+    assert "--precision=auto: fp32" in text and "emulated" not in text

@@ -25,7 +25,16 @@ from training.encoders import StabilityVAEEncoder, StandardRGBEncoder
 from training.loss import EDM2Loss
 from training.networks_edm2 import Precond
 from training.sharing.convert_network import convert_snapshots
-from training.snapshot import Snapshot, load_snapshot, nimg_from_kimg, parse_name, read_header, save_snapshot
+from training.snapshot import (
+    Snapshot,
+    load_snapshot,
+    name_of_nimg,
+    nimg_from_kimg,
+    nimg_from_name,
+    parse_name,
+    read_header,
+    save_snapshot,
+)
 from training.snapshot.pickle_file import flatten
 
 GOLDEN = GOLDEN_DIR / "snapshots"
@@ -357,3 +366,26 @@ def test_a_header_is_read_without_the_numbers(tmp_path: Path) -> None:
 def test_a_published_file_has_a_header(name: str) -> None:
     net = load_snapshot(GOLDEN / name).net
     assert read_header(GOLDEN / name).tensors.keys() == net.state_dict().keys()
+
+
+def test_names_tell_image_counts_apart_and_published_ones_stay() -> None:
+    for nimg in (1024, 1000, 8388608, 2147483648, 65000):
+        assert name_of_nimg(nimg) == f"{nimg // 1000:07d}"
+    assert name_of_nimg(1536) == "0000001.536" and name_of_nimg(16) == "0000000.016"
+    for interval in (8, 24, 125, 256, 500, 512, 1000, 1024, 1500):
+        times = [n for n in range(8, 70_000, 8) if n // interval > (n - 8) // interval]
+        names = {name_of_nimg(nimg, is_saved=times.__contains__): nimg for nimg in times}
+        assert len(names) == len(times)
+        if interval >= 1000 and interval % 8 == 0 and interval != 1500:
+            assert all("." not in name for name in names)
+    for nimg in (1, 999, 1024, 1536, 20480, 64512, 8388608):
+        assert nimg_from_name(name_of_nimg(nimg)) == nimg
+    assert parse_name("run/network-snapshot-0000001.536-0.050.pkl") == (1536, 0.05)
+
+
+def test_a_printed_snapshot_is_one_line_about_the_network() -> None:
+    path = GOLDEN / "rgb-cond.pkl"
+    for content in (load_snapshot(path), read_header(path)):
+        text = repr(content)
+        assert "\n" not in text and len(text) < 1000 and "nimg=" in text
+    assert "Precond of 3x" in repr(load_snapshot(path))
