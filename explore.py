@@ -1,30 +1,45 @@
 """Explore a model in the browser: command line."""
 
+from __future__ import annotations
+
 import importlib.util
 import webbrowser
+
+from dnnlib.start import ASKED_FOR_HELP
 
 import click
 
 import dnnlib.cli
+from dnnlib.cli import SOURCE
 from dnnlib.errors import ConfigError
-from torch_utils.distributed import resolve_device
-from torch_utils.precision import PRECISIONS, Precision, numerics, precision_note
+from edm2.options.sampling import own_networks_option, settled_precision
+from torch_utils.precision_names import AUTO, PRECISIONS, Precision
+
+if not ASKED_FOR_HELP:  # which does not wait for torch
+    from torch_utils.distributed import resolve_device
+    from torch_utils.precision import numerics, precision_note
 
 
 @click.command()
 @click.option(
-    "--net", "nets", metavar="PATH|URL|NAME", multiple=True, help="Network: file, model folder, URL or hub name"
+    "--net",
+    "nets",
+    metavar="PATH|URL|NAME",
+    type=SOURCE,
+    multiple=True,
+    help="Network: file, model folder, URL or hub name",
 )
-@click.option("--run", "runs", metavar="DIR", multiple=True, help="Folder of a run, for any EMA length")
-@click.option("--gnet", "gnets", metavar="PATH|URL|NAME", multiple=True, help="Guide to choose from")
+@click.option("--run", "runs", metavar="DIR", type=SOURCE, multiple=True, help="Folder of a run, for any EMA length")
+@click.option("--gnet", "gnets", metavar="PATH|URL|NAME", type=SOURCE, multiple=True, help="Guide to choose from")
+@own_networks_option
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on")
 @click.option("--port", type=click.IntRange(0, 65535), help="Port [default: first free port from 7860]")
 @click.option("--device", metavar="NAME", help="cpu, cuda, cuda:N or mps [default: best available]")
 @click.option(
     "--precision",
     metavar="NAME",
-    type=click.Choice(PRECISIONS),
-    help="fp32, tf32, fp16 or bf16 [default: fp16 on CUDA where the network says so, else fp32]",
+    type=click.Choice((*PRECISIONS, AUTO)),
+    help="fp32, tf32, fp16, bf16; auto = fastest here [default: fp16 on CUDA where the network says so, else fp32]",
 )
 @click.option(
     "--cache-size", metavar="SIZE", type=dnnlib.cli.BYTES, default="4GB", show_default=True,
@@ -35,6 +50,7 @@ def cmdline(
     nets: tuple[str, ...],
     runs: tuple[str, ...],
     gnets: tuple[str, ...],
+    own_networks: tuple[str, ...],
     host: str,
     port: int | None,
     device: str | None,
@@ -60,16 +76,16 @@ def cmdline(
     from edm2.explorer.setting import offered
 
     resolved = resolve_device(device)
-    networks = Networks(resolved, precision=precision, max_bytes=cache_size)
+    precision = settled_precision(precision, device)
+    networks = Networks(resolved, precision=precision, max_bytes=cache_size, own_networks=own_networks)
     with listen(host, port) as listening:
         loopback = listening.getsockname()[0] in ("127.0.0.1", "::1")
         choices = offered(nets, runs, gnets, networks, typed=loopback)
+        with quiet_gradio():
+            from edm2.explorer.grids import Explorer
+            from edm2.explorer.page import Page
 
-        quiet_gradio()
-        from edm2.explorer.grids import Explorer
-        from edm2.explorer.page import Page
-
-        page = Page(Explorer(networks), choices, given_device=device)
+            page = Page(Explorer(networks), choices, given_device=device)
         note = None if precision is None else precision_note(precision, resolved)
         for line in (note, None if loopback else f"Anyone who can reach {host} can use the page; it has no password."):
             if line is not None:
@@ -78,7 +94,7 @@ def cmdline(
         if open_browser:
             webbrowser.open(address(listening))
         with numerics(cudnn_benchmark=False):
-            serve(page.demo, listening)
+            serve(page.demo, listening, host)
 
 
 if __name__ == "__main__":

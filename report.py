@@ -1,28 +1,33 @@
 """Write the report of a training run: one self-contained HTML file."""
 
+from __future__ import annotations
+
 from datetime import UTC, datetime
 from pathlib import Path
+
+from dnnlib.start import ASKED_FOR_HELP
 
 import click
 
 import dnnlib.cli
 from dnnlib.atomic import write_text
+from dnnlib.cli import PATH
 from dnnlib.disk import make_folder, require_folder
 from dnnlib.errors import ConfigError, reason_of
-from edm2.report.document import render
-from edm2.report.record import read_run
+
+if not ASKED_FOR_HELP:  # which does not wait for torch
+    from edm2.report.document import render
+    from edm2.report.record import read_run
 
 
 @click.command()
-@click.argument("run_dir", metavar="RUN_DIR", type=click.Path(path_type=Path))
-@click.option(
-    "--out", metavar="FILE", type=click.Path(path_type=Path), help="Output file  [default: RUN_DIR/report.html]"
-)
+@click.argument("run_dir", metavar="RUN_DIR", type=PATH)
+@click.option("--out", metavar="FILE", type=PATH, help="Output file  [default: RUN_DIR/report.html]")
 @click.option(
     "--sweep",
     "sweeps",
     metavar="FILE",
-    type=click.Path(path_type=Path),
+    type=PATH,
     multiple=True,
     help="Also show this record of sweep.py --json; those in RUN_DIR are always shown",
 )

@@ -9,13 +9,14 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
+from typing import IO, Any
 
 from dnnlib import fetch, hub
 from dnnlib.atomic import write_text
+from dnnlib.disk import require_space
 from dnnlib.errors import ConfigError, reason_of
 from dnnlib.fetch import Version
+from dnnlib.parse import expand_home, require_possible, split_url
 
 _POLL_SEC = 0.2  # between looks of a process that waits for the download of another one
 
@@ -23,7 +24,7 @@ _POLL_SEC = 0.2  # between looks of a process that waits for the download of ano
 def make_cache_dir_path(*paths: str) -> str:
     """Return a path below the cache folder: $DNNLIB_CACHE_DIR, else $HOME/.cache/dnnlib. Creates nothing."""
     root = os.environ.get("DNNLIB_CACHE_DIR")
-    base = Path(root) if root else Path.home() / ".cache" / "dnnlib"
+    base = Path(expand_home(root)) if root else Path.home() / ".cache" / "dnnlib"
     return str(base.joinpath(*paths))
 
 
@@ -82,7 +83,7 @@ def open_url(
 
 def cached_path(url: str, cache_dir: str | None = None) -> Path:
     """Return the path of `url` in the cache: a hash of the URL, then the file's own name."""
-    name = re.sub(r"[^0-9A-Za-z._-]", "_", urlsplit(url).path.rsplit("/", 1)[-1])[-128:] or "file"
+    name = re.sub(r"[^0-9A-Za-z._-]", "_", split_url(url).path.rsplit("/", 1)[-1])[-128:] or "file"
     digest = hashlib.sha256(url.encode()).hexdigest()[:16]
     return Path(cache_dir or make_cache_dir_path("downloads")) / f"{digest}_{name}"
 
@@ -101,7 +102,7 @@ def _open_local(source: str, return_filename: bool) -> Any:
         raise ConfigError(
             f"'{source}' has the scheme {scheme[1]}; give an http(s) URL, hf://user/name/file or a local path"
         )
-    path = Path(source)
+    path = require_possible(source)
     if not path.is_file():
         raise ConfigError(f"'{source}' is not a file" if path.exists() else f"'{source}' does not exist")
     return str(path) if return_filename else open(path, "rb")
@@ -138,28 +139,38 @@ def _fill(path: Path, url: str, num_attempts: int, verbose: bool) -> None:
 def _download_part(path: Path, url: str, num_attempts: int, verbose: bool) -> None:
     """Download to a file of another name, and rename it at the end; a download that can be resumed stays."""
     part, about = _next_to(path, "part"), _next_to(path, "version")
-    part.touch()
     version = Version.load(about)
     try:
-        with _progress_bar(url, verbose) as progress, open(part, "r+b") as file:
+        with _progress_bar(url, verbose) as progress, _open_part(part) as file:
             if version.validator is None:
                 file.truncate(0)
-            fetch.fetch(
+            known = fetch.fetch(
                 url,
                 file,
                 num_attempts=num_attempts,
                 version=version,
                 remember=lambda version: version.save(about),
                 progress=progress,
+                require_room=lambda length: require_space(path, length),
             )
             file.flush()
             os.fsync(file.fileno())
+        if verbose and not known:
+            print(f"Nothing tells whether {url} came whole: its server does not announce a length", file=sys.stderr)
         os.replace(part, path)
         about.unlink(missing_ok=True)
     finally:
         if part.is_file() and (part.stat().st_size == 0 or not about.is_file()):
             part.unlink()
             about.unlink(missing_ok=True)
+
+
+def _open_part(part: Path) -> IO[bytes]:
+    """Open the file for update, created if missing; never one that a link at its place names."""
+    if part.is_symlink():
+        part.unlink()
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    return os.fdopen(os.open(part, flags, 0o666), "r+b")
 
 
 def _next_to(path: Path, kind: str) -> Path:
@@ -190,7 +201,7 @@ def _locked(path: Path, url: str, verbose: bool) -> Iterator[bool]:
 def _progress_bar(url: str, verbose: bool) -> Iterator[fetch.Progress]:
     from tqdm import tqdm
 
-    name = urlsplit(url).path.rsplit("/", 1)[-1] or url
+    name = split_url(url).path.rsplit("/", 1)[-1] or url
     with tqdm(
         desc=f"Downloading {name}",
         unit="B",

@@ -12,9 +12,12 @@ from typing import Any
 from urllib.parse import unquote
 
 from dnnlib.errors import ConfigError, one_line
+from dnnlib.fetch import root_cause, worthwhile_attempts
 
 INSTALL_HINT = 'pip install "edm2[hub]"'
 
+_TIMEOUT_SEC = 10
+_ATTEMPTS = 6  # of huggingface_hub, within half a minute
 _PART = r"[0-9A-Za-z](?:[0-9A-Za-z._-]{0,94}[0-9A-Za-z])?"  # of a repository's name
 _NAME = re.compile(rf"(?P<repo>{_PART}/{_PART})(?:@(?P<revision>[^@/\s]+))?(?:/(?P<file>.+))?")
 _SCHEME = "hf://"
@@ -68,6 +71,8 @@ def fetch_file(name: HubName) -> Path:
     assert name.file is not None
     library = _library(name)
     try:
+        if library.try_to_load_from_cache(name.repo, name.file, revision=name.revision) is None:
+            _require_reachable(library, name)
         return Path(library.hf_hub_download(name.repo, name.file, revision=name.revision))
     except Exception as error:  # of huggingface_hub, its HTTP library or the disk
         raise _explained(error, name) from None
@@ -79,7 +84,7 @@ def list_files(name: HubName) -> list[str]:
     try:
         if library.constants.HF_HUB_OFFLINE:
             raise library.utils.OfflineModeIsEnabled("HF_HUB_OFFLINE is set")
-        info = library.HfApi().model_info(name.repo, revision=name.revision, timeout=10)
+        info = library.HfApi().model_info(name.repo, revision=name.revision, timeout=_TIMEOUT_SEC)
         return sorted(sibling.rfilename for sibling in info.siblings or [])
     except Exception as error:
         utils = library.utils
@@ -95,6 +100,23 @@ def pinned(name: HubName, path: Path) -> HubName:
     assert name.file is not None
     snapshot = path.parents[len(name.file.split("/")) - 1]
     return replace(name, revision=snapshot.name)
+
+
+def _require_reachable(library: Any, name: HubName) -> None:
+    """Raise what the hub cannot be reached by if another attempt fails the same way: the library makes six of them."""
+    if library.constants.HF_HUB_OFFLINE:
+        return
+    url = library.hf_hub_url(name.repo, name.file, revision=name.revision)
+    for attempt in range(1, _ATTEMPTS + 1):
+        try:
+            library.get_hf_file_metadata(url, timeout=_TIMEOUT_SEC)
+        except Exception as error:  # the download itself tells of those that may pass
+            most = worthwhile_attempts(root_cause(error), _ATTEMPTS)
+            if attempt == most < _ATTEMPTS:
+                raise
+            if most < _ATTEMPTS:
+                continue
+        return
 
 
 def _library(name: HubName) -> Any:

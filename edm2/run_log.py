@@ -4,10 +4,11 @@ import json
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from dnnlib.atomic import LineFile
 from dnnlib.parse import format_nimg
-from dnnlib.text import format_elapsed
+from dnnlib.text import format_elapsed, format_kimg
 from torch_utils.compiling import compiled_code_dir, missing_compiler
 from training.config import TrainingConfig
 from training.dataset.contract import ImageDataset
@@ -69,7 +70,8 @@ def describe_run(config: TrainingConfig, path: Path, dataset: ImageDataset, *, n
             config.to_json().rstrip(),
             "",
             f"Output directory:      {path}",
-            f"Data set:              {config.data}",
+            f"Data set:              {dataset.name if config.dataset_class else config.data}",
+            *([f"Network:               {config.network_class}"] if config.network_class else []),
             f"Images:                {len(dataset)} of {stored}x{stored}, {dataset.num_channels} channels",
             f"Network sees:          {size}x{size}, {channels} channels" + (f" by {config.vae}" if config.vae else ""),
             *([f"Conditioned on:        {config.condition}"] if config.condition else []),
@@ -85,7 +87,7 @@ def start_notes(run: TrainingRun) -> Iterator[str]:
     """Yield what the user should know about the start of a run."""
     yield from run.notes
     if run.resumed_from is not None:
-        yield f"Continuing from {run.resumed_from} at {run.state.nimg / 1e3:.1f} kimg."
+        yield f"Continuing from {run.resumed_from} at {format_kimg(run.state.nimg)} kimg."
     if run.state.uninitialized:
         yield f"Left as initialized, since --init has no fitting tensor: {', '.join(run.state.uninitialized)}."
     if run.state.has_new_condition_input:
@@ -94,7 +96,7 @@ def start_notes(run: TrainingRun) -> Iterator[str]:
             " starts out identical to the snapshot."
         )
     if len(run) == 0:
-        yield f"The run is finished: {run.state.nimg / 1e3:.1f} kimg. A larger --duration continues it."
+        yield f"The run is finished: {format_kimg(run.state.nimg)} kimg. A larger --duration continues it."
         return
     yield from run.metrics.notes if run.metrics is not None else ()
     yield f"Training for {len(run)} iterations on {run.world.size} process(es), {run.world.device.type}."
@@ -110,7 +112,10 @@ def _compile_notes(run: TrainingRun) -> Iterator[str]:
     if missing is not None:
         yield f"The network is not compiled, and several times slower: {missing}."
         return
-    unet = run.state.net.unet
+    if config.network_class is not None:
+        yield f"Compiling {config.network_class} in the first iteration, less with code in {compiled_code_dir()}."
+        return
+    unet: Any = run.state.net.unet
     blocks = len(unet.enc) + len(unet.dec)
     minutes = -(-blocks * _COMPILE_SEC // 60)
     yield (
@@ -121,7 +126,7 @@ def _compile_notes(run: TrainingRun) -> Iterator[str]:
 
 def farewell(ended: Ended, command: str) -> str:
     """Return why a session ended before its run, and how to continue: with `command`."""
-    at = f"at {ended.nimg / 1e3:.1f} kimg"
+    at = f"at {format_kimg(ended.nimg)} kimg"
     again = f"To continue: {command}"
     match ended.cause:
         case Cause.NONFINITE:
@@ -149,18 +154,24 @@ def status_line(stats: dict[str, float], texts: dict[str, str]) -> str:
         for key, name in texts.items()
         if key.startswith(f"{_METRICS}best_")
     ]
-    return "  ".join(
+    # Short enough for a terminal of 110 columns on a CPU.
+    return " ".join(
         [
-            f"kimg {stats['Progress/kimg']:<9.1f}",
-            f"time {format_elapsed(stats['Timing/total_sec']):<12s}",
-            f"sec/tick {stats['Timing/sec_per_tick']:<8.2f}",
-            f"sec/kimg {stats['Timing/sec_per_kimg']:<7.3f}",
-            f"maintenance {stats['Timing/maintenance_sec']:<7.2f}",
-            f"cpumem {stats['Resources/cpu_mem_gb']:<6.2f}",
-            f"gpumem {stats['Resources/peak_gpu_mem_gb']:<6.2f}",
-            f"reserved {stats['Resources/peak_gpu_mem_reserved_gb']:<6.2f}",
+            f"kimg {format_kimg(round(stats['Progress/kimg'] * 1e3)):<5s}",
+            f"time {' '.join(format_elapsed(stats['Timing/total_sec']).split()[:2]):<6s}",
+            f"sec/tick {_digits(stats['Timing/sec_per_tick']):<4s}",
+            f"sec/kimg {_digits(stats['Timing/sec_per_kimg']):<4s}",
+            f"maintenance {stats['Timing/maintenance_sec']:.1f}",
+            f"cpumem {stats['Resources/cpu_mem_gb']:.1f}",
+            f"gpumem {stats['Resources/peak_gpu_mem_gb'] or 0:.3g}",
+            f"reserved {stats['Resources/peak_gpu_mem_reserved_gb'] or 0:.3g}",
             f"loss {stats['Loss/loss']:.4f}",
             *scores,
             *best,
         ]
     )
+
+
+def _digits(seconds: float) -> str:
+    """Three digits: 0.05, 1.25, 12.5, 125."""
+    return f"{seconds:.{2 if seconds < 9.995 else 1 if seconds < 99.95 else 0}f}"

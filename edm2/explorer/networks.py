@@ -10,13 +10,16 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from dnnlib.download import is_remote
 from dnnlib.errors import ConfigError
+from dnnlib.parse import require_possible
 from dnnlib.text import format_bytes
-from torch_utils.precision import Precision
+from torch_utils.precision_names import Precision
 from training.encoders import Encoder
 from training.fast.prepare import PrepareNetwork
 from training.posthoc.inputs import choose_inputs
 from training.posthoc.reconstruction import Input, list_input_pickles, reconstruct_phema
+from training.sampling.networks import class_names
 from training.snapshot import Snapshot, label_dropout, load_snapshot, read_header
 from training.snapshot.locate import network_files
 from training.snapshot.parts import described
@@ -25,6 +28,8 @@ _RUN_PREFIX = "network-snapshot"  # of the files that training writes
 
 # On a GPU each network has CUDA graphs, whose memory --cache-size does not count.
 _MAX_NETWORKS = 6
+
+_MAX_EARLY = 8  # snapshots of a run that are offered as guides
 
 V = TypeVar("V")
 
@@ -91,6 +96,12 @@ class RunSnapshots:
         """EMA lengths that are stored at the newest time."""
         return tuple(file.std for file in self.inputs if file.nimg == self.nimg)
 
+    def early(self) -> list[str]:
+        """Paths of a few earlier snapshots, each the longest average of its time: guides for the newest ones."""
+        paths = list({file.nimg: file.path for file in self.inputs if file.nimg < self.nimg}.values())
+        count = min(len(paths), _MAX_EARLY)
+        return [paths[i * (len(paths) - 1) // max(count - 1, 1)] for i in range(count)]
+
     def stored(self, ema: float) -> str | None:
         """Path of the snapshot with this EMA length at the newest time; None if it has to be reconstructed."""
         found = (file.path for file in self.inputs if file.nimg == self.nimg and round(file.std, 3) == ema)
@@ -99,8 +110,7 @@ class RunSnapshots:
 
 def is_run_folder(source: str) -> bool:
     """Return True for a folder that is not a model folder in the diffusers layout."""
-    folder = Path(source)
-    if not folder.is_dir():
+    if is_remote(source) or not (folder := require_possible(source)).is_dir():
         return False
     names = [path.relative_to(folder).as_posix() for path in (*folder.glob("*"), *folder.glob("*/*"))]
     return not network_files(PurePosixPath(), names)
@@ -133,11 +143,16 @@ class NetworkFacts:
     nimg: int | None  # images seen in training
     label_dropout: bool  # trained with some labels left out
     lengths: tuple[float, ...]  # EMA lengths that a run stores at its newest time; empty for a network
+    class_names: tuple[str, ...] = ()
 
     @property
     def length(self) -> float | None:
         """The longest stored EMA length, as a first value; None for a network."""
         return round(max(self.lengths), 3) if self.lengths else None
+
+    def takes_guide(self, guide: "NetworkFacts") -> bool:
+        """Return whether `guide` is for the same images and labels; see `require_matching_guide`."""
+        return guide.size == self.size and guide.label_dim in (0, self.label_dim)
 
     def __str__(self) -> str:
         channels, height, width = self.size
@@ -149,7 +164,15 @@ class NetworkFacts:
 class Networks:
     """Networks by name and EMA length, thread-safe. The last used stay in memory, up to `max_bytes`."""
 
-    def __init__(self, device: torch.device, *, precision: Precision | None = None, max_bytes: int = 4 << 30) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        precision: Precision | None = None,
+        max_bytes: int = 4 << 30,
+        own_networks: Sequence[str] = (),
+    ) -> None:
+        self.own_networks = own_networks
         self.device = device
         self.precision = precision
         self.cache: BoundedCache[LoadedNetwork] = BoundedCache(
@@ -165,7 +188,7 @@ class Networks:
     def facts(self, source: str) -> NetworkFacts:
         """Read the header of a file, or of the newest snapshot of a run. Raises ConfigError."""
         run = RunSnapshots.read(source) if is_run_folder(source) else None
-        header = read_header(source if run is None else run.inputs[-1].path)
+        header = read_header(source if run is None else run.inputs[-1].path, own_networks=self.own_networks)
         arguments = header.config["arguments"]
         resolution = arguments["img_resolution"]
         height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
@@ -177,6 +200,7 @@ class Networks:
             nimg=header.nimg if run is None else run.nimg,
             label_dropout=bool(label_dropout(header.info)),
             lengths=() if run is None else run.lengths,
+            class_names=tuple(class_names(header.info)),
         )
 
     def load(self, source: str, ema: float | None = None) -> Generator[Loading, None, LoadedNetwork]:
@@ -193,7 +217,8 @@ class Networks:
         loaded = self.cache.get(key)
         if loaded is None:
             yield Loading(text=f"Loading {source}")
-            loaded = self._prepare(key, source, load_snapshot(source, device=self.device), ())
+            snapshot = load_snapshot(source, device=self.device, own_networks=self.own_networks)
+            loaded = self._prepare(key, source, snapshot, ())
         return loaded
 
     def _reconstruct(self, run: RunSnapshots, ema: float) -> Generator[Loading, None, LoadedNetwork]:
@@ -201,7 +226,7 @@ class Networks:
         loaded = self.cache.get(key)
         if loaded is not None:
             return loaded
-        work = reconstruct_phema(run.inputs, ema, run.nimg)
+        work = reconstruct_phema(run.inputs, ema, run.nimg, own_networks=self.own_networks)
         for done, step in enumerate(work):
             yield Loading(text=f"Loading EMA length {ema:.3f}: {done} of {len(work)}")
             for output in step.outputs:
@@ -232,10 +257,10 @@ class Networks:
 def stamp(source: str) -> object:
     """Return a value that changes whenever the file or folder changes; None if `source` is not a path."""
     path = Path(source)
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
     try:
+        files = sorted(path.rglob("*")) if path.is_dir() else [path]
         return tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files)
-    except OSError:
+    except (OSError, ValueError):
         return None
 
 

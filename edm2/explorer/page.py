@@ -13,8 +13,8 @@ from dnnlib.errors import ConfigError
 from edm2.explorer import show
 from edm2.explorer.grids import Explorer, Film, Grid, Pair, Progress
 from edm2.explorer.networks import Loading
-from edm2.explorer.panel import AT_ONCE, build_panel, of_network, setting_of, slider, whole
-from edm2.explorer.setting import Choices, Setting, commands_for
+from edm2.explorer.panel import AT_ONCE, build_panel, number, of_network, setting_of, whole
+from edm2.explorer.setting import NO_GUIDE, Choices, Setting, commands_for
 from edm2.explorer.visit import Stopped, Visit
 
 TITLE = "Explore a model"
@@ -26,6 +26,7 @@ _IN_TURN: dict[str, Any] = {
 }  # fmt: skip
 # The page's clock, in place of the first input, tells newer requests from older ones.
 _STAMPED = "(_, ...values) => [performance.now(), ...values]"
+_FITTING = f"(guide, misfits) => JSON.parse(misfits).includes(guide) ? {NO_GUIDE!r} : guide"
 
 Update = dict[Any, Any]
 
@@ -34,7 +35,7 @@ class Page:
     """The explorer's page for `choices`; `demo` is the Gradio application."""
 
     def __init__(self, explorer: Explorer, choices: Choices, *, given_device: str | None = None) -> None:
-        self._explorer, self._given_device = explorer, given_device
+        self._explorer, self._choices, self._given_device = explorer, choices, given_device
         self._running: Visit | None = None
         with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as self.demo:
             self._add_components(choices)
@@ -52,8 +53,8 @@ class Page:
                     self._cancel = gr.Button("Cancel", elem_id="cancel", min_width=90)
                 self._live = gr.Checkbox(True, label="Follow every change at once", elem_id="live", container=False)
                 with gr.Row():
-                    self._seed = slider(0, 9999, 0, "Seed", elem_id="first_seed", min_width=120)
-                    self._count = slider(1, 64, 16, "Images", elem_id="num_images", min_width=120)
+                    self._seed = number(0, 9999, 0, "Seed", elem_id="first_seed", min_width=120)
+                    self._count = number(1, 64, 16, "Images", elem_id="num_images", min_width=120)
                 with gr.Tabs(selected="a", elem_id="settings") as self._settings:
                     with gr.Tab("Setting A", id="a"):
                         self._a = build_panel(choices, networks, side="a", guidance=choices.guidance)
@@ -76,8 +77,8 @@ class Page:
                 self._view_b = gr.HTML(elem_id="view-b", apply_default_css=False)
         with gr.Tab("Film strip", id="film") as film_tab:
             with gr.Row():
-                self._image = slider(1, 64, 1, "Image of the grid", elem_id="image", min_width=120)
-                self._frames = slider(2, 16, 8, "Noise levels", elem_id="frames", min_width=120)
+                self._image = number(1, 64, 1, "Image of the grid", elem_id="image", min_width=120)
+                self._frames = number(2, 16, 8, "Noise levels", elem_id="frames", min_width=120)
             self._film = gr.HTML(elem_id="film", apply_default_css=False)
         self._tabs = {"grid": grid_tab, "compare": compare_tab, "film": film_tab}
 
@@ -85,7 +86,8 @@ class Page:
         """A change ends the page's running request at once, and then asks for images with the newest values."""
         a, b = self._a, self._b
         request = [self._stamp, self._visit, self._live]
-        inputs = [*request, self._active, self._seed, self._count, self._image, self._frames, *a.values, *b.values]
+        pairs = [self._seed, self._count, self._image, self._frames]
+        inputs = [*request, self._active, *(pair.number for pair in pairs), *a.values, *b.values]
         outputs = [self._status, self._grid, self._view_a, self._view_b, self._film]
 
         def follow(event: Callable[..., Any], announce: Callable[..., Any], work: Callable[..., Any]) -> None:
@@ -96,15 +98,19 @@ class Page:
         def on_change(event: Callable[..., Any]) -> None:
             follow(event, self._announce_change, self._follow_change)
 
-        controls = [self._seed, self._count, self._image, self._frames]
-        controls += [control for panel in (a, b) for control in panel.values if control is not panel.net]
+        controls = [control for pair in pairs for control in (pair.number, pair.slider)] + a.changed + b.changed
         on_change(lambda *args, **options: gr.on([control.input for control in controls], *args, **options))
         for panel in (a, b):
-            on_change(panel.net.input(self._look, panel.net, [panel.facts, panel.ema, panel.class_idx], **AT_ONCE).then)
+            looked = panel.net.input(self._look, panel.net, panel.found, **AT_ONCE)
+            # In the browser, since the guide may have changed while the server looked.
+            fitting = looked.then(None, [panel.guide, panel.misfits], panel.guide, js=_FITTING, **AT_ONCE)
+            on_change(fitting.then)
         for name, tab in self._tabs.items():
             on_change(tab.select(_opened(name), None, [self._active, self._settings], **AT_ONCE).then)
-        on_change(self._grid.click(_film_of_clicked, None, [self._image, self._picker, self._active], **AT_ONCE).then)
-        on_change(self._copy.click(self._copied, a.values, [b.facts, *b.values], **AT_ONCE).then)
+        on_change(
+            self._grid.click(_film_of_clicked, None, [self._image.number, self._picker, self._active], **AT_ONCE).then
+        )
+        on_change(self._copy.click(self._copied, a.values, [*b.found[:2], b.misfits, *b.values], **AT_ONCE).then)
         follow(self._go.click, self._announce, self._refresh)
         follow(self.demo.load, self._announce, self._refresh)
         self._cancel.click(self._stop, request, self._status, js=_STAMPED, **AT_ONCE)
@@ -125,14 +131,15 @@ class Page:
     def _look(self, source: str | None) -> tuple[Any, ...]:
         """Return what can be chosen for another network. The request for its images reports errors."""
         try:
-            return of_network((source or "").strip(), self._explorer.networks)
+            return of_network((source or "").strip(), self._choices, self._explorer.networks)
         except ConfigError:
-            return "", gr.update(), gr.update()
+            return "", *[gr.update()] * 5
 
     def _copied(self, *values: Any) -> tuple[Any, ...]:
-        net, length, class_idx, *others = values
-        facts, ema_update, class_update = self._look(net)
-        return facts, net, {**ema_update, "value": length}, {**class_update, "value": class_idx}, *others
+        net, length, class_idx, num_steps, solver, guide, *others = values
+        facts, box, _, class_update, guide_update, misfits = self._look(net)
+        class_update, guide_update = {**class_update, "value": class_idx}, {**guide_update, "value": guide}
+        return facts, box, misfits, net, length, class_update, num_steps, solver, guide_update, *others
 
     def _follow_change(self, stamp: float, visit: Visit, live: bool, *values: Any) -> Iterator[Update]:
         if live:
@@ -197,10 +204,14 @@ class Page:
         if isinstance(record, Progress) and record.images is not None:
             return {view: show.unfinished(record)}
         if isinstance(record, Grid):
-            return {view: show.grid(record, self._commands(record.setting), name=name)}
+            names = self._class_names(record.setting)
+            return {view: show.grid(record, self._commands(record.setting), name=name, class_names=names)}
         if isinstance(record, Film):
-            return {view: show.film(record, self._commands(record.setting))}
+            return {view: show.film(record, self._commands(record.setting), self._class_names(record.setting))}
         return {}
+
+    def _class_names(self, setting: Setting) -> tuple[str, ...]:
+        return self._explorer.networks.facts(setting.net).class_names
 
     def _commands(self, setting: Setting) -> list[str]:
         return commands_for(

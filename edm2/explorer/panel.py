@@ -1,5 +1,6 @@
 """The controls of one setting, and the setting that their values stand for."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,6 +10,7 @@ import gradio as gr
 from dnnlib.errors import ConfigError
 from edm2.explorer.networks import NetworkFacts, Networks, is_run_folder
 from edm2.explorer.setting import NO_GUIDE, Choices, Setting
+from training.sampling.denoisers import SELF
 from training.sampling.solvers import SOLVERS
 
 # Events that only rearrange the page: outside the queue, and not shown as work.
@@ -23,10 +25,11 @@ class Panel:
     """The controls of a setting, apart from its seeds."""
 
     net: gr.Dropdown
-    facts: gr.HTML
-    ema: gr.Slider
-    class_idx: gr.Dropdown
+    found: list[Any]  # what another network changes: the outputs of `of_network`
+    guide: gr.Dropdown
+    misfits: gr.Textbox  # hidden: names of guides that do not fit the network, as JSON
     values: list[Any]  # the controls that `setting_of` reads, in its order
+    changed: list[Any]  # those and sliders, without the network: what a user changes
 
 
 def build_panel(choices: Choices, networks: Networks, *, side: str, guidance: float) -> Panel:
@@ -44,12 +47,12 @@ def build_panel(choices: Choices, networks: Networks, *, side: str, guidance: fl
             info="A file, a model folder, or the folder of a run" if choices.typed else None,
         )  # fmt: skip
         facts_html = gr.HTML(_facts_html(facts), apply_default_css=False, **named("facts"))
-        ema = slider(0.01, 0.25, length or 0.1, "EMA length", 0.001, visible=length is not None, **named("ema"))
+        ema = number(0.01, 0.25, length or 0.1, "EMA length", 0.001, visible=length is not None, **named("ema"))
     class_idx = gr.Dropdown(
         _classes(facts), value=_RANDOM, label="Class", visible=bool(facts and facts.label_dim), **named("class_idx")
     )
     with gr.Row():
-        num_steps = slider(1, 64, 18, "Steps", min_width=130, scale=3, **named("num_steps"))
+        num_steps = number(1, 64, 18, "Steps", min_width=130, scale=3, **named("num_steps"))
         solver = gr.Dropdown(
             [(_SOLVER_NAMES.get(name, name), name) for name in SOLVERS],
             value="heun", label="Solver", filterable=False, min_width=110, scale=2, **named("solver"),
@@ -58,32 +61,69 @@ def build_panel(choices: Choices, networks: Networks, *, side: str, guidance: fl
         choices.guides, value=choices.guide, label="Guide", allow_custom_value=choices.typed, **named("guide")
     )
     with gr.Column(visible=choices.guide != NO_GUIDE, elem_classes="plain") as guiding:
-        strength = slider(0, 4, guidance, "Guidance (1 = none)", 0.05, **named("guidance"))
+        strength = number(0, 4, guidance, "Guidance (1 = none)", 0.05, **named("guidance"))
         limited = gr.Checkbox(False, label="Only at some noise levels", **named("limited"))
         with gr.Row(visible=False) as levels:
-            low = slider(0, 10, 0.28, "Above σ", 0.01, min_width=120, **named("low"))
-            high = slider(0.01, 80, 2.9, "Up to σ", 0.01, min_width=120, **named("high"))
+            low = number(0, 10, 0.28, "Above σ", 0.01, min_width=120, **named("low"))
+            high = number(0.01, 80, 2.9, "Up to σ", 0.01, min_width=120, **named("high"))
     guide.change(lambda name: gr.Column(visible=_guide(name) is not None), guide, guiding, **AT_ONCE)
     limited.change(lambda on: gr.Row(visible=on), limited, levels, **AT_ONCE)
-    values = [net_picker, ema, class_idx, num_steps, solver, guide, strength, limited, low, high]
-    return Panel(net=net_picker, facts=facts_html, ema=ema, class_idx=class_idx, values=values)
+    misfits = gr.Textbox("[]", visible=False)
+    numbers = [num_steps, strength, low, high]
+    pickers = [class_idx, solver, guide, limited]
+    return Panel(
+        net=net_picker,
+        found=[facts_html, ema.box, ema.number, class_idx, guide, misfits],
+        guide=guide,
+        misfits=misfits,
+        values=[net_picker, ema.number, class_idx, num_steps.number, solver, guide, strength.number, limited,
+                low.number, high.number],
+        changed=[*pickers, *(each for pair in (ema, *numbers) for each in (pair.number, pair.slider))],
+    )  # fmt: skip
 
 
-def slider(low: float, high: float, value: float, label: str, step: float = 1, **more: Any) -> gr.Slider:
-    """Return a slider that accepts any number typed next to it: settings have better messages than Gradio's check."""
-    made = gr.Slider(low, high, value, label=label, step=step, buttons=[], **more)
-    made.preprocess = lambda payload: payload
-    return made
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """A number to type, and a slider for the usual ones. The number counts: what it shows is what is computed."""
+
+    box: gr.Column
+    number: gr.Number
+    slider: gr.Slider
 
 
-def of_network(source: str, networks: Networks) -> tuple[Any, Any, Any]:
-    """Return updates of facts, EMA length and class for another network. Raises ConfigError."""
+def number(
+    low: float,
+    high: float,
+    value: float,
+    label: str,
+    step: float = 1,
+    *,
+    elem_id: str,
+    visible: bool = True,
+    **box: Any,
+) -> Pair:
+    """Add a number and its slider. Any number can be typed: settings have better messages than Gradio's check."""
+    with gr.Column(elem_id=elem_id, elem_classes="number", visible=visible, **box) as column, gr.Group():
+        typed = gr.Number(value, label=label, step=step)
+        slid = gr.Slider(low, high, min(max(value, low), high), step=step, label=label, show_label=False, buttons=[])
+    slid.input(None, slid, typed, js="value => value", **AT_ONCE)
+    typed.change(None, typed, slid, js=f"value => Math.min(Math.max(value ?? {low}, {low}), {high})", **AT_ONCE)
+    return Pair(box=column, number=typed, slider=slid)
+
+
+def of_network(source: str, choices: Choices, networks: Networks) -> tuple[Any, ...]:
+    """Return updates of a panel's `found` for another network. Raises ConfigError."""
     facts = networks.facts(source)
-    length = {} if facts.length is None else {"value": facts.length}
+    guides = choices.guides_of(source, facts)
+    # Names that were typed may fit or not; their images tell.
+    misfits = {SELF, *(name for _, name, _ in choices.known)} - {name for _, name in guides}
     return (
         _facts_html(facts),
-        gr.update(visible=facts.length is not None, **length),
+        gr.update(visible=facts.length is not None),
+        gr.skip() if facts.length is None else facts.length,
         gr.update(choices=_classes(facts), value=_RANDOM, visible=bool(facts.label_dim)),
+        gr.update(choices=guides),
+        json.dumps(sorted(misfits)),
     )
 
 
@@ -94,7 +134,7 @@ def setting_of(values: Sequence[Any], first_seed: Any, num_images: Any) -> Setti
     net = (net or "").strip()
     return Setting(
         net=net,
-        ema=round(_number("EMA length", ema), 3) if is_run_folder(net) else None,
+        ema=_number("EMA length", ema) if is_run_folder(net) else None,
         guide=guide,
         guidance=_number("guidance", guidance) if guide is not None else 1.0,
         interval=(_number("noise level", low), _number("noise level", high)) if guide is not None and limited else None,
@@ -127,7 +167,9 @@ def _facts_html(facts: NetworkFacts | None) -> str:
 
 def _classes(facts: NetworkFacts | None) -> list[tuple[str, str]]:
     count = 0 if facts is None else facts.label_dim
-    choices = [("random", _RANDOM), ("all, a row for each", _ALL), *((str(i), str(i)) for i in range(count))]
+    names = () if facts is None else facts.class_names
+    texts = [f"{i} {names[i]}" if i < len(names) else str(i) for i in range(count)]
+    choices = [("random", _RANDOM), ("all, a row for each", _ALL), *((text, str(i)) for i, text in enumerate(texts))]
     return [*choices, (_NO_CLASS, _NO_CLASS)] if facts is not None and facts.label_dropout else choices
 
 

@@ -1,15 +1,17 @@
 """Everything that the explorer's images depend on, as one value; what to choose from; the commands that make them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Literal
 
 from dnnlib.cli import quoted
 from dnnlib.errors import ConfigError
 from dnnlib.text import format_exact
-from edm2.explorer.networks import Networks, RunSnapshots, is_run_folder
+from edm2.explorer.networks import NetworkFacts, Networks, RunSnapshots, is_run_folder
 from training.phema import MAX_STD
+from training.posthoc.inputs import kimg_text
+from training.posthoc.reconstruction import output_name
 from training.presets import GENERATION, locate
 from training.sampling.denoisers import SELF
 from training.sampling.request import SamplingRequest, resolve_sampling
@@ -42,7 +44,7 @@ class Setting:
         if not self.net.strip():
             raise ConfigError("no network to sample from; choose one, or enter a file or the folder of a run")
         if self.ema is not None and not (0 < self.ema < MAX_STD and round(self.ema, 3) == self.ema):
-            raise ConfigError(f"EMA length {self.ema} must be from 0.001 to 0.288, in thousandths")
+            raise ConfigError(f"EMA length {self.ema:g} must be from 0.001 to 0.288, in thousandths")
         if self.interval is not None and not 0 <= self.interval[0] < self.interval[1]:
             low, high = self.interval
             raise ConfigError(f"guided noise levels cannot be above {low:g} and up to {high:g}; make the first smaller")
@@ -82,10 +84,22 @@ class Choices:
     """Entries of the page's pickers, as (label, value), and the guide to begin with."""
 
     networks: list[tuple[str, str]]
-    guides: list[tuple[str, str]]  # NO_GUIDE comes first
+    guides: list[tuple[str, str]]  # of the first network; NO_GUIDE comes first
     guide: str
     guidance: float
     typed: bool  # whether other names may be typed
+    known: tuple[tuple[str, str, NetworkFacts], ...] = ()  # label, name and facts of guides for any network
+
+    def guides_of(self, net: str, facts: NetworkFacts | None) -> list[tuple[str, str]]:
+        """Return the guides that fit the network `net`; of a run also its own early snapshots. Raises ConfigError."""
+        if facts is None:
+            return [(NO_GUIDE, NO_GUIDE)]
+        fitting = [(label, name) for label, name, guide in self.known if facts.takes_guide(guide) and name != net]
+        early = RunSnapshots.read(net).early() if is_run_folder(net) else []
+        given = {name for _, name in fitting}
+        fitting += [(f"earlier: {Path(path).stem}", path) for path in early if path not in given]
+        own = [("itself, without its class", SELF)] if facts.label_dim and facts.label_dropout else []
+        return [(NO_GUIDE, NO_GUIDE), *fitting, *own]
 
 
 def offered(
@@ -94,20 +108,24 @@ def offered(
     """Return what the command line names and what the repository ships. Raises ConfigError for an unusable name."""
     for run in runs:
         RunSnapshots.read(run)
-    for name in (*nets, *runs, *gnets):
+    for name in (*nets, *runs):
         networks.facts(name)
     shipped = GENERATION["demo"]
     assert shipped.gnet is not None
     net, guide = (_relative(locate(name)) for name in (shipped.net, shipped.gnet))
     entries = [(name, name) for name in (*nets, *runs)]
-    guides = [(NO_GUIDE, NO_GUIDE), *((name, name) for name in gnets)]
+    known = [(name, name, networks.facts(name)) for name in gnets]
     if Path(net).is_file() and net not in (*nets, *runs):
         entries.append((f"shipped: {Path(net).stem}", net))
     if Path(guide).is_file() and guide not in gnets:
-        guides.append((f"shipped: {Path(guide).stem}", guide))
-    guides.append(("itself, without its class", SELF))
-    first = gnets[0] if gnets else guide if not nets and not runs and Path(guide).is_file() else NO_GUIDE
-    return Choices(networks=entries, guides=guides, guide=first, guidance=shipped.guidance, typed=typed)
+        known.append((f"shipped: {Path(guide).stem}", guide, networks.facts(guide)))
+    first = gnets[0] if gnets else NO_GUIDE if nets or runs else guide
+    choices = Choices(
+        networks=entries, guides=[], guide=first, guidance=shipped.guidance, typed=typed, known=tuple(known)
+    )
+    net = entries[0][1] if entries else ""
+    guides = choices.guides_of(net, networks.facts(net) if net else None)
+    return replace(choices, guides=guides, guide=first if first in dict(guides).values() else NO_GUIDE)
 
 
 def _relative(path: str) -> str:
@@ -124,19 +142,20 @@ def commands_for(
     user's --device; `batch`: images at once, on which the last digits depend on a GPU.
     """
     lines = []
+    own = [f"--network={name}" for name in networks.own_networks]
     net = setting.net
     if is_run_folder(setting.net) and setting.ema is not None:
         run = RunSnapshots.read(setting.net)
         stored = run.stored(setting.ema)
         if stored is None:
-            kimg = run.nimg // 1000
             words = [f"--indir={run.path}", *([] if run.prefix is None else [f"--inprefix={run.prefix}"])]
-            words += [f"--outkimg={kimg}", f"--outdir={outdir}", f"--outstd={setting.ema:.3f}"]
-            lines.append(quoted(["python", "reconstruct_phema.py", *words]))
-            stored = str(PurePath(outdir, f"phema-{kimg:07d}-{setting.ema:.3f}.pkl"))
+            words += [f"--outkimg={kimg_text(run.nimg)}", f"--outdir={outdir}", f"--outstd={setting.ema:.3f}"]
+            lines.append(quoted(["python", "reconstruct_phema.py", *words, *own]))
+            suffix = ".safetensors" if own else ".pkl"
+            stored = str(PurePath(outdir, f"{output_name('phema', run.nimg, setting.ema)}{suffix}"))
         net = stored
     count, first = setting.num_images, setting.first_seed
-    words = [f"--net={net}", *_guidance_options(setting.request())]
+    words = [f"--net={net}", *own, *_guidance_options(setting.request())]
     words += [f"--solver={setting.solver}", f"--steps={setting.num_steps}"]
     words.append(f"--seeds={first}-{first + count - 1}" if count > 1 else f"--seeds={first}")
     for option, value in (("class", setting.class_idx), ("precision", networks.precision), ("device", given_device)):
@@ -153,5 +172,5 @@ def _guidance_options(request: SamplingRequest) -> list[str]:
         return []
     words = [*(f"--gnet={guide}" for guide in request.gnets), f"--guidance={format_exact(request.weight)}"]
     if request.sampler.guidance.interval is not None:
-        words.append(f"--interval={','.join(format_exact(level) for level in request.sampler.guidance.interval)}")
+        words.append(f"--interval={','.join(map(str, request.sampler.guidance.interval))}")
     return words

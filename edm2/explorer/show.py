@@ -61,17 +61,17 @@ def unfinished(record: Progress) -> str:
     return _sheet(contact_sheet(record.images, num_columns=record.num_columns), record, "unfinished images")
 
 
-def grid(record: Grid, commands: Sequence[str], *, name: str) -> str:
+def grid(record: Grid, commands: Sequence[str], *, name: str, class_names: Sequence[str] = ()) -> str:
     """Return finished images, their description, a download named `name`, and the commands that make them."""
     sheet = record.sheet()
-    about = _about(record.setting, record.classes)
+    about = _about(record.setting, record.classes, class_names)
     return _sheet(sheet, record, "generated images") + _below([about, *record.notes], commands, sheet, name)
 
 
-def film(record: Film, commands: Sequence[str]) -> str:
+def film(record: Film, commands: Sequence[str], class_names: Sequence[str] = ()) -> str:
     """Return a film strip with a column for each noise level."""
     columns = [
-        f"<figure><figcaption>{'image' if frame.sigma == 0 else f'σ = {frame.sigma:.3g}'}</figcaption>"
+        f"<figure><figcaption>{'image' if frame.sigma == 0 else f'<i>σ = </i>{frame.sigma:.3g}'}</figcaption>"
         f"{_image(frame.noisy, _FRAME_WIDTH, 'noisy state')}{_image(frame.denoised, _FRAME_WIDTH, 'denoised')}</figure>"
         for frame in record.frames
     ]
@@ -80,17 +80,22 @@ def film(record: Film, commands: Sequence[str]) -> str:
         f'<div class="frames">{"".join(columns)}</div></div>'
     )
     about = f"Seed {record.setting.first_seed}"
-    about += "" if record.image_class is None else f", class {record.image_class}"
+    about += "" if record.image_class is None else f", {_class(record.image_class, class_names)}"
     return strip + _below([about, *record.notes], commands, record.sheet(), "film-strip")
 
 
-def _about(setting: Setting, classes: list[int] | None) -> str:
+def _class(index: int, names: Sequence[str]) -> str:
+    return f"class {index}: {names[index]}" if index < len(names) else f"class {index}"
+
+
+def _about(setting: Setting, classes: list[int] | None, names: Sequence[str]) -> str:
     count, first = setting.num_images, setting.first_seed
     seeds = f"Seed {first}" if count == 1 else f"{count} images, seeds {first}–{first + count - 1}"
     if classes is None:
         return f"{seeds}, without a class" if setting.class_idx == "none" else seeds
-    kind = "classes drawn by the seeds" if setting.class_idx is None else f"class {setting.class_idx}"
-    return f"{seeds}, {'a row for each class' if setting.class_idx == 'all' else kind}"
+    if isinstance(setting.class_idx, int):
+        return f"{seeds}, {_class(setting.class_idx, names)}"
+    return f"{seeds}, {'classes drawn by the seeds' if setting.class_idx is None else 'a row for each class'}"
 
 
 def _below(lines: Sequence[str], commands: Sequence[str], sheet: np.ndarray, name: str) -> str:

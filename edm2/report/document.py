@@ -16,6 +16,7 @@ from edm2.report.sample_grids import PageImage, earlier_images, newest_image, st
 # Even if text of the run got into the page as markup, a browser would load nothing and run nothing.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
+_LAST_TIME = 250_000_000_000  # seconds since 1970, in the year 9892: the calendar ends soon after
 _RECENT = 10  # lines of stats.jsonl that the current speed is the mean of
 
 
@@ -49,7 +50,7 @@ def _sections(record: RunRecord, now: datetime) -> Iterator[Iterable[str]]:
     yield _commands(record)
     yield _session_table(record)
     yield _charts("Other statistics", figures.other_charts(record))
-    yield _options(record.options)
+    yield _options(_as_computed(record))
     made = now.astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC")
     yield [f'<footer class="soft small">Made {made} from {escape(str(record.path))}.</footer>']
 
@@ -79,7 +80,7 @@ def _state(record: RunRecord, now: datetime) -> str:
     if isinstance(data, str):
         words.append(f"Data: {data}.")
     stamps = record.stats.series.get(TIMESTAMP)
-    if stamps is not None and len(stamps):
+    if stamps is not None and len(stamps) and 0 <= stamps.last <= _LAST_TIME:
         age = now - datetime.fromtimestamp(stamps.last, UTC)
         if timedelta(0) <= age and not (record.duration and record.nimg >= record.duration):
             words.append(f"Last statistics {format_duration(age.total_seconds())} before this report.")
@@ -93,7 +94,7 @@ def _tiles(record: RunRecord) -> Iterator[tuple[str, str, str]]:
     of = f"of {format_number(record.duration / scale)}" if record.duration else ""
     yield unit.capitalize(), format_number(record.nimg / scale), of
     if figures.TOTAL_SEC in series:
-        yield "Time", format_duration(series[figures.TOTAL_SEC].last), _remaining(record)
+        yield "Time", _duration(series[figures.TOTAL_SEC].last), _remaining(record)
     if figures.SEC_PER_KIMG in series and (speed := _recent_mean(series[figures.SEC_PER_KIMG])):
         yield "Images per second", format_number(1e3 / speed), f"{format_number(speed)} s per thousand"
     if figures.LOSS in series:
@@ -111,6 +112,10 @@ def _tiles(record: RunRecord) -> Iterator[tuple[str, str, str]]:
         yield "Memory", f"{shown:.2f} GiB", f"GPU; {extra}" if gpu > 0 else extra
 
 
+def _duration(seconds: float) -> str:
+    return format_duration(seconds) if abs(seconds) < _LAST_TIME else "unknown"
+
+
 def _recent_mean(series: Series) -> float:
     recent = [value for value in series.values[-_RECENT:] if value > 0]
     return sum(recent) / len(recent) if recent else 0.0
@@ -124,7 +129,7 @@ def _remaining(record: RunRecord) -> str:
     if figures.MAINTENANCE in series and figures.SEC_PER_TICK in series:
         training = sum(series[figures.SEC_PER_TICK].values)
         seconds *= 1 + sum(series[figures.MAINTENANCE].values) / training if training > 0 else 1
-    return f"about {format_duration(seconds)} to go"
+    return f"about {_duration(seconds)} to go"
 
 
 def _charts(title: str, charts: Sequence[Chart]) -> Iterator[str]:
@@ -161,7 +166,9 @@ def _samples(record: RunRecord) -> Iterator[str]:
     steps = f", {about['steps']} steps" if isinstance(about.get("steps"), int) else ""
     yield f"<figure><h3>At {format_number(newest.nimg / scale)} {unit}{std}{steps}</h3>"
     yield _img(newest_image(newest), "The newest sample grid")
-    yield "<figcaption><p>A row for each class.</p></figcaption></figure>"
+    names = about.get("class_names")
+    rows = f": {escape(', '.join(map(str, names)))}" if isinstance(names, list) and names else ""
+    yield f"<figcaption><p>A row for each class{rows}.</p></figcaption></figure>"
     strip = strip_of(record.grids)
     if strip is not None:
         yield "<figure><h3>One seed of each class over the run</h3>"
@@ -232,6 +239,17 @@ def _options(options: Mapping[str, Any]) -> Iterator[str]:
     for name, value in _flat(options):
         yield f"<div><dt>{escape(name)}</dt><dd>{escape(_option_text(value))}</dd></div>"
     yield "</dl></section>"
+
+
+def _as_computed(record: RunRecord) -> Mapping[str, Any]:
+    """Return the options, with the format that the network was computed in where the device has not the one given."""
+    network, devices = record.options.get("network"), {str(each.get("device")) for each in record.sessions}
+    if not isinstance(network, Mapping) or network.get("precision") not in ("fp16", "tf32") or not devices:
+        return record.options
+    if "cuda" in devices:
+        return record.options
+    computed = f"{network['precision']}, computed in float32 on {', '.join(sorted(devices))}"
+    return {**record.options, "network": {**network, "precision": computed}}
 
 
 def _option_text(value: Any) -> str:

@@ -190,7 +190,7 @@ def _maintenance_note(record: RunRecord) -> str:
     series = record.stats.series
     if not _has(series, MAINTENANCE) or not _has(series, SEC_PER_TICK):
         return ""
-    aside, training = math.fsum(series[MAINTENANCE].values), math.fsum(series[SEC_PER_TICK].values)
+    aside, training = sum(series[MAINTENANCE].values), sum(series[SEC_PER_TICK].values)
     if not math.isfinite(aside + training) or aside + training <= 0:
         return ""
     return f"During training alone; {aside / (aside + training):.0%} of the time went to saving, samples and metrics."

@@ -7,8 +7,9 @@ from pathlib import Path
 from dnnlib.parse import format_nimg
 from edm2.report.figures import METRIC_PREFIX, best_point
 from edm2.report.record import RunRecord
+from training.snapshot import KIMG, nimg_from_name
 
-_NAME = re.compile(r"network-snapshot-(\d+)-(\d+\.\d+)\.(?:pkl|safetensors)")
+_NAME = re.compile(rf"network-snapshot-({KIMG})-(\d+\.\d+)\.(?:pkl|safetensors)")
 
 
 def commands_for(record: RunRecord) -> list[tuple[str, str]]:
@@ -22,7 +23,7 @@ def commands_for(record: RunRecord) -> list[tuple[str, str]]:
     swept = _best_std_of_sweeps(record)
     outstd = f"{swept:g}" if swept is not None else "0.150" if std != "0.150" else "0.120"
     length = "the best one of the sweep" if swept is not None else "any length works"
-    kimg = max(match[1] for match in snapshots.values())
+    kimg = max((match[1] for match in snapshots.values()), key=nimg_from_name)
     net = f"out/phema-{kimg}-{float(outstd):.3f}.pkl"
     lines = {
         f"Sample from {why}": ("generate_images.py", f"--net={best}", *sampling),
@@ -74,10 +75,12 @@ def _sampling_words(record: RunRecord) -> list[str]:
     if condition:
         return [*words, *condition, "--seeds=0-15"]
     try:
-        flat = [seed for row in seeds for seed in row]  # type: ignore[union-attr]
-        all_classes = list(classes) == list(range(about["label_dim"]))  # type: ignore[arg-type]
+        flat = [int(seed) for row in seeds for seed in row]  # type: ignore[union-attr]
+        # A file may claim any number of classes: compare lengths before listing them.
+        listed = list(classes)  # type: ignore[arg-type]
+        all_classes = len(listed) == about["label_dim"] and listed == list(range(len(listed)))
         words += [f"--seeds={flat[0]}-{flat[-1]}", f"--steps={int(about['steps'])}"]
-    except (TypeError, KeyError, IndexError, ValueError):
+    except (TypeError, KeyError, IndexError, ValueError, OverflowError):
         return [*words, "--seeds=0-63"]
     return [*words, "--class=all"] if all_classes and flat else words
 

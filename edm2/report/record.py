@@ -9,16 +9,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import PIL.Image
-
 from dnnlib.errors import ConfigError, reason_of
+from training.images.decode import Unreadable, open_image
 from training.run.run_samples import FORMAT as GRID_FORMAT
 from training.run.run_samples import TEXT_KEY
 from training.run.session import SESSIONS_FILE
+from training.snapshot import KIMG, nimg_from_name
 
 # Keys of stats.jsonl that tell the position of a line.
 PROGRESS, TIMESTAMP = "Progress/kimg", "timestamp"
 
+_MAX_NIMG = 10**15
+_MAX_NUMBER = 1e150  # of what is drawn, whose squares and differences must be finite
+_MAX_DEPTH = 50  # of JSON, which others than its parser walk through as well
 _MAX_JSON = 64 << 20  # bytes of a file that may be a sweep's record
 
 
@@ -109,7 +112,7 @@ class RunRecord:
     def duration(self) -> int | None:
         """Images of training that the run is configured for."""
         value = self.options.get("duration")
-        return value if isinstance(value, int) and value > 0 else None
+        return value if isinstance(value, int) and 0 < value <= _MAX_NIMG else None
 
 
 def read_run(path: Path, sweeps: Sequence[Path] = ()) -> RunRecord:
@@ -130,8 +133,8 @@ def read_run(path: Path, sweeps: Sequence[Path] = ()) -> RunRecord:
     options = _json_object(options_file)
     if options is None:
         notes.append("training_options.json is missing or damaged: the options are not shown.")
-    snapshots = sorted(path.glob("network-snapshot-*-*.*"), key=lambda file: _numbers(file.name))
-    checkpoints = sorted(path.glob("training-state-*"), key=lambda file: _numbers(file.name))
+    snapshots = sorted(path.glob("network-snapshot-*-*.*"), key=_order)
+    checkpoints = sorted(path.glob("training-state-*"), key=_order)
     return RunRecord(
         path=path,
         options=options or {},
@@ -161,7 +164,7 @@ def read_stats(path: Path) -> Stats:
             if isinstance(value, str):
                 texts[key] = value
             elif isinstance(value, int | float) and not isinstance(value, bool):
-                series.setdefault(key, Series()).add(nimg, float(value))
+                series.setdefault(key, Series()).add(nimg, _drawable(value))
     return Stats(series=series, texts=texts, num_lines=num_lines, num_damaged=num_damaged)
 
 
@@ -174,21 +177,43 @@ def _lines(path: Path) -> Iterator[str]:
 def _stats_line(line: str) -> dict[str, Any] | None:
     try:
         entry = json.loads(line)
-        return entry if math.isfinite(float(entry[PROGRESS])) else None
+        return entry if abs(float(entry[PROGRESS])) * 1e3 <= _MAX_NIMG else None
     except (ValueError, OverflowError, KeyError, TypeError, RecursionError):
         return None
+
+
+def _drawable(value: float) -> float:
+    """Return `value` as a float; infinite if it is too large for a chart, 0 if its inverse is."""
+    if abs(value) < 1 / _MAX_NUMBER:
+        return 0.0
+    return float(value) if not abs(value) > _MAX_NUMBER else math.copysign(math.inf, 1 if value > 0 else -1)
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        lists = [each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list)]
+        level = [child for children in lists for child in children]
+    return bool(level)
 
 
 def _numbers(name: str) -> list[float]:
     return [float(text) for text in re.findall(r"\d+(?:\.\d+)?", name)]
 
 
+def _order(file: Path) -> tuple[int, str]:
+    """Return the image count in the name of a snapshot or checkpoint, then the name."""
+    match = re.search(rf"-({KIMG})[-.]", file.name)
+    return (0 if match is None else nimg_from_name(match[1])), file.name
+
+
 def _json_object(path: Path) -> dict[str, Any] | None:
     try:
-        value = json.loads(path.read_text(encoding="utf-8")) if path.stat().st_size <= _MAX_JSON else None
+        readable = path.is_file() and path.stat().st_size <= _MAX_JSON
+        value = json.loads(path.read_text(encoding="utf-8")) if readable else None
     except (OSError, ValueError, RecursionError):
         return None
-    return value if isinstance(value, dict) else None
+    return value if isinstance(value, dict) and not _is_deep(value) else None
 
 
 def _sessions(path: Path, notes: list[str]) -> list[dict[str, Any]]:
@@ -200,8 +225,10 @@ def _sessions(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     for line in lines:
         try:
             entry = json.loads(line)
+            if abs(entry["nimg"]) > _MAX_NIMG or _is_deep(entry):
+                raise ValueError("no session has this")
             sessions.append({**entry, "nimg": int(entry["nimg"])})
-        except (ValueError, KeyError, TypeError, OverflowError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             damaged += 1
     if damaged:
         notes.append(f"{SESSIONS_FILE}: {damaged} line{'s' * (damaged > 1)} could not be read.")
@@ -210,21 +237,23 @@ def _sessions(path: Path, notes: list[str]) -> list[dict[str, Any]]:
 
 def _grids(path: Path, notes: list[str]) -> list[Grid]:
     grids = []
-    for file in sorted(path.glob("samples-*.png")):
+    for file in sorted(file for file in path.glob("samples-*.png") if file.is_file()):
         kimg = _numbers(file.stem)
         try:
-            with PIL.Image.open(file) as image:
+            with open_image(file.read_bytes()) as image:
                 image.verify()
                 text = image.info.get(TEXT_KEY, "{}")
             about = json.loads(text) if isinstance(text, str) else {}
-        except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError):
+        except (OSError, ValueError, RecursionError, Unreadable):
             notes.append(f"{file.name} is not a readable image and is left out.")
             continue
         if not isinstance(about, dict) or about.get("format") != GRID_FORMAT:
             about = {}
         nimg = about.get("nimg")
+        if (isinstance(nimg, int) and abs(nimg) > _MAX_NIMG) or (kimg and kimg[0] * 1e3 > _MAX_NIMG):
+            continue
         if isinstance(nimg, int) or kimg:
-            grids.append(Grid(path=file, nimg=nimg if isinstance(nimg, int) else int(kimg[0] * 1e3), about=about))
+            grids.append(Grid(path=file, nimg=nimg if isinstance(nimg, int) else round(kimg[0] * 1e3), about=about))
     return sorted(grids, key=lambda grid: grid.nimg)
 
 
@@ -249,11 +278,13 @@ def _sweep(path: Path) -> SweepRecord | None:
                 std=float(entry["ema_std"]),
                 guidance=float(entry["guidance"]),
                 fit=float(entry["fit"]),
-                means={str(k): float(v) for k, v in entry["mean"].items() if math.isfinite(float(v))},
+                means={str(k): float(v) for k, v in entry["mean"].items() if abs(float(v)) <= _MAX_NUMBER},
             )
             for entry in value["points"]
         ]
         num = value.get("settings", {}).get("num_images")
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
+        return None
+    if not all(abs(number) <= _MAX_NUMBER for point in points for number in (point.std, point.guidance, point.fit)):
         return None
     return SweepRecord(path=path, num_images=num if isinstance(num, int) else None, points=points) if points else None

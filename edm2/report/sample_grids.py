@@ -9,6 +9,7 @@ from typing import TypeVar
 import PIL.Image
 
 from edm2.report.record import Grid
+from training.images.decode import Unreadable, on_background, open_image
 
 T = TypeVar("T")
 
@@ -57,8 +58,14 @@ def earlier_images(grids: Sequence[Grid]) -> list[PageImage]:
 
 
 def _whole_image(grid: Grid, *, max_side: int, shown: int) -> PageImage:
-    with PIL.Image.open(grid.path) as image:
-        return _page_image(image, grid.nimg, max_side=max_side, shown=shown)
+    return _page_image(_opaque(grid), grid.nimg, max_side=max_side, shown=shown)
+
+
+def _opaque(grid: Grid) -> PIL.Image.Image:
+    """The grid, gray or RGB, with white behind transparent pixels."""
+    with open_image(grid.path.read_bytes()) as image:
+        image.load()
+        return image if image.mode in ("L", "RGB") else on_background(image)
 
 
 def strip_of(grids: Sequence[Grid]) -> Strip | None:
@@ -76,8 +83,7 @@ def strip_of(grids: Sequence[Grid]) -> Strip | None:
     picked = spread(range(rows), STRIP_ROWS)
     sheet = PIL.Image.new("RGB", (len(chosen) * (size[0] + gap) - gap, len(picked) * (size[1] + gap) - gap), "white")
     for column, grid in enumerate(chosen):
-        with PIL.Image.open(grid.path) as opened:
-            whole = opened.convert("RGB")
+        whole = _opaque(grid).convert("RGB")
         for place, row in enumerate(picked):
             top = gap + row * (height + gap)
             left = gap + (width + gap) * bool(grid.about.get("pictures"))  # after the row's conditioning image
@@ -94,9 +100,9 @@ def _cell(grid: Grid) -> tuple[int, int, int, int] | None:
         _, height, width = (int(n) for n in grid.about["image"])
         gap, rows = int(grid.about["gap"]), len(grid.about["classes"])
         columns = len(grid.about["seeds"][0]) + len(grid.about.get("pictures", []))
-        with PIL.Image.open(grid.path) as image:
+        with open_image(grid.path.read_bytes()) as image:
             size = image.size
-    except (KeyError, TypeError, ValueError, IndexError, OSError):
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError, OSError, Unreadable):
         return None
     fits = size == (gap + columns * (width + gap), gap + rows * (height + gap))
     return (width, height, gap, rows) if fits and min(width, height, rows) > 0 and gap >= 0 else None

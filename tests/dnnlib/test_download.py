@@ -1,18 +1,23 @@
 """Downloads from a real server on loopback that drops, stalls, lies and changes its mind."""
 
 import contextlib
+import gzip
 import io
 import multiprocessing
 import os
 import re
 import signal
+import ssl
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import requests
 
 from dnnlib import download, fetch
 from dnnlib.download import cached_path
@@ -468,3 +473,234 @@ def test_a_full_disk_is_no_network_problem(server: Server, monkeypatch: pytest.M
         open_url(server.url())
     assert len(server.requests) == 1
     assert download.cached_path(server.url()).exists() is False
+
+
+def raw(handler: Handler, *lines: str | bytes) -> None:
+    """Send an answer byte by byte, and hang up."""
+    handler.wfile.write(b"".join(line.encode() + b"\r\n" if isinstance(line, str) else line for line in lines))
+    handler.close_connection = True
+
+
+MANY = "9" * 5000
+
+
+@pytest.mark.parametrize(
+    "location",
+    [
+        *("http://[::1/x", "http://[x]/", "http://", "http://:1/", "http://a:99999/", "http://a:b/", "http://a:0/"),
+        *(
+            "\xff\xfe",
+            "http://\xff\xfe/",
+            "//[",
+            "http://[::1%25x/",
+            "http://" + "a" * 70 + ".invalid/",
+            "http://a\tb\x00/",
+        ),
+    ],
+)
+def test_locations_that_are_none(server: Server, location: str) -> None:
+    server.script = lambda handler, number: raw(
+        handler, "HTTP/1.1 302 Found", b"Location: " + location.encode("latin-1") + b"\r\n", "Content-Length: 0", ""
+    )
+    refused(server.url(), num_attempts=2)
+
+
+def test_a_location_beyond_ascii_is_followed(server: Server) -> None:
+    def script(handler: Handler, number: int) -> None:
+        if number == 1:
+            return raw(handler, "HTTP/1.1 302 Found", b"Location: /\xc3\xa4.pkl\r\n", "Content-Length: 0", "")
+        assert handler.path == "/%C3%A4.pkl"
+        return handler.whole()
+
+    server.script = script
+    assert read(server.url()) == BODY
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        *(f"Retry-After: {value}" for value in (MANY, "-1", "x", "Fri, 99 Foo 99999999999 00:00:00 GMT", "\x80")),
+        *(f"Content-Length: {value}" for value in (MANY, "-1", "x", "1, 2", "٣", "1_0", "")),
+        *(f"Content-Range: bytes {value}" for value in (f"{MANY}-{MANY}/{MANY}", "x", "0-1/*")),
+        *("Transfer-Encoding: foo", "Transfer-Encoding: chunked", "Set-Cookie: " + "=;" * 1000, "no colon", ": x"),
+        *("ETag: \x01\x80", "ETag: " + "x" * 60000, "Last-Modified: \t", "ETag: a\r\n b", "X: " + "y" * 70000),
+        "\r\n".join(f"X{i}: y" for i in range(200)),
+    ],
+    ids=lambda header: header[:20],
+)
+@pytest.mark.parametrize("status", ["200 OK", "206 Partial Content", "503 " + "busy " * 100])
+def test_malformed_headers_end_in_one_line_or_the_file(
+    server: Server, header: str, status: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch, "_LONGEST_WAIT_SEC", 0.001)
+    server.script = lambda handler, number: (
+        handler.drop() if number == 1 else raw(handler, f"HTTP/1.1 {status}", header, "", BODY)
+    )
+    for _ in range(2):  # the second finds what the first left
+        try:
+            assert read(server.url(), num_attempts=2) == BODY
+        except ConfigError as error:
+            assert len(str(error)) < 1000 and "\n" not in str(error)
+
+
+@pytest.mark.parametrize("coding", ["gzip", "deflate", "br", "x-gzip", "zstd", "unknown"])
+@pytest.mark.parametrize("announced", [True, False])
+def test_compressed_answers_are_not_unpacked(server: Server, coding: str, announced: bool) -> None:
+    packed = gzip.compress(bytes(20 << 20))
+    length = [f"Content-Length: {len(packed)}"] if announced else []
+    server.script = lambda handler, number: raw(
+        handler, "HTTP/1.1 200 OK", f"Content-Encoding: {coding}", *length, "", packed
+    )
+    assert "sends it compressed" in refused(server.url())
+    assert len(server.requests) == 1
+    if "gzip" in coding:
+        assert read(server.url("/set.tar.gz")) == packed  # its coding is the file itself
+
+
+def test_more_than_announced_or_possible_is_not_written(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch, "_MAX_UNANNOUNCED", 10 * fetch._CHUNK_BYTES)
+    chunk = bytes(fetch._CHUNK_BYTES)
+    sent = 0
+
+    def endless(handler: Handler, number: int) -> None:
+        nonlocal sent
+        raw(handler, "HTTP/1.1 200 OK", "Transfer-Encoding: chunked", "")
+        for _ in range(10_000):
+            raw(handler, f"{len(chunk):x}", chunk, "")
+            sent += len(chunk)
+
+    server.script = endless
+    assert "sends more than is possible" in refused(server.url())
+    assert sent < 200 * fetch._CHUNK_BYTES  # what the system buffers
+    assert len(server.requests) == 1
+
+    def beyond_its_range(handler: Handler, number: int) -> None:
+        if number == 2:
+            return handler.drop()
+        headers = (f"Content-Range: bytes {HALF}-{len(BODY) - 1}/{len(BODY)}", 'ETag: "1"', "")
+        return raw(handler, "HTTP/1.1 206 Partial Content", *headers, 2 * BODY)
+
+    server.script = beyond_its_range
+    assert "sends more than it announced" in refused(server.url())
+
+
+def test_a_file_for_which_the_disk_has_no_room_is_not_begun(server: Server) -> None:
+    server.script = lambda handler, number: handler.answer(200, BODY, length=1 << 58)
+    with pytest.raises(ConfigError, match="the disk has"):
+        open_url(server.url())
+    assert len(server.requests) == 1
+
+
+def closing(body: bytes) -> Callable[[Handler, int], None]:
+    """Script that sends `body` without a length."""
+    return lambda handler, number: raw(handler, "HTTP/1.0 200 OK", "", body)
+
+
+def whole_files() -> dict[str, bytes]:
+    """Small whole files, by name."""
+    import pickle
+    import tarfile
+    import zipfile
+
+    import numpy as np
+    import PIL.Image
+    import torch
+    from safetensors.torch import save
+
+    zipped, tarred, png, legacy = (io.BytesIO() for _ in range(4))
+    with zipfile.ZipFile(zipped, "w") as archive:
+        archive.writestr("a", bytes(3000))
+    with tarfile.open(fileobj=tarred, mode="w") as archive:
+        entry = tarfile.TarInfo("a")
+        entry.size = 30000
+        archive.addfile(entry, io.BytesIO(b"x" * entry.size))
+    PIL.Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(png, "PNG")
+    torch.save(torch.zeros(1000), legacy, _use_new_zipfile_serialization=False)
+    return {
+        "a.zip": zipped.getvalue(), "a.tar": tarred.getvalue(), "a.png": png.getvalue(), "a.gz": gzip.compress(BODY),
+        "a.pkl": pickle.dumps(list(range(1000))), "a.safetensors": save({"a": torch.zeros(1000)}),
+        "a.pt": legacy.getvalue(), "a.bin": b"no format",
+    }  # fmt: skip
+
+
+def test_without_a_length_the_format_tells_what_is_missing(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, content in whole_files().items():
+        told = name not in ("a.pt", "a.bin")
+        server.script = closing(content)
+        assert read(server.url(f"/{name}")) == content
+        assert ("Nothing tells whether" in capsys.readouterr().err) != told
+        for kept in (len(content) // 2, len(content) - 1):
+            url = server.url(f"/cut-{kept}-{name}")
+            server.script = closing(content[:kept])
+            if told:
+                assert "it was cut: the " in refused(url, num_attempts=2)
+            else:
+                assert read(url) == content[:kept]
+                assert "Nothing tells whether" in capsys.readouterr().err
+
+
+def test_a_link_in_the_cache_is_not_followed(server: Server, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    part_of(server.url()).parent.mkdir(parents=True)
+    for target in (victim, tmp_path / "missing"):
+        for kind in ("part", "version", "failed"):
+            path = part_of(server.url()).with_name(f".{cached_path(server.url()).name}.{kind}")
+            path.unlink(missing_ok=True)
+            path.symlink_to(target)
+        assert read(server.url()) == BODY
+        cached_path(server.url()).unlink()
+    assert victim.read_text() == "precious" and not (tmp_path / "missing").exists()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *(
+            "https://[::1",
+            "https://[::1/x.zip",
+            "http://[x]/a",
+            "http://",
+            "https:///a",
+            "http://a:b/",
+            "http://a:99999/a",
+        ),
+        *("http://a:0/a", "http://[::1]x/a", "http://" + "a" * 70 + ".invalid/a", "http://\u2100.invalid/a"),
+    ],
+)
+def test_urls_that_are_none(server: Server, url: str) -> None:
+    for options in ({}, {"cache": False}):
+        with pytest.raises(ConfigError) as caught:
+            open_url(url, **options)
+        assert "\n" not in str(caught.value)
+
+
+def test_what_no_attempt_mends_is_not_tried_again(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    monkeypatch.delenv("NO_PROXY")
+    for name in ("ALL_PROXY", "HTTP_PROXY", "http_proxy"):
+        monkeypatch.setenv(name, "socks5://127.0.0.1:9")
+    monkeypatch.setitem(sys.modules, "socks", None)
+    assert "unset ALL_PROXY" in refused(server.url())
+    for status in (400, 401, 403, 404, 410, 451):
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        server.script = partial(lambda status, handler, number: handler.answer(status), status)
+        refused(server.url())
+    assert waits == []
+
+
+def test_a_certificate_that_does_not_count_is_not_tried_again(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    tries: list[str] = []
+
+    def get(*args: object, **options: object) -> None:
+        tries.append("")
+        try:
+            raise ssl.SSLCertVerificationError(1, "certificate verify failed: self-signed certificate")
+        except ssl.SSLError as error:
+            raise requests.exceptions.SSLError("max retries") from error
+
+    monkeypatch.setattr(requests.Session, "get", get)
+    assert "self-signed" in refused(server.url()) and tries == [""] and waits == []

@@ -1,14 +1,17 @@
 """Networks by their name on the hub: the real huggingface_hub against a server on loopback."""
 
 import os
+import socket
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
 import huggingface_hub.constants as constants
 import pytest
+import torch
 
 from dnnlib import hub
 from dnnlib.errors import ConfigError
@@ -16,6 +19,8 @@ from dnnlib.hub import HubName
 from dnnlib.util import open_url
 from tests.helpers.fake_hub import FakeHub, commit_of, serve_hub, use_hub
 from tests.helpers.paths import GOLDEN_DIR, ROOT
+from training.dataset.latents import vae_geometry
+from training.encoders import StabilityVAEEncoder
 from training.sharing.write_folder import save_folder
 from training.snapshot import load_snapshot, read_header
 from training.snapshot.locate import locate_network
@@ -180,3 +185,25 @@ def test_a_script_takes_a_name_and_the_librarys_variables(server: FakeHub, tmp_p
     assert load_snapshot("out/model.safetensors").net.label_dim > 0
     assert (tmp_path / "other" / "models--jo--model" / "snapshots" / commit).is_dir()
     assert commit == commit_of(server.repositories["jo/model"]["main"])
+
+
+def test_no_network_is_said_soon_and_named(server: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a file, and by the VAE of latents, whose library blames a missing file."""
+    lookups: list[str] = []
+
+    def lookup(name: str, *args: object, **options: object) -> None:
+        lookups.append(name)
+        raise socket.gaierror(-2, "Name or service not known")
+
+    use_hub("https://nohost.invalid", tmp_path / "other", monkeypatch)
+    monkeypatch.setattr(socket, "getaddrinfo", lookup)
+    waits: list[float] = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    assert "Name or service not known; check the network connection" in message("hf://jo/net/x.pkl")
+    assert len(lookups) == 3 and sum(waits) < 5
+    # The library is never asked.
+    monkeypatch.setitem(sys.modules, "diffusers", types.SimpleNamespace(AutoencoderKL=None))
+    for ask in (vae_geometry, lambda name: StabilityVAEEncoder(vae_name=name).init(torch.device("cpu"))):
+        with pytest.raises(ConfigError, match="Name or service not known"):
+            ask("jo/vae")
+    assert len(lookups) == 9

@@ -17,15 +17,18 @@ import explore
 import generate_images
 import reconstruct_phema
 from dnnlib.errors import ConfigError
+from edm2.explorer import show
 from edm2.explorer.grids import Explorer, Film, Grid, Pair, Progress, generate_film, generate_grid, image_of
 from edm2.explorer.networks import BoundedCache, Loading, Networks, RunSnapshots
 from edm2.explorer.setting import Setting, commands_for
 from tests.helpers.paths import GOLDEN_DIR
+from tests.helpers.small_network import small_network
 from torch_utils import cuda
 from training.images.png import encode_png
 from training.images.png_files import read_png
-from training.sampling.options import HeunOptions, SamplerOptions
+from training.sampling.options import SamplerOptions
 from training.sampling.sampler import edm_sampler
+from training.sampling.schedule import HeunOptions
 from training.sampling.solvers import SOLVERS
 from training.snapshot import load_snapshot, save_snapshot
 
@@ -114,6 +117,19 @@ def test_the_commands_make_what_is_shown(changes, networks, tmp_path, monkeypatc
         assert np.array_equal(read_png(tmp_path / "out" / "grid.png"), shown.sheet())
     else:
         assert np.array_equal(read_png(tmp_path / "out" / f"{setting.first_seed:06d}.png"), shown.images[0])
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_networks_of_images_with_alpha_are_shown(channels, networks, tmp_path, monkeypatch):
+    path = str(tmp_path / "net.safetensors")
+    save_snapshot(dataclasses.replace(load_snapshot(NET), net=small_network(img_channels=channels).eval()), path)
+    setting = small(net=path)
+    shown = last(generate_grid(setting, networks))
+    assert shown.images.shape[1] == channels and "data:image/png" in show.grid(shown, [], name="grid.png")
+    assert "data:image/png" in show.film(last(generate_film(small(net=path, num_images=1), networks, num_frames=2)), [])
+    for line in commands_for(setting, networks):
+        run_command(line, tmp_path, monkeypatch)
+    assert np.array_equal(read_png(tmp_path / "out" / "grid.png"), shown.sheet())
 
 
 def trained_without_labels(folder):

@@ -23,7 +23,7 @@ import pytest
 
 import generate_images
 import reconstruct_phema
-from tests.helpers.chromium import Browser, chromium, chromium_paths
+from tests.helpers.chromium import Browser, chromium, no_chromium
 from tests.helpers.paths import ROOT
 
 SCREENSHOT = ROOT / "docs" / "explore.png"
@@ -33,7 +33,7 @@ RUN = "tests/golden/snapshots/run"
 WIDTH, HEIGHT = 1280, 940
 
 pytest.importorskip("gradio")
-pytestmark = pytest.mark.skipif(chromium_paths() is None, reason="needs Chromium and chromedriver")
+pytestmark = pytest.mark.skipif(no_chromium(), reason="needs Chromium and chromedriver")
 
 
 @contextmanager
@@ -274,6 +274,48 @@ def test_errors_are_shown_on_the_page(page):
     assert page.commands("grid") == before  # of the images that are still shown
 
 
+def test_what_is_typed_is_shown_and_computed(page):
+    """Beyond the slider's ends too; what is out of range is a line, and stays where it was typed."""
+    typed = {"first_seed": "123456", "num_images": "2", "a-num_steps": "70", "a-guidance": "4.5"}
+    for control, value in typed.items():
+        page.number(control, value)
+    page.shown("grid", "--guidance=4.5", "--steps=70", "--seeds=123456-123457")
+    for control, value in typed.items():
+        assert page.browser.run("return document.querySelector(arguments[0]).value", f"#{control} input") == value
+    page.number("first_seed", "5000000000")
+    page.says("5e\\+09 as first seed is out of range")
+    page.number("first_seed", "0")
+    page.pick("a-guide", "none")
+    page.choose("a-net", RUN)
+    page.shown("grid", "network-snapshot-0033554-0.100.pkl")
+    for length in ("0.5", "0.1234"):
+        page.number("a-ema", length)
+        page.says(f"EMA length {length} must be from 0.001 to 0.288, in thousandths")
+
+
+def test_a_run_offers_its_early_snapshots_as_guides_and_none_that_cannot_fit(page):
+    page.choose("a-net", RUN)
+    page.shown("grid", "network-snapshot-0033554-0.100.pkl", "--seeds=0-15")
+    assert "--gnet" not in page.commands("grid")[0]  # the shipped guide is for other images
+    page.pick("a-guide", "earlier: network-snapshot-0016777-0.100")
+    page.shown("grid", f"--gnet={RUN}/network-snapshot-0016777-0.100.pkl")
+    page.browser.click("#a-guide input")
+    page.browser.wait("document.querySelector('[role=option]')")
+    offered = page.browser.run("return [...document.querySelectorAll('[role=option]')].map(e => e.innerText.trim())")
+    names = [name.removeprefix("✓").strip() for name in offered]
+    assert names == ["none", *(f"earlier: network-snapshot-{n}-0.100" for n in ("0008388", "0016777", "0025165"))]
+
+
+def test_the_film_strip_is_seen_whole(page):
+    page.tab("Film strip")
+    for count in ("8", "16"):
+        page.number("frames", count)
+        page.browser.wait("document.querySelectorAll('#film figure').length == arguments[0]", int(count))
+        last = "[...document.querySelectorAll('#film figure img')].pop().getBoundingClientRect().right"
+        assert page.browser.run(f"return {last} <= document.querySelector('.frames').getBoundingClientRect().right + 1")
+    page.tab("Grid")
+
+
 def test_changes_can_wait_for_the_button(page):
     page.pick("a-guide", "none")
     page.choose("a-net", NET)
@@ -316,8 +358,7 @@ def test_two_windows_do_not_disturb_each_other(page):
     browser.click("#cancel")
     page.says("Stopped")
     browser.switch(second)
-    # Longer than the browser waits, and above the slider's end, to which the input returns when one leaves it.
-    browser.type("#a-num_steps input[type=number]", "1000", leave=False)
+    page.number("a-num_steps", "1000")  # longer than the browser waits
     page.says("Step .* of 1000")
     browser.close_window()
     browser.switch(first)

@@ -368,3 +368,12 @@ def test_a_folder_without_a_run_is_refused_in_one_line(tmp_path, capsys):
     ):
         assert words in fails(capsys, *args), words
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_format_that_the_device_lacks_is_shown_with_the_one_computed_in(tmp_path):
+    run = write_run(tmp_path / "run")
+    assert "fp16, computed in float32 on cpu" in page_of(run)[1].text
+    sessions = (run / "sessions.jsonl").read_text()
+    (run / "sessions.jsonl").write_text(sessions.replace('"device": "cpu"', '"device": "cuda"'))
+    text = page_of(run)[1].text
+    assert "fp16" in text and "computed in float32" not in text

@@ -16,14 +16,14 @@ import pytest
 
 from edm2.report.document import render
 from edm2.report.record import read_run
-from tests.helpers.chromium import Browser, chromium, chromium_paths
+from tests.helpers.chromium import Browser, chromium, no_chromium
 from tests.helpers.paths import ROOT
 
 RUN = ROOT / "tests" / "runs" / "fashion"
 SCREENSHOT = ROOT / "docs" / "report.png"
 WIDTH, HEIGHT = 1280, 1500
 
-pytestmark = pytest.mark.skipif(chromium_paths() is None, reason="needs Chromium and chromedriver")
+pytestmark = pytest.mark.skipif(no_chromium(), reason="needs Chromium and chromedriver")
 
 
 def write_page(dest: Path) -> Path:
