@@ -2,7 +2,8 @@
 # make check   lint, format, types and the documentation's links
 # make docs    the documentation as a site, in out/site; make docs SERVE=1 shows it in a browser while you write
 # make test    env, check, then the whole suite
-# make faults  the long fault suite: a hundred kills and other faults of a run, with counts; about half an hour
+# make faults  the long fault suite: every command killed at each of its file-system calls, and a hundred kills and
+#              other faults of longer runs, with counts; about an hour
 # make gpu     checks a machine with an NVIDIA GPU in about eight minutes (docs/gpu.md); report in out/gpu.json
 # make demo    images of the shipped network, then of one trained here in about two minutes, in out/demo
 # make clean   removes what the above made, .venv included
@@ -20,6 +21,7 @@ GPU_ARGS ?=
 
 BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 RUN := $(BIN)/python
+ACTIVATE := $(if $(filter Windows_NT,$(OS)),.venv\Scripts\activate,source $(BIN)/activate)
 DEMO := out/demo
 
 # The theme tells of its successor at every build.
@@ -32,6 +34,9 @@ help:
 	@sed -n 's/^# \{0,1\}//p' Makefile
 
 env: .venv/.stamp
+ifneq ($(filter env,$(MAKECMDGOALS)),)
+	@echo 'To use it, type: $(ACTIVATE)'
+endif
 
 # The stamp is written last, so that an interrupted installation is taken up again.
 .venv/.stamp: pyproject.toml constraints.txt
@@ -40,7 +45,6 @@ env: .venv/.stamp
 	@$(RUN) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo "Making .venv"; $(PYTHON) -m venv --clear .venv; }
 	@echo "Installing what constraints.txt lists into .venv"
 	@$(RUN) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --constraint constraints.txt --editable '.[dev]'
-	@$(RUN) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --constraint constraints.txt --no-deps gradio
 	@touch $@
 
 check: env
@@ -53,9 +57,10 @@ docs: env
 	$(RUN) -m mkdocs $(if $(SERVE),serve,build --strict)
 	@echo "out/site/index.html"
 
-# One worker per core; tests/conftest.py holds each to one thread.
+# One worker more than cores, since many tests wait for processes; tests/conftest.py holds each to one thread.
+WORKERS = $(shell $(RUN) -c "import os; print(min(8, os.cpu_count() + 1))")
 test: check
-	$(RUN) -m pytest --quiet --numprocesses=logical --maxprocesses=8 --dist=worksteal $(PYTEST_ARGS)
+	$(RUN) -m pytest --quiet -rs --numprocesses=$(WORKERS) --dist=worksteal $(PYTEST_ARGS)
 
 # One at a time: the moments of the kills are meant for a run that has the machine to itself.
 faults: env
@@ -83,6 +88,7 @@ demo: env
 	@echo "  $(DEMO)/shipped.png        the shipped network"
 	@echo "  $(DEMO)/trained-0.080.png  the network trained just now, EMA length 0.080"
 	@echo "  $(DEMO)/trained-0.150.png  the same, EMA length 0.150"
+	@echo 'For commands of your own, as in README.md, type first: $(ACTIVATE)'
 
 clean:
 	rm -rf .venv out build dist edm2.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,21 +1,30 @@
 """Count the parameters and operations of a network and of sampling from it."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dnnlib.start import ASKED_FOR_HELP
+
 import click
 
 import dnnlib.cli
 from dnnlib.atomic import write_text
+from dnnlib.cli import PATH, SOURCE
 from dnnlib.errors import ConfigError
+from dnnlib.text import unknown
 from edm2.options.sampling import sampling_options_without
-from training.flops import FlopCount, RunCost, count_flops, decoder_of, network_of, run_cost
 from training.presets import GENERATION, TRAINING
-from training.sampling.denoisers import SELF
-from training.sampling.networks import require_label_dropout
-from training.sampling.request import SamplingRequest, resolve_sampling
+
+if not ASKED_FOR_HELP:  # which does not wait for torch
+    from training.flops import FlopCount, RunCost, count_flops, decoder_of, network_of, run_cost
+    from training.sampling.denoisers import SELF
+    from training.sampling.networks import require_label_dropout
+    from training.sampling.options import SamplerOptions
+    from training.sampling.request import SamplingRequest, resolve_sampling
 
 # Users' scripts import count_flops from here.
 __all__ = ["FlopCount", "count_flops"]
@@ -26,10 +35,12 @@ CONVENTION = (
 
 
 @click.command()
-@click.argument("source", metavar="[NETWORK|PRESET]", required=False)
-@sampling_options_without("precision", "compile", "decoder-tile", "decoder-precision", "source", "masks")
+@click.argument("source", metavar="[NETWORK|PRESET]", type=SOURCE, required=False)
+@sampling_options_without(
+    "precision", "compile", "decoder-tile", "decoder-precision", "source", "masks", "sampler", "sampler-args", "network"
+)
 @click.option("--decoder/--no-decoder", default=None, help="Count the VAE decoder [default: for networks of latents]")
-@click.option("--json", "json_file", metavar="FILE", type=click.Path(path_type=Path), help="Write the counts as JSON")
+@click.option("--json", "json_file", metavar="FILE", type=PATH, help="Write the counts as JSON")
 def cmdline(source: str | None, decoder: bool | None, json_file: Path | None, **sampling: Any) -> None:
     """Count the parameters and operations of a network, and of sampling one image with it.
 
@@ -56,6 +67,7 @@ def cmdline(source: str | None, decoder: bool | None, json_file: Path | None, **
         require_label_dropout(nets[0].label_dim, None, request.net, "--gnet=self")
     counts = [count_flops(net) for net in nets]
     codec = decoder_of(nets[0], request.net) if decoder is not False else None
+    assert isinstance(request.sampler, SamplerOptions)
     cost = run_cost(nets[0], nets[1:], request.sampler, decoder=codec)
     if decoder and not cost.decoder_flops:
         raise ConfigError(f"{request.net} generates pixels and has no decoder; omit --decoder")
@@ -75,6 +87,8 @@ def resolve(source: str | None, sampling: dict[str, Any]) -> SamplingRequest:
         sampling = {**sampling, ("preset" if source in GENERATION else "net"): source}
     elif sampling["preset"] in TRAINING:
         sampling = {**sampling, "net": sampling["preset"], "preset": None}
+    elif sampling["preset"] not in (None, *GENERATION):
+        raise ConfigError(unknown("preset", sampling["preset"], [*TRAINING, *GENERATION]))
     return resolve_sampling(**sampling)
 
 
@@ -85,6 +99,7 @@ def describe(names: Sequence[str], counts: Sequence[FlopCount], request: Samplin
         lines += [f"{role}: {name}", f"  parameters            {count.total_params / 1e6:14.6f} M", "  one evaluation"]
         lines += [f"    {kind:<20}{flops / 1e9:14.6f} Gflops" for kind, flops in sorted(count.by_operation.items())]
         lines.append(f"    {'total':<20}{count.total_flops / 1e9:14.6f} Gflops")
+    assert isinstance(request.sampler, SamplerOptions)
     guides = "".join(f" + {calls} of a guide" for calls in cost.guide_calls)
     lines.append(
         f"One image: {request.sampler.heun.num_steps} steps of {request.sampler.solver},"

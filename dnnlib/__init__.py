@@ -1,6 +1,6 @@
 """General helpers without torch: errors, files, downloads, text, the command line."""
 
 from dnnlib import util
-from dnnlib.util import EasyDict
+from dnnlib.util import EasyDict, make_cache_dir_path
 
-__all__ = ["EasyDict", "util"]
+__all__ = ["EasyDict", "make_cache_dir_path", "util"]

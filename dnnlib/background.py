@@ -63,6 +63,7 @@ class BackgroundWriter:
         self._advice = advice
         self._before = before
         self._poll_sec = poll_sec
+        self._hurry = threading.Event()
         self._change = threading.Condition()
         self._waiting: list[Write] = []
         self._thread: threading.Thread | None = None
@@ -84,6 +85,11 @@ class BackgroundWriter:
         """Wait until everything is written or has failed; return False after `timeout` seconds."""
         with self._change:
             return self._change.wait_for(lambda: self._thread is None, timeout)
+
+    def give_up(self) -> None:
+        """Stop waiting for room on a full disk, now and for files to come: it is a failure."""
+        self._wait_for_space = False
+        self._hurry.set()
 
     def news(self) -> tuple[list[str], list[Write]]:
         """Return the messages for the user and the files written since the last call."""
@@ -132,7 +138,7 @@ class BackgroundWriter:
                 if not waited:
                     self._note(f"{error}; waiting for room.")
                 waited = True
-                threading.Event().wait(self._poll_sec)
+                self._hurry.wait(self._poll_sec)
             else:
                 if waited:
                     self._note(f"There is room again: wrote {write.path.name}.")

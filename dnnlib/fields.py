@@ -8,6 +8,7 @@ from typing import Any
 
 from dnnlib.errors import ConfigError
 from dnnlib.parse import format_nimg
+from dnnlib.text import did_you_mean
 
 
 def option(
@@ -73,7 +74,8 @@ def _problem(
 ) -> str | None:
     """Return what is wrong with a value, to be put after it; None if it is accepted. Floats must be finite."""
     if isinstance(value, str):
-        return f"is unknown; choose from {', '.join(choices)}" if choices and value not in choices else None
+        known = not choices or value in choices
+        return None if known else f"is unknown; choose from {', '.join(choices)}{did_you_mean(value, choices)}"
     if not isinstance(value, int | float):
         return None
     if not math.isfinite(value):

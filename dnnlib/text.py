@@ -1,8 +1,10 @@
 """Numbers, sizes, durations, versions and foreign values as people read them."""
 
+import difflib
 import importlib.metadata
 import json
 import math
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -49,6 +51,40 @@ def format_elapsed(seconds: float) -> str:
     while len(parts) > 1 and parts[0][0] == 0:
         parts.pop(0)
     return " ".join(f"{value:02d}{unit}" if index else f"{value}{unit}" for index, (value, unit) in enumerate(parts))
+
+
+def format_kimg(nimg: int) -> str:
+    """Images in thousands: 8388.6 as in published logs, with all digits below ten thousand: 0.064, 1.024, 5.0."""
+    if nimg >= 10_000:
+        return f"{nimg / 1e3:.1f}"
+    kimg, rest = divmod(nimg, 1000)
+    return f"{kimg}.{f'{rest:03d}'.rstrip('0') or '0'}"
+
+
+def unknown(kind: str, name: str, choices: Iterable[str]) -> str:
+    """Return the error for `name`, with the `choices` of this kind, or the nearest of many."""
+    known = list(choices)
+    similar = similar_names(name, known)
+    if len(known) > 12:
+        return f"unknown {kind} '{name}'; there are {len(known)}, such as {', '.join(similar or known[:3])}"
+    return f"unknown {kind} '{name}'; choose from {', '.join(known)}{did_you_mean(name, known)}"
+
+
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    """Return a question after the choice that `name` may stand for, to be put after an error; '' without one."""
+    similar = similar_names(name, choices)
+    return f"; did you mean {similar[0]}?" if similar else ""
+
+
+def similar_names(name: str, choices: Iterable[str]) -> list[str]:
+    """Return up to three of the choices that resemble `name`, whatever their case, the most similar one first."""
+    known = {choice.lower(): choice for choice in choices}
+    return [known[lower] for lower in difflib.get_close_matches(str(name).lower(), known, n=3, cutoff=0.5)]
+
+
+def format_passes(passes: float) -> str:
+    """Passes over a data set: 1,049; 2.5 below ten."""
+    return f"{passes:,.0f} passes" if passes >= 10 else f"{passes:.2g} passes"
 
 
 def installed_version(package: str) -> str | None:

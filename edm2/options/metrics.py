@@ -7,13 +7,26 @@ from typing import Any, Self, TypeVar
 
 import click
 
-from dnnlib.cli import NIMG, Parsed
+from dnnlib.cli import NIMG, PATH, SOURCE, Parsed
 from training.metrics.metric_table import DEFAULT, listing
-from training.posthoc.inputs import parse_std_list
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-STD_LIST = Parsed("list", parse_std_list)
+
+def _std_list(text: Any) -> list[float]:
+    from training.posthoc.inputs import parse_std_list  # here, because --help does not wait for torch
+
+    return parse_std_list(text)
+
+
+def _kimg(text: Any) -> int:
+    from training.posthoc.inputs import parse_kimg
+
+    return parse_kimg(text)
+
+
+STD_LIST = Parsed("list", _std_list)
+KIMG = Parsed("kimg", _kimg)
 COUNT = click.IntRange(min=1)
 
 metrics_option = click.option(
@@ -31,14 +44,24 @@ def _list_metrics(ctx: click.Context, param: click.Parameter, value: bool) -> No
 
 
 list_metrics_option = click.option(
-    "--list-metrics", is_flag=True, is_eager=True, expose_value=False, callback=_list_metrics, help="List them and exit"
+    "--list-metrics",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_list_metrics,
+    help="List the metrics and exit",
 )
 skip_existing_option = click.option(
     "--skip-existing", is_flag=True, help="Stop at once if --json has the results of this very request"
 )
 
 _MEASURING = (
-    click.option("--ref", metavar="PATH|URL", help="Reference statistics: .pkl, .npz or .safetensors"),
+    click.option(
+        "--ref",
+        metavar="PATH|URL",
+        type=SOURCE,
+        help="Reference statistics; calc and gen take images, too",
+    ),
     metrics_option,
     # Some versions of torchrun take --num for an abbreviation of options of their own, even behind the script's name.
     click.option("--num", "--num-images", "num", type=NIMG, default=50000, show_default=True, help="Images to measure"),
@@ -50,7 +73,7 @@ _MEASURING = (
         "--json",
         "json_path",
         metavar="FILE",
-        type=click.Path(path_type=Path),
+        type=PATH,
         help="Write the results and everything needed to repeat them",
     ),
 )
@@ -111,5 +134,5 @@ def given_weights(options: Mapping[str, Any]) -> dict[str, str]:
 def weights_options(command: F) -> F:
     """Add the option of weights for each detector to a command function."""
     for name in reversed(_WEIGHTS):
-        command = click.option(f"--{name}-weights", metavar="PATH", help=_WEIGHTS[name])(command)
+        command = click.option(f"--{name}-weights", metavar="PATH", type=SOURCE, help=_WEIGHTS[name])(command)
     return command

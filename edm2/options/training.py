@@ -6,28 +6,35 @@ from typing import Any, TypeVar, get_args
 
 import click
 
-from dnnlib.cli import BYTES, INT_LIST, LOSS_SCALE, NIMG
+from dnnlib.cli import BYTES, CLASS_LIST, INT_LIST, KEYWORDS, LOSS_SCALE, NIMG, SOURCE
 from dnnlib.download import is_remote
 from dnnlib.errors import ConfigError
 from dnnlib.fields import option_name, option_text
 from edm2.options.metrics import STD_LIST, given_weights, weights_options
-from training.condition.spec import parse_condition
-from training.config import MetricsConfig, NetworkConfig, SamplesConfig, TrainingConfig
-from training.dataset.latents import ENCODER_PRECISIONS, PUBLISHED_VAE
+from training.config import (
+    ENCODER_PRECISIONS,
+    PUBLISHED_VAE,
+    MetricsConfig,
+    NetworkConfig,
+    SamplesConfig,
+    TrainingConfig,
+)
 from training.presets import locate, training_preset
-from training.run.run_samples import preferred_std
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 # Types of options by the name of the value, and else by the type of the field, with the name of the value.
 _NAMED = {"NIMG": NIMG, "SIZE": BYTES, "FLOAT|auto": LOSS_SCALE}
+_NAMED |= dict.fromkeys(("ZIP|DIR|URL", "PATH|URL", "PKL|URL", "DIR"), SOURCE)
 _TYPES: dict[Any, tuple[str, Any]] = {
     bool: ("BOOL", bool),
     int: ("INT", int),
     float: ("FLOAT", float),
     tuple[int, ...]: ("LIST", INT_LIST),
+    tuple[int | str, ...]: ("LIST", CLASS_LIST),
     tuple[float, ...]: ("LIST", STD_LIST),
     tuple[str, ...]: ("LIST", str),
+    dict[str, Any]: ("KEY=VALUE,...", KEYWORDS),
 }
 
 # Fields that are configurations: their classes, and what the names of the options' values begin with.
@@ -37,12 +44,23 @@ _PARTS = {
     "samples": (SamplesConfig, "samples_"),
 }
 
+# Titles of the help page's sections, by the first option below each.
+SECTIONS = {
+    "outdir": "The run",
+    "data": "Data",
+    "channels": "Network",
+    "P_mean": "Learning",
+    "batch_gpu": "Speed and memory",
+    "status": "Files and logs",
+    "metrics_names": "Metrics",
+    "samples_num": "Sample grids",
+    "help": "Help",
+}
+
 # The help page in its order. A name stands for the option of that field and those of the fields behind it, up to the
 # next name in this list. A new field so has its place without being listed.
 _PAGE: tuple[str | Callable[[Any], Any], ...] = (
-    click.option("--outdir", metavar="DIR", required=True, help="Output folder; a run in it is continued"),
-    "data",
-    "cond",
+    click.option("--outdir", metavar="DIR", type=SOURCE, required=True, help="Output folder; a run in it is continued"),
     click.option(
         "--preset",
         metavar="STR",
@@ -52,46 +70,38 @@ _PAGE: tuple[str | Callable[[Any], Any], ...] = (
     ),
     "duration",
     "batch",
-    "channels",
-    "P_mean",
-    "xflip",
+    "init",
+    "seed",
+    "slice",
+    click.option("--allow-changes", is_flag=True, help="Continue a run even if options that change its result differ"),
+    click.option("-n", "--dry-run", is_flag=True, help="Print the training options and exit"),
+    "data",
+    "cond",
     click.option("--encode-on-the-fly", is_flag=True, help="Train on latents, encoded from pixels while training"),
     click.option(
         "--model-url",
         metavar="NAME|DIR",
-        help=f"VAE for that: hub name or diffusers folder  [default: {PUBLISHED_VAE}]",
+        type=SOURCE,
+        help=f"VAE of --encode-on-the-fly: hub name or diffusers folder  [default: {PUBLISHED_VAE}]",
     ),
     click.option(
         "--encoder-precision",
         type=click.Choice(ENCODER_PRECISIONS),
-        help="Convolutions of the VAE on GPUs, as in dataset_tool.py encode  [default: tf32]",
+        help="Number format of this VAE's convolutions on GPUs  [default: tf32]",
     ),
-    "init",
+    "shuffle_buffer",
+    "data_cache",
+    "channels",
+    "condition",
+    "P_mean",
+    "ls",
     "batch_gpu",
     "precision",
     click.option("--fp16", metavar="BOOL", type=bool, help="Same as --precision=fp16 or fp32"),
     "compile",
-    "ls",
     "bench",
     click.option("--device", metavar="STR", help="cpu, cuda, cuda:N or mps  [default: the best available]"),
     "workers",
-    "status",
-    "metrics_names",
-    "metrics_every",
-    "metrics_ref",
-    "metrics_batch",
-    weights_options,
-    "shuffle_buffer",
-    "data_cache",
-    "samples_num",
-    click.option(
-        "--log",
-        "log_names",
-        type=click.Choice(["tensorboard", "wandb"]),
-        multiple=True,
-        help="Also log there; may be given twice",
-    ),
-    "slice",
     click.option(
         "--timeout",
         metavar="MINUTES",
@@ -100,9 +110,21 @@ _PAGE: tuple[str | Callable[[Any], Any], ...] = (
         show_default=True,
         help="Give up if another process does not answer for this long",
     ),
-    "seed",
-    click.option("--allow-changes", is_flag=True, help="Continue a run even if options that change its result differ"),
-    click.option("-n", "--dry-run", is_flag=True, help="Print the training options and exit"),
+    "status",
+    "on_nonfinite",
+    click.option(
+        "--log",
+        "log_names",
+        type=click.Choice(["tensorboard", "wandb"]),
+        multiple=True,
+        help="Log to TensorBoard or Weights & Biases as well; may be given twice",
+    ),
+    "metrics_names",
+    "metrics_every",
+    "metrics_ref",
+    "metrics_batch",
+    weights_options,
+    "samples_num",
 )
 
 
@@ -125,6 +147,9 @@ def configure(preset: str, options: dict[str, Any], base: TrainingConfig | None 
     `options` has the values of the options made from fields, and of those for the VAE, --fp16 and the weights of
     detectors. `base` stands for the preset if that is not in the table.
     """
+    from training.condition.spec import parse_condition  # here, because --help does not wait for torch
+    from training.run.run_samples import preferred_std
+
     base = training_preset(preset) if base is None else base
     given = _given(TrainingConfig, options)
     network = _given(NetworkConfig, options) | _given_fp16(options)
@@ -139,13 +164,26 @@ def configure(preset: str, options: dict[str, Any], base: TrainingConfig | None 
     if "condition" in given:
         given["condition"] = str(parse_condition(given["condition"]))  # with all that was left out
     given |= {name: part for name, part in parts.items() if part is not None}
+    if "network_class" in given:
+        _require_own(network)
+        given.setdefault("snapshot_format", "safetensors")
     config = dataclasses.replace(base, network=dataclasses.replace(base.network, **network), **given)
-    if not config.data:
+    if "dataset_class" in given:
+        data = options["data"] or ""
+    elif config.data:
+        data = options["data"] or locate(config.data)  # a preset's own data set is in the repository
+    else:
         raise ConfigError(f"--data is missing; --preset={preset} brings no data set of its own")
-    data = options["data"] or locate(config.data)  # a preset's own data set is in the repository
     buffer = config.shuffle_images if is_remote(data) else None
     vae = (vae or PUBLISHED_VAE) if encode else None
     return dataclasses.replace(config, data=data, shuffle_buffer=buffer, vae=vae, encoder_precision=precision)
+
+
+def _require_own(network: dict[str, Any]) -> None:
+    """Raise ConfigError for options that shape our network, since an own one is in its place."""
+    for name in network.keys() - {"precision"}:
+        flag = name.replace("_", "-")
+        raise ConfigError(f"--{flag} is for our network; what --network needs goes to --network-args")
 
 
 def _option_fields(owner: Any = TrainingConfig, prefix: str = "") -> Iterator[tuple[Any, str, dataclasses.Field[Any]]]:
@@ -166,7 +204,8 @@ def _click_option(owner: Any, name: str, item: dataclasses.Field[Any]) -> Callab
         switch = f"{flag}/--no-{flag[2:]}" if details["value"] else flag
         return click.option(switch, name, is_flag=True, default=None, help=details["help"])
     if "choices" in details["limits"]:
-        return click.option(flag, name, type=click.Choice(details["limits"]["choices"]), help=text)
+        choices = (*details["limits"]["choices"], *details.get("settled", ()))
+        return click.option(flag, name, type=click.Choice(choices), help=text)
     kinds = [each for each in (item.type, *get_args(item.type)) if each in _TYPES]
     value, kind = _TYPES[kinds[0]] if kinds else ("", str)
     value = details["value"] or value

@@ -87,6 +87,18 @@ def test_a_full_disk_is_waited_for_where_that_is_wished(tmp_path: Path, code: in
     assert len(finished) == 1
 
 
+def test_nobody_waits_for_room_after_giving_up(tmp_path: Path):
+    def work(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    writer = BackgroundWriter(wait_for_space=True, advice="; advice")
+    writer.submit(write(tmp_path / "a", work))
+    assert not writer.wait(0.05)
+    writer.give_up()
+    assert writer.wait(60)
+    assert isinstance(writer.failure, ConfigError) and str(writer.failure).endswith("; advice")
+
+
 def test_room_is_looked_for_before_a_file_is_begun(tmp_path: Path):
     written: list[Path] = []
     writer = BackgroundWriter(advice="; advice")

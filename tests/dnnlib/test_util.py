@@ -14,7 +14,15 @@ import pytest
 import dnnlib
 from dnnlib import fetch
 from dnnlib.errors import ConfigError
-from dnnlib.util import EasyDict, make_cache_dir_path, open_url
+from dnnlib.util import (
+    EasyDict,
+    call_func_by_name,
+    construct_class_by_name,
+    format_time,
+    get_obj_by_name,
+    make_cache_dir_path,
+    open_url,
+)
 
 BODY = bytes(range(256)) * 5000
 
@@ -161,3 +169,30 @@ def test_local_paths_open_and_other_schemes_do_not(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             open_url(str(bad))
+
+
+def test_objects_are_found_by_their_dotted_names():
+    assert get_obj_by_name("dnnlib.util.EasyDict.keys") is EasyDict.keys
+    assert get_obj_by_name("dnnlib.errors") is __import__("dnnlib.errors").errors
+    assert call_func_by_name("a", "b", func_name="os.path.join") == str(Path("a", "b"))
+    assert construct_class_by_name(class_name="dnnlib.EasyDict", a=1) == {"a": 1}
+    with pytest.raises(AttributeError, match="EasyDict"):
+        get_obj_by_name("dnnlib.util.EasyDict.nothing")
+    for name in ("nothing.at.all", "dnnlib.nothing.at_all"):
+        with pytest.raises((ImportError, AttributeError), match="nothing"):
+            get_obj_by_name(name)
+
+
+def test_a_module_that_cannot_be_imported_says_what_it_lacks(tmp_path, monkeypatch):
+    (tmp_path / "wants_more.py").write_text("import not_installed_anywhere", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="not_installed_anywhere"):
+        get_obj_by_name("wants_more.thing")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0s"), (59.4, "59s"), (59.6, "1m 00s"), (3599, "59m 59s"), (3725, "1h 02m 05s"), (270_000, "3d 03h 00m")],
+)
+def test_times_are_short(seconds, text):
+    assert format_time(seconds) == text
