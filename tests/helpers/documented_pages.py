@@ -21,6 +21,12 @@ class Snippet:
     text: str
 
     @property
+    def file(self) -> str | None:
+        """The file that a Python block is, as its first line says: `# name.py`."""
+        match = re.match(r"# (\w+\.py)\n", self.text)
+        return match[1] if match is not None and self.kind == "python" else None
+
+    @property
     def where(self) -> str:
         """For messages."""
         return f"{self.page}:{self.line}: {self.text.strip().splitlines()[0]}"

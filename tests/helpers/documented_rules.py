@@ -34,6 +34,7 @@ _TINY_RUN = (
 RULES = [
     Rule(of=r"generate_images\.py", put="--steps=2 --seeds=0-9"),
     Rule(of=r"reconstruct_phema\.py", instead="--outkimg=33554"),
+    Rule(of=r"(reconstruct_phema|sweep)\.py.*\.\.\.", put="--outstd=0.050,0.100,...,0.150"),
     Rule(of=r"calculate_metrics\.py ref", put="--workers=0", instead="--features=20"),
     Rule(of=r"calculate_metrics\.py gen", put="--num-images=12 --steps=2"),
     Rule(of=r"calculate_metrics\.py calc", put="--num-images=8 --workers=0"),
@@ -42,7 +43,13 @@ RULES = [
     Rule(of=r"dataset_tool\.py encode", put="--model-url=./my-vae", instead="--shards=2"),
     Rule(of=r"dataset_tool\.py decode", put="--model-url=./my-vae"),
     Rule(of=r"dataset_tool\.py inspect"),
-    Rule(of=r"train_edm2\.py(?!.*--init)", put=_TINY_RUN, instead="--batch-gpu=128"),
+    Rule(of=r"train_edm2\.py(?!.*(--init|--network))", put=_TINY_RUN, instead="--batch-gpu=128"),
+    Rule(
+        of=r"train_edm2\.py.*--network",
+        put="--batch=16 --duration=32 --snapshot=16 --status=16 --checkpoint=16",
+        instead="--network-args=width=16,depth=1",
+    ),
+    Rule(of=r"train_edm2\.py.*--dataset=discs", put="--dataset-args=num=20,side=8 --batch=16 --duration=32"),
     # The preset for small data takes 32x32 pixels and more.
     Rule(of=r"dataset_tool\.py convert.*mine\.zip", put="--resolution=32x32"),
     Rule(of=r"train_edm2\.py.*--preset=small", put="--batch=8 --duration=16 --snapshot=8 --attn-resolutions=16"),

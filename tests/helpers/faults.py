@@ -20,6 +20,7 @@ from pathlib import Path
 
 import psutil
 
+from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import assert_same_state, write_dataset
 from torch_utils.checkpoints.checkpoint import load_checkpoint
 from training.presets import REPOSITORY_DIR
@@ -46,6 +47,7 @@ class Run:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         launcher = [*launcher, f"--max-restarts={restarts}"] if ranks > 1 else []
         self._command = [sys.executable, *launcher, str(REPOSITORY_DIR / "train_edm2.py"), *options]
+        self._options = options
         self._process: subprocess.Popen[bytes] | None = None
         self._output = folder.with_suffix(".out")
         self._ranks = ranks
@@ -63,9 +65,17 @@ class Run:
                 start_new_session=os.name != "nt",
             )
 
+    def finish(self) -> None:
+        """Carry it to its end in peace, in processes that have torch already and no launcher."""
+        run_ranks("train_edm2.py", *self._options, num=self._ranks, timeout=_PATIENCE_SEC)
+
     def await_training(self) -> bool:
         """Wait until iterations have begun once more; False where the run was finished, or ended before."""
         return self._await(lambda: b"Training for" in self._news())
+
+    def await_line(self, text: str) -> bool:
+        """Wait until a line with `text` was logged since the last start; False where the run ended before."""
+        return self._await(lambda: text.encode() in self._news())
 
     def await_file(self) -> bool:
         """Wait until a checkpoint or snapshot is being written; False where the run ended before."""
@@ -89,11 +99,17 @@ class Run:
         assert self._process is not None
         os.killpg(self._process.pid, signum)
 
-    def end(self) -> int:
+    @property
+    def pid(self) -> int:
+        """Number of the process that was started."""
+        assert self._process is not None
+        return self._process.pid
+
+    def end(self, patience_sec: float = _PATIENCE_SEC) -> int:
         """Wait for the end of the processes; the exit code."""
         assert self._process is not None
         try:
-            return self._process.wait(_PATIENCE_SEC)
+            return self._process.wait(patience_sec)
         except subprocess.TimeoutExpired:
             self.abandon()
             raise AssertionError(f"hangs: {self.tail()}") from None
@@ -173,10 +189,11 @@ def harm(run: Run, kinds: Sequence[str], rng: random.Random, *, restarts: bool =
             counts["aimed, file left half written"] += kind == "aimed" and bool(_temporary(run.folder))
         if code == 0 and kind != "term":
             break  # finished before it could be harmed
-    if not running:
-        run.start()
-    code = run.end()
-    assert code == 0, f"exit code {code}: {run.tail()}"
+    if running:
+        code = run.end()
+        assert code == 0, f"exit code {code}: {run.tail()}"
+    else:
+        run.finish()
     return counts
 
 
@@ -193,8 +210,7 @@ def compare(folder: Path, undisturbed: Path, *, losses: bool) -> None:
 
 def undisturbed_run(folder: Path, data: Path, *, iterations: int, ranks: int = 1) -> Path:
     """A run to compare with; its folder."""
-    run = Run(folder, data, iterations=iterations, ranks=ranks)
-    harm(run, [], random.Random(0))
+    Run(folder, data, iterations=iterations, ranks=ranks).finish()
     return folder
 
 

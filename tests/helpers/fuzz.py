@@ -27,6 +27,10 @@ def damage(content: bytes, others: Sequence[bytes], rng: random.Random) -> Damag
         ways += [lambda: _of("NPY", formats.npy_header(content, rng))] * 3
     elif content[:1] in b"{[":
         ways += [lambda: _of("JSON", formats.json_text(content, rng))] * 3
+    elif content[:5] == b"HTTP/":
+        ways += [lambda: _of("answer", formats.http_headers(content, rng))] * 6
+    elif b"=" in content.partition(b"\n")[0]:
+        ways = [lambda: _of("options", formats.option_values(content, rng))]
     for _ in range(20):
         result = rng.choice(ways)()
         if result is not None and result.content != content:

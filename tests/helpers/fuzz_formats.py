@@ -263,3 +263,74 @@ def npy_header(content: bytes, rng: random.Random) -> bytes | None:
     header = text.rstrip("\n").encode("latin1") + b"\n"
     said = len(header) if rng.random() < 0.9 else rng.choice([0, 1, 0xFFFF])
     return content[:8] + struct.pack("<H", said) + header + content[10 + length :]
+
+
+# Headers of an answer over HTTP, and values of options: lines of a name and a value.
+
+_HEADER_VALUES = [
+    b"", b"0", b"-1", b"+5", b"9" * 5000, b"1e9", b"12, 12", b"12, 13", b"x" * 70_000, b"\xff\xfe", b"caf\xc3\xa9",
+    b"\0", b"bytes 0-219/220", b"bytes 5-9/*", b"bytes */220", b"bytes 9-5/1", b"bytes 0-" + b"9" * 400 + b"/1",
+    b"identity", b"gzip", b"br, gzip", b"chunked", b"gzip, chunked", b"W/\"a\"", b"\"\xe4\"", b"/x", b"//", b"//[",
+    b"http://[::1/", b"http://127.0.0.1:0/", b"http://127.0.0.1:99999/", b"ftp://a/", b"file:///etc/passwd",
+    b"javascript:x", b"?", b"#", b"http://" + b"a" * 300 + b"/", b"http://\xe2\x84\x80/", b"Thu, 99 Foo 2024",
+    b"Mon, 01 Jan 99999 00:00:00 GMT", b"keep-alive", b"inf", b"nan", b"a\r\n b", b" 220", b"0x10", b"220;220",
+]  # fmt: skip
+_HEADER_NAMES = [
+    b"Content-Length", b"Content-Range", b"Content-Encoding", b"Transfer-Encoding", b"Location", b"Retry-After",
+    b"ETag", b"Last-Modified", b"Accept-Ranges", b"Connection", b"Set-Cookie", b"Date", b"", b"X\xff",
+]  # fmt: skip
+_STATUS = [
+    b"200", b"204", b"206", b"301", b"304", b"307", b"308", b"400", b"404", b"408", b"416", b"429", b"500", b"99",
+    b"999", b"-1", b"9" * 30, b"x", b"",
+]  # fmt: skip
+
+
+def http_headers(content: bytes, rng: random.Random) -> bytes:
+    head, _, body = content.partition(b"\r\n\r\n")
+    first, *lines = head.split(b"\r\n")
+    for _ in range(rng.choice([1, 1, 2, 3])):
+        way, place = rng.randrange(6), rng.randrange(len(lines))
+        if way == 0:
+            first = first.replace(first.split(b" ")[1], rng.choice(_STATUS), 1) if b" " in first else first
+        elif way == 1:
+            lines.insert(place, rng.choice(_HEADER_NAMES) + b": " + rng.choice(_HEADER_VALUES))
+        elif way == 2 and len(lines) > 1:
+            del lines[place]
+        elif way == 3 and rng.random() < 0.1:
+            lines += [b"X-%d: y" % number for number in range(rng.choice([50, 200, 5000]))]
+        else:
+            lines[place] = lines[place].partition(b":")[0] + b": " + rng.choice(_HEADER_VALUES)
+    return b"\r\n".join([first, *lines]) + b"\r\n\r\n" + rng.choice([body, body, body, body[:-1], body * 2, b""])
+
+
+OPTION_VALUES = [
+    "", " ", "-", "--", "0", "0e400", "-0", "-1", "+1", "1", "1.5", ".5", "1.", "1e3", "1e400", "1e-400",
+    "1e999999999999999999999", "nan", "inf", "-inf", "9" * 30, "9" * 5000, "0." + "1" * 5000, "1_000", "0x10",
+    "\u0661\u0662", "\u00b2", "1,2", "1,,2", ",", "1,", "1-", "-1--5", "5-1", "0-99999", "1-99999999999999999",
+    "0-" + "9" * 40, "1," * 2000 + "1", "0.1,0.2", "0.1,0.1000000000000001,...,0.2", "0.1,0.2,...", "...",
+    "0.02,0.04,...,0.24", "1e-300,2e-300,...,0.2", "0,inf", "1:2", "Ki", "1Ki", "9" * 18 + "Gi", "1ki", "1e3Ki", "GB",
+    "1GB", "9" * 17 + "TiB", "1.5GB", "auto", "all", "none", "self", "fid", "fid,fid", "FID", "x" * 300, "x" * 5000,
+    "a\tb", "\x1b[2J", "\udcff", "\U0001f600", "~", "~root", "~nobody/x", "~\udcff", "/", "//", ".", "..",
+    "a" * 300 + "/b", "http://[", "http://", "https://a:b/", "http://a:99999/", "hf://", "hf://a", "hf://a/b@",
+    "s3://", "x://y", "file://", "https://h/a-{0..999999999999}.zip", "https://h/a-{9..1}.zip", "https://h/{", "*",
+    "[", "[!", "?", "%s", "{}", "{0}", "$(x)", "`x`", ";", "lowres:0", "lowres:" + "9" * 9, "lowres:", "inpaint:0-0",
+    "inpaint:1-0", "inpaint:.1-9", "64x64", "0x0", "99999x99999", "1x" + "9" * 30, "64X64", "cpu", "cuda:-1",
+    "cuda:" + "9" * 30, "meta", "fp16", "true", "None", "net-" + "9" * 40 + "-0.100.pkl", "(0.28,2.90]", "0.28,2.90",
+]  # fmt: skip
+
+
+def option_values(content: bytes, rng: random.Random) -> bytes:
+    lines = content.decode().splitlines()
+    for _ in range(rng.choice([1, 1, 1, 2, 4, 20])):
+        place = rng.randrange(len(lines))
+        name, _, value = lines[place].partition("=")
+        way = rng.randrange(8)
+        if way == 0 and value:
+            cut = rng.randrange(len(value))
+            value = value[:cut] + rng.choice(["", "-", ",", "e", ".", "9" * 20, "\x00", "\u00e4"]) + value[cut + 1 :]
+        elif way == 1:
+            value = rng.choice([value + rng.choice(OPTION_VALUES), f"{value},{rng.choice(OPTION_VALUES)}"])
+        else:
+            value = rng.choice(OPTION_VALUES)
+        lines[place] = f"{name}={value}"
+    return "\n".join(lines).encode("utf-8", "surrogateescape")

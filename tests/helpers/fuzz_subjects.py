@@ -21,6 +21,7 @@ import PIL.Image
 import torch
 
 from dnnlib.errors import ConfigError
+from tests.helpers import fuzz_input
 from tests.helpers.shards import write_tar
 from tests.helpers.tiny import flat_state
 from torch_utils import persistence
@@ -30,6 +31,7 @@ from training.dataset import ImageDataset, ImageFolderDataset
 from training.dataset import zip_index as dataset_index
 from training.dataset.label_file import MAX_CLASSES
 from training.dataset.latents import encoder_entry, encoder_of, read_encoder_file
+from training.dataset.sample_array import SampleArray
 from training.encoders import StabilityVAEEncoder, StandardRGBEncoder
 from training.metrics.reference import load_stats, save_stats
 from training.networks_edm2 import Precond
@@ -52,6 +54,7 @@ class Subject:
     targets: tuple[str, ...]
     read: Callable[[Path], Any]
     judge: Judge
+    closed: bool = True  # the reader imports and runs nothing
 
 
 def subjects(scratch: Path) -> dict[str, Subject]:
@@ -94,6 +97,25 @@ def subjects(scratch: Path) -> dict[str, Subject]:
             files={"set.tar": tar.read_bytes(), "index": _stream_index(tar)},
             targets=("index",), read=_read_with_stream_index, judge=_judge_items),
         **_run_folder_subjects(),
+        **_input_subjects(scratch),
+    }  # fmt: skip
+
+
+def _input_subjects(scratch: Path) -> dict[str, Subject]:
+    options, run = fuzz_input.option_files(), fuzz_input.run_files(scratch)
+    records = tuple(name for name in run if name.endswith((".json", ".jsonl"))) + tuple(run)[-1:]
+
+    def compared(found: Any, original: Any, sealed: bool) -> str:
+        return "same" if found == original else "other"
+
+    return {
+        "options": Subject(files=options, targets=tuple(options), read=partial(fuzz_input.read_options, options),
+            judge=compared, closed=False),
+        "answers of a server": Subject(files=fuzz_input.ANSWERS, targets=tuple(fuzz_input.ANSWERS),
+            read=fuzz_input.read_answers, judge=compared, closed=False),
+        "report of a run": Subject(files=run, targets=records, read=fuzz_input.read_report, judge=compared),
+        "results of metrics": _single("r.json", fuzz_input.RESULT, fuzz_input.read_results, compared),
+        "version of a download": _single("x.version", fuzz_input.VERSION, fuzz_input.read_version, compared),
     }  # fmt: skip
 
 
@@ -197,15 +219,25 @@ def _statistics_subjects(scratch: Path) -> dict[str, Subject]:
     kept = {**stats, "features": {"inception": rows.astype(np.float32)}}
     npz = io.BytesIO()
     np.savez(npz, **moments)
+    samples = io.BytesIO()
+    np.savez(samples, np.arange(4 * 5 * 5 * 3, dtype=np.uint8).reshape(4, 5, 5, 3))
     content = {
         ".pkl": _saved(lambda path: save_stats(stats, path), scratch / "stats.pkl"),
         ".safetensors": _saved(lambda path: save_stats(kept, path), scratch / "stats.safetensors"),
         ".npz": npz.getvalue(),
     }
     return {
+        "samples": _single("x.npz", samples.getvalue(), lambda path: SampleArray(path).pixels.copy(), _judge_samples),
+    } | {
         f"statistics{suffix}": _single(f"x{suffix}", data, load_stats, partial(_judge_stats, suffix == ".npz"))
         for suffix, data in content.items()
     }
+
+
+def _judge_samples(found: Any, original: Any, sealed: bool) -> str:
+    same = np.array_equal(found, original)
+    assert same or sealed
+    return "same" if same else "other"
 
 
 def _judge_stats(checksums: bool, found: Any, original: Any, sealed: bool) -> str:

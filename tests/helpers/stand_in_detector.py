@@ -1,10 +1,11 @@
 """A detector without weights, for tests: a few exact sums over the pixels, and simple functions of them."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from training.metrics.detectors.common import DetectorOutput
+from training.metrics.detectors.common import DetectorOutput, to_rgb
 
 NUM_FEATURES = 12
 NUM_CLASSES = 20
@@ -23,9 +24,12 @@ class StandInDetector:
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         return self.outputs(images).features
 
-    def outputs(self, images: torch.Tensor) -> DetectorOutput:
-        assert images.dtype == torch.uint8 and images.shape[1] in (1, 3)
-        pixels = images.expand(-1, 3, -1, -1).flatten(1).to("cpu", torch.float64)  # [N, P]
+    def outputs(self, images: Any) -> DetectorOutput:
+        if isinstance(images, list):
+            each = [self.outputs(image[None]) for image in images]
+            layers = [[getattr(output, layer) for output in each] for layer in ("features", "logits", "spatial")]
+            return DetectorOutput(*map(torch.cat, layers))
+        pixels = to_rgb(images, self.name).flatten(1).to("cpu", torch.float64)  # [N, P]
         index = torch.arange(pixels.shape[1], dtype=torch.float64)
 
         def sums(num: int, shift: int) -> torch.Tensor:

@@ -11,9 +11,11 @@ from training.config import TrainingConfig
 from training.run.state import TrainingState
 
 # What TrainingState wants to know about a data set.
-RGB = SimpleNamespace(resolution=8, num_channels=3, label_dim=3, holds_latents=False)
-GREY = SimpleNamespace(resolution=8, num_channels=1, label_dim=3, holds_latents=False)
-LATENTS = SimpleNamespace(resolution=8, num_channels=8, label_dim=3, holds_latents=True, encoder_entry=None)
+RGB = SimpleNamespace(resolution=8, num_channels=3, label_dim=3, holds_latents=False, class_names=None)
+GREY = SimpleNamespace(resolution=8, num_channels=1, label_dim=3, holds_latents=False, class_names=None)
+LATENTS = SimpleNamespace(
+    resolution=8, num_channels=8, label_dim=3, holds_latents=True, encoder_entry=None, class_names=None
+)
 
 
 def make_state(config: TrainingConfig | None = None, dataset: SimpleNamespace = RGB) -> TrainingState:
