@@ -24,7 +24,7 @@ import click
 import numpy as np
 import torch
 
-from dnnlib.cli import main
+from dnnlib.cli import SOURCE, main
 from dnnlib.errors import ConfigError
 from torch_utils.checkpoints.checkpoint import checkpoint_bytes
 from torch_utils.distributed import World, resolve_device
@@ -86,7 +86,9 @@ def interval(
 
 
 @click.command()
-@click.option("--dir", "parent", metavar="DIR", help="Parent of the temporary folder  [default: the system's]")
+@click.option(
+    "--dir", "parent", metavar="DIR", type=SOURCE, help="Parent of the temporary folder  [default: the system's]"
+)
 @click.option("--device", metavar="STR", help="cpu, cuda or mps  [default: the best available]")
 @click.option("--channels", metavar="INT", type=int, default=128, show_default=True, help="Width of the network")
 @click.option("--batch", metavar="INT", type=int, default=1, show_default=True, help="Images per iteration")

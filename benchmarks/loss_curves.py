@@ -17,7 +17,7 @@ from pathlib import Path
 import click
 import matplotlib.figure
 
-from dnnlib.cli import main
+from dnnlib.cli import PATH, PathType, main
 
 
 def losses_of(folder: Path) -> tuple[list[float], list[float]]:
@@ -27,8 +27,8 @@ def losses_of(folder: Path) -> tuple[list[float], list[float]]:
 
 
 @click.command()
-@click.argument("folders", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Plot to write, .png")
+@click.argument("folders", nargs=-1, required=True, type=PathType(exists=True))
+@click.option("--out", required=True, type=PATH, help="Plot to write, .png")
 def loss_curves(folders: tuple[Path, ...], out: Path) -> None:
     """Compare the losses of runs with those of the first."""
     figure = matplotlib.figure.Figure(figsize=(9, 4), layout="constrained")

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from torch_utils.distributed import resolve_device
-from torch_utils.precision import PRECISIONS, numerics, precision_note
+from torch_utils.precision import numerics, precision_note
+from torch_utils.precision_names import PRECISIONS
 from training.fast.prepare import PrepareNetwork
 from training.sampling.generation import Prepare, generate_images
 from training.sampling.request import resolve_sampling

@@ -23,7 +23,7 @@ from pathlib import Path
 import click
 import torch
 
-from dnnlib.cli import main
+from dnnlib.cli import SOURCE, main
 from dnnlib.errors import ConfigError
 from training import phema
 from training.config import NetworkConfig
@@ -115,7 +115,9 @@ def largest_difference(one: Path, two: Path) -> float:
     show_default=True,
     help="File format of inputs and outputs",
 )
-@click.option("--dir", "parent", metavar="DIR", help="Parent of the temporary folders  [default: the system's]")
+@click.option(
+    "--dir", "parent", metavar="DIR", type=SOURCE, help="Parent of the temporary folders  [default: the system's]"
+)
 @click.option(
     "--repeats", metavar="INT", type=click.IntRange(min=1), default=3, show_default=True, help="Runs; the median counts"
 )

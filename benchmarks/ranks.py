@@ -22,6 +22,7 @@ import click
 import numpy as np
 import torch
 
+from dnnlib.cli import PATH
 from torch_utils import distributed
 from training.images.png_files import read_png
 from training.networks_edm2 import Precond
@@ -72,7 +73,7 @@ def work(net: Path, outdir: Path, num: int, steps: int, batch: int) -> None:
 @click.option("--steps", default=8, show_default=True, help="Heun steps")
 @click.option("--batch", default=8, show_default=True, help="Images at once for each process")
 @click.option("--repeats", default=2, show_default=True, help="Runs of each way, of which the fastest counts")
-@click.option("--worker", "worker", nargs=2, type=click.Path(path_type=Path), hidden=True)
+@click.option("--worker", "worker", nargs=2, type=PATH, hidden=True)
 def main(num: int, steps: int, batch: int, repeats: int, worker: tuple[Path, Path] | None) -> None:
     """Print the times of one and of two processes."""
     if worker is not None:

@@ -21,7 +21,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from tests.helpers.oracle import PlainPrecond, plain_guided, plain_heun_sampler
 from torch_utils.distributed import resolve_device
-from torch_utils.precision import Precision, numerics
+from torch_utils.precision import numerics
+from torch_utils.precision_names import Precision
 from training.fast.prepare import PrepareNetwork
 from training.networks_edm2 import Precond
 from training.sampling.sampler import edm_sampler

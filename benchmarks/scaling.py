@@ -28,7 +28,7 @@ from torch_utils.distributed import World
 from training.config import NetworkConfig, TrainingConfig
 from training.run.state import TrainingState
 
-DATA = SimpleNamespace(resolution=32, num_channels=3, label_dim=10, holds_latents=False)
+DATA = SimpleNamespace(resolution=32, num_channels=3, label_dim=10, holds_latents=False, class_names=None)
 NETWORK = NetworkConfig(channels=64, channel_mult=(1, 2), num_blocks=3, attn_resolutions=(16,), precision="fp32")
 STEPS = 2  # timed together
 
@@ -105,7 +105,8 @@ def member(rank: int, folder: str, batch_rank: int, repeats: int) -> None:
     runs = {"ddp": make_state(world, batch_rank), "fsdp": make_state(world, batch_rank, shard=True)}
     steps = {name: stepper(state, rank, batch_rank) for name, state in {"own": own, **runs}.items()}
     num_params = sum(param.numel() for param in own.net.parameters())
-    blocks = [*own.net.unet.enc.values(), *own.net.unet.dec.values()]
+    unet: Any = own.net.unet
+    blocks = [*unet.enc.values(), *unet.dec.values()]
     sizes = [sum(param.numel() for param in block.parameters()) for block in blocks]
     ways: dict[str, tuple[Callable[[], Any], int]] = {
         "one process": (steps["own"] if rank == 0 else lambda: None, STEPS),

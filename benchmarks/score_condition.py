@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 import numpy as np
 
-from dnnlib.cli import main
+from dnnlib.cli import PATH, main
 from training.condition.source_images import DatasetImages, RepeatedImages
 from training.condition.spec import LowRes, parse_condition
 from training.dataset.image_folder import ImageFolderDataset
@@ -33,7 +33,7 @@ ENLARGED = 2
 )
 @click.option("--num", default=200, show_default=True, help="Images, evenly over the classes")
 @click.option("--steps", default=18, show_default=True, help="Sampling steps")
-@click.option("--sheet", type=click.Path(path_type=Path), help="Write a sheet here: a row for each class")
+@click.option("--sheet", type=PATH, help="Write a sheet here: a row for each class")
 @click.option("--columns", default=4, show_default=True, help="Samples of each image on the sheet")
 def score(nets: tuple[str, ...], num: int, steps: int, sheet: Path | None, columns: int) -> None:
     """Print a line for each network, and write the sheet with the networks side by side."""

@@ -29,7 +29,8 @@ import torch
 from dnnlib.cli import main
 from tests.helpers.oracle import PlainPrecond, PlainTrainer, plain_loss
 from torch_utils.distributed import World, resolve_device
-from torch_utils.precision import Precision, compute_dtype, numerics
+from torch_utils.precision import compute_dtype, numerics
+from torch_utils.precision_names import Precision
 from training.config import NetworkConfig, TrainingConfig
 from training.flops import count_flops
 from training.presets import locate, training_preset
@@ -55,7 +56,11 @@ class Shape:
     def dataset(self) -> Any:
         """Return the attributes of a data set that TrainingState uses."""
         return SimpleNamespace(
-            resolution=self.resolution, num_channels=self.channels, label_dim=self.label_dim, holds_latents=False
+            resolution=self.resolution,
+            num_channels=self.channels,
+            label_dim=self.label_dim,
+            holds_latents=False,
+            class_names=None,
         )
 
 

@@ -48,6 +48,11 @@ NAMES: dict[str, list[str]] = {
         "PowerFunctionEMA.state_dict(self)",
         "PowerFunctionEMA.load_state_dict(self, state)",
         "TraditionalEMA(net, halflife_Mimg=inf, rampup_ratio=0.09)",
+        "TraditionalEMA.reset(self)",
+        "TraditionalEMA.update(self, cur_nimg, batch_size)",
+        "TraditionalEMA.get(self)",
+        "TraditionalEMA.state_dict(self)",
+        "TraditionalEMA.load_state_dict(self, state)",
     ],
     "training.training_loop": [
         "EDM2Loss(P_mean=-0.4, P_std=1.0, sigma_data=0.5)",
@@ -60,14 +65,20 @@ NAMES: dict[str, list[str]] = {
         for method in ("init(self, device)", "encode(self, x)", "encode_pixels(self, x)", "encode_latents(self, x)",
                        "decode(self, x)")
     ],
+    "training.loss": ["EDM2Loss(P_mean=-0.4, P_std=1.0, sigma_data=0.5)"],
     "training.dataset": [
         "ImageFolderDataset(path, resolution=None, use_labels=True, max_size=None, xflip=False, random_seed=0, "
         "cache=False)",
+        "ImageFolderDataset.get_label(*)",
+        "ImageFolderDataset.get_details(*)",
     ],
     "generate_images": [
         "edm_sampler(net, noise, labels=None, gnet=None, num_steps=32, sigma_min=0.002, sigma_max=80, rho=7, "
         "guidance=1, S_churn=0, S_min=0, S_max=inf, S_noise=1, dtype=torch.float32, randn_like=torch.randn_like)",
         "StackedRandomGenerator(device, seeds)",
+        "StackedRandomGenerator.randn(self, size, **kwargs)",
+        "StackedRandomGenerator.randn_like(self, input)",
+        "StackedRandomGenerator.randint(self, *args, size, **kwargs)",
         "generate_images(net, gnet=None, encoder=None, outdir=None, subdirs=False, seeds=range(16, 24), "
         "class_idx=None, max_batch_size=32, encoder_batch_size=4, verbose=True, device=..., sampler_fn=edm_sampler, "
         "**sampler_kwargs)",
@@ -95,16 +106,44 @@ NAMES: dict[str, list[str]] = {
     ],
     "count_flops": ["count_flops(net)"],
     "toy_example": [
-        "gt(classes='A', device='cpu', seed=2)",
+        "gt(classes='A', device='cpu', seed=2, origin=[0.0030, 0.0325], scale=[1.3136, 1.3844])",
         "ToyModel(in_dim=2, num_layers=4, hidden_dim=64, sigma_data=0.5)",
-        "do_train(*)",
-        "do_sample(*)",
-        "do_plot(*)",
+        "ToyModel.forward(self, x, sigma=0)",
+        "ToyModel.logp(self, x, sigma=0)",
+        "ToyModel.pdf(self, x, sigma=0)",
+        "ToyModel.score(self, x, sigma=0, graph=False)",
+        "do_train(classes='A', num_layers=4, hidden_dim=64, batch_size=4<<10, total_iter=4<<10, seed=0, P_mean=-2.3, "
+        "P_std=1.5, sigma_data=0.5, lr_ref=1e-2, lr_iter=512, ema_std=0.010, pkl_pattern=None, pkl_iter=256, "
+        "viz_iter=32, device=...)",
+        "do_sample(net, x_init, guidance=1, gnet=None, num_steps=32, sigma_min=0.002, sigma_max=5, rho=7)",
+        "do_plot(net=None, guidance=1, gnet=None, elems={'gt_uncond', 'gt_outline', 'samples'}, view_x=0, view_y=0, "
+        "view_size=1.6, grid_resolution=400, arrow_len=0.002, num_samples=1<<13, seed=1, sample_distance=0, "
+        "sigma_max=5, device=...)",
+    ],
+    "training.toy.mixture": [
+        "Mixture.pdf(self, x, sigma=0, max_batch_size=1<<14)",
+        "Mixture.logp(self, x, sigma=0, max_batch_size=1<<14)",
+        "Mixture.score(self, x, sigma=0)",
+        "Mixture.sample(self, shape, sigma=0, generator=None)",
+    ],
+    "torch_utils.distributed": [
+        "init()",
+        "get_rank()",
+        "get_world_size()",
+        "print0(*args, **kwargs)",
+        "should_stop()",
+        "should_suspend()",
+        "request_suspend()",
+        "update_progress(cur, total)",
     ],
     "torch_utils.persistence": ["persistent_class(*)", "is_persistent(*)", "_reconstruct_persistent_obj(meta)"],
-    "dnnlib": ["EasyDict"],
+    "dnnlib": ["EasyDict", "make_cache_dir_path(*paths)"],
     "dnnlib.util": [
         "EasyDict",
+        "get_obj_by_name(name)",
+        "call_func_by_name(*args, func_name, **kwargs)",
+        "construct_class_by_name(*args, class_name, **kwargs)",
+        "format_time(seconds)",
         "open_url(url, cache_dir=None, num_attempts=10, verbose=True, return_filename=False, cache=True)",
         "make_cache_dir_path(*paths)",
     ],
@@ -173,6 +212,12 @@ def test_the_generators_and_data_sets_have_their_methods() -> None:
     assert all(hasattr(dataset, name) for name in (*names, "get_details", "__getitem__", "__len__"))
 
 
+def test_one_process_is_the_first_of_one(capsys: pytest.CaptureFixture[str]) -> None:
+    module = importlib.import_module("torch_utils.distributed")
+    module.print0("a", "b", sep="-")
+    assert (module.get_rank(), module.get_world_size(), capsys.readouterr().out) == (0, 1, "a-b\n")
+
+
 def test_averages_are_listed_with_their_lengths_as_text() -> None:
     phema = importlib.import_module("training.phema")
     assert [suffix for _, suffix in phema.PowerFunctionEMA(torch.nn.Linear(1, 1)).get()] == ["-0.050", "-0.100"]
@@ -187,6 +232,14 @@ def test_generate_images_gives_what_its_callers_take() -> None:
     for batch in batches:
         for name in ("images", "labels", "noise", "batch_idx", "num_batches", "indices", "seeds"):
             assert hasattr(batch, name)
+
+
+def test_a_seed_may_be_negative(tmp_path: Path) -> None:
+    script = importlib.import_module("generate_images")
+    net = GOLDEN / "snapshots" / "rgb-cond-guide.pkl"
+    args = [f"--net={net}", "--seeds=-3", "--steps=1", "--device=cpu", f"--outdir={tmp_path}"]
+    script.cmdline.main(args, standalone_mode=False)
+    assert [path.name for path in tmp_path.iterdir()] == [f"{-3:06d}.png"]
 
 
 def test_the_toy_distribution_has_its_functions() -> None:

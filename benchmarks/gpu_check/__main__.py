@@ -17,7 +17,7 @@ import click
 from benchmarks.gpu_check.records import Check, Report, Result, Setting, read_report, write_report
 from benchmarks.gpu_check.runner import run_checks
 from benchmarks.gpu_check.tables import markdown, one_result, text_table
-from dnnlib.cli import main
+from dnnlib.cli import SOURCE, main
 from dnnlib.errors import ConfigError
 
 _OF_TORCHRUN = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "OMP_NUM_THREADS")
@@ -56,9 +56,9 @@ def run_all(checks: list[Check], setting: Setting, *, minutes: float, out: str |
 
 @click.command()
 @click.option("--minutes", default=8.0, show_default=True, help="Time for all checks; with more, each may take longer")
-@click.option("--out", metavar="FILE", help="Write the report as JSON, after each check")
+@click.option("--out", metavar="FILE", type=SOURCE, help="Write the report as JSON, after each check")
 @click.option("--only", metavar="LIST", help="Run these checks only, for example A0,B1")
-@click.option("--table", metavar="FILE", help="Print a report as Markdown, and check nothing")
+@click.option("--table", metavar="FILE", type=SOURCE, help="Print a report as Markdown, and check nothing")
 def gpu_check(minutes: float, out: str | None, only: str | None, table: str | None) -> int:
     """Check that training and sampling are right and fast on the GPUs of this machine."""
     if table is not None:

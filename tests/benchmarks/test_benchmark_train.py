@@ -12,7 +12,8 @@ TINY = train.Shape(name="tiny", network=NETWORK, resolution=8, channels=3, label
 CPU = torch.device("cpu")
 
 
-def test_it_compares_prints_and_counts(capsys):
+def test_it_compares_prints_and_counts(monkeypatch, capsys):
+    monkeypatch.setattr(train, "matrix_rate", lambda dtype, device: 1e12)
     train.measure(TINY, ("fp32", "bf16"), CPU, compiled=False, recompute=True, num_steps=1, repeats=1, profiled=True)
     text = capsys.readouterr().out
     assert text.count("Agrees with the oracle") == 4
@@ -27,6 +28,13 @@ def test_it_compares_prints_and_counts(capsys):
     memory = [float(row[-2]) for row in rows]
     assert memory[0] == 1 > memory[1] > memory[2]
     assert "Share of matrix time" in text
+
+
+def test_the_rate_of_products_is_measured(monkeypatch):
+    randn = torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *size: randn(*(min(n, 8) for n in size)))
+    for dtype in (torch.float32, torch.bfloat16):
+        assert 0 < train.matrix_rate(dtype, CPU) < float("inf")
 
 
 def test_a_wrong_result_is_not_timed(monkeypatch):

@@ -81,6 +81,9 @@ class Sandbox:
 
     def _python(self, snippet: Snippet) -> None:
         text = snippet.text
+        if snippet.file is not None:  # of which a later command is
+            (self.path / snippet.file).write_text(text, encoding="utf-8")
+            return
         for pattern, replacement in PYTHON:
             text = re.sub(pattern, replacement, text)
         for name in re.findall(r'"([^"\n]+)"', text):
