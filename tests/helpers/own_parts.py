@@ -4,6 +4,9 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
 
 from tests.helpers.documented_pages import snippets
 
@@ -30,3 +33,10 @@ def in_folder_of_examples(path: Path) -> Iterator[Path]:
             file = getattr(sys.modules[name], "__file__", None)
             if file is not None and Path(file).is_relative_to(path):
                 del sys.modules[name]
+
+
+def saved_tensors(outdir: str) -> dict[str, Any]:
+    """All tensors of the four snapshots in `outdir`, by file."""
+    found = {path.name: load_file(path) for path in sorted(Path(outdir).glob("*-0.*.safetensors"))}
+    assert len(found) == 4
+    return found

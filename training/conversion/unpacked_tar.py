@@ -12,7 +12,7 @@ from dnnlib.errors import ConfigError, one_line, reason_of
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 OTHER_TAR_SUFFIXES = (".tar.xz", ".txz", ".tar.bz2", ".tbz", ".tbz2", ".tar.zst", ".tzst", ".tar.lzma", ".tar.z")
-# Images hardly get smaller in a tar: what unpacks to more than this is no set of images, but meant to fill the disk.
+# Images hardly get smaller in a tar: one that unpacks to more than this was made to fill the disk.
 _MAX_RATIO, _ALWAYS_ALLOWED = 100, 1 << 26
 _CHUNK_BYTES = 1 << 20
 

@@ -13,6 +13,7 @@ from dnnlib.own_part import OwnPart
 from torch_utils.precision import unchanged_random_state
 from training.config import TrainingConfig
 from training.loss import EDM2Loss
+from training.own.own_network import require_result
 
 Loss = Callable[..., torch.Tensor]  # as EDM2Loss
 
@@ -44,17 +45,11 @@ def check_loss(config: TrainingConfig, shape: tuple[int, int, int], label_dim: i
     call = f"loss(net, images {list(images.shape)}, labels {list(labels.shape)}, {', '.join(f'{n}=' for n in draws)})"
     with unchanged_random_state(torch.device("cpu")), part.calls(call), torch.enable_grad():
         result: Any = loss(_StandIn(), images, labels, **draws)
-    problem = None
-    if not isinstance(result, torch.Tensor):
-        problem = f"a {type(result).__name__}, not a tensor"
-    elif result.shape != images.shape:
-        problem = f"the shape {list(result.shape)}, not a value per element, {list(images.shape)}"
-    elif result.dtype != torch.float32:
-        problem = f"{result.dtype}, not torch.float32"
-    elif not result.requires_grad:
-        problem = "a result without gradients; it must depend on what net returns"
-    if problem is not None:
-        raise part.error(f"does not fit: {call} returns {problem}")
+    require_result(
+        *(part, call, result, images.shape),
+        expected="a value per element",
+        without_gradients="; it must depend on what net returns",
+    )
 
 
 class _StandIn(torch.nn.Module):

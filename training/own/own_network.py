@@ -9,6 +9,7 @@ Shape legend: N images, C channels, K conditioning channels, H x W pixels, L lab
 """
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -217,6 +218,9 @@ def check_own_network(net: OwnNetwork) -> None:
     third = "None" if labels is None else f"class_labels {list(labels.shape)}"
     call = f"forward(x {shape}, {second}, {third}{', cond_images' if net.cond_channels else ''})"
     results: list[Any] = []
+    require = functools.partial(
+        require_result, part, call, shape=shape, expected="that of x", without_gradients=", which could not learn"
+    )
     hook = net.model.register_forward_hook(lambda module, args, result: results.append(result))
     try:
         with unchanged_random_state(torch.device("cpu")), part.calls(call), torch.enable_grad():
@@ -225,23 +229,29 @@ def check_own_network(net: OwnNetwork) -> None:
                 net(x, sigma, labels, return_logvar=True, cond_images=condition)
     except ConfigError:
         if results:  # our own computation stumbled over it
-            _check_result(part, call, results[0], shape)
+            require(results[0])
         raise
     finally:
         hook.remove()
-    _check_result(part, call, results[0], shape)
+    require(results[0])
 
 
-def _check_result(part: OwnPart, call: str, result: Any, shape: list[int]) -> None:
+def require_result(
+    part: OwnPart, call: str, result: Any, shape: Sequence[int], *, expected: str, without_gradients: str
+) -> None:
+    """Raise ConfigError unless what `call` returned is a float32 tensor of `shape` with gradients.
+
+    `expected` says what the shape should be, and `without_gradients` what such a result lacks.
+    """
     problem = None
     if not isinstance(result, torch.Tensor):
         problem = f"a {type(result).__name__}, not a tensor"
-    elif list(result.shape) != shape:
-        problem = f"the shape {list(result.shape)}, not that of x, {shape}"
+    elif list(result.shape) != list(shape):
+        problem = f"the shape {list(result.shape)}, not {expected}, {list(shape)}"
     elif result.dtype != torch.float32:
         problem = f"{result.dtype}, not torch.float32"
     elif not result.requires_grad:
-        problem = "a result without gradients, which could not learn"
+        problem = f"a result without gradients{without_gradients}"
     if problem is not None:
         raise part.error(f"does not fit: {call} returns {problem}")
 

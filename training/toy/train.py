@@ -54,7 +54,7 @@ class ToyStep:
 class ToyRun:
     """One training run, as a sequence of one ToyStep per iteration.
 
-    Files are named by `pattern`, such as out/iter%04d.pkl or out/iter{:04d}.pkl; without one there are none.
+    Files are named by `pattern`, such as out/iter%04d.pkl or out/iter{:04d}.pkl; without one no file is written.
     `show_every` iterations a step has the average, too. Raises ConfigError for a pattern without a number.
     """
 

@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import tarfile
 import zipfile
 
 import numpy as np
@@ -13,6 +12,7 @@ from click.testing import CliRunner
 
 import dataset_tool
 from dnnlib.errors import ConfigError
+from tests.helpers.sources import pack
 from training.dataset.image_folder import ImageFolderDataset
 from training.dataset.image_set import ImageSet
 from training.streaming.streamed import StreamedDataset
@@ -25,31 +25,6 @@ def png(value=0, size=8):
 
 
 CATS = {"cats/0.png": png(1), "cats/1.png": png(2), "dogs/0.png": png(3)}
-
-
-def write(path, files):
-    """Write {name: bytes, text or JSON value} to a ZIP, a tar or a folder, by the end of `path`; names as they are."""
-    files = {
-        name: data if isinstance(data, bytes) else (data if isinstance(data, str) else json.dumps(data)).encode()
-        for name, data in files.items()
-    }
-    if path.suffix == ".zip":
-        with zipfile.ZipFile(path, "w") as archive:
-            for name, data in files.items():
-                entry = zipfile.ZipInfo("x")
-                entry.filename = name  # the constructor would replace backslashes on Windows
-                archive.writestr(entry, data)
-    elif path.suffix == ".tar":
-        with tarfile.open(path, "w") as archive:
-            for name, data in files.items():
-                member = tarfile.TarInfo(name)
-                member.size = len(data)
-                archive.addfile(member, io.BytesIO(data))
-    else:
-        for name, data in files.items():
-            (path / name).parent.mkdir(parents=True, exist_ok=True)
-            (path / name).write_bytes(data)
-    return path
 
 
 def convert(source, *options):
@@ -87,7 +62,7 @@ def test_class_folders_count_in_every_kind_of_source_with_any_kind_of_slash(tmp_
     files = {key.replace("/", end): data for key, data in CATS.items()} | {f"__MACOSX{end}._a.png": b"", f"x{end}": b""}
     if name == "set":
         files.pop(f"x{end}")
-    text, labels, classes = convert(write(tmp_path / name, files))
+    text, labels, classes = convert(pack(tmp_path / name, files))
     assert (labels, classes) == ([0, 0, 1], ["cats", "dogs"])
     assert "3 images of 8x8; 2 classes: cats (2), dogs (1)\n" in text and "Note" not in text
 
@@ -97,7 +72,7 @@ def test_class_folders_count_in_every_kind_of_source_with_any_kind_of_slash(tmp_
 def test_a_dataset_json_and_its_files_may_have_either_slash(tmp_path, name, ends):
     files = {f"00000{ends[0]}{i}.png": png(i) for i in range(3)}
     pairs = [[f".{ends[1]}00000{ends[1]}{i}.png", 2 - i] for i in range(3)]
-    path = write(tmp_path / name, {**files, "dataset.json": {"labels": pairs}})
+    path = pack(tmp_path / name, {**files, "dataset.json": {"labels": pairs}})
     assert convert(path)[1] == [2, 1, 0]
     opened = stream(path) if name == "set.tar" else ImageFolderDataset(path)
     assert opened.item_labels().tolist() == [2, 1, 0]
@@ -111,7 +86,7 @@ def test_a_dataset_json_and_its_files_may_have_either_slash(tmp_path, name, ends
 def test_shards_with_backslashes_are_one_data_set(tmp_path):
     for i in range(2):
         entry = {f"a\\{i}.png": png(i), "dataset.json": {"labels": [[f"a\\{i}.png", i]]}}
-        write(tmp_path / f"set-{i:05d}.zip", entry)
+        pack(tmp_path / f"set-{i:05d}.zip", entry)
     assert convert(tmp_path / "set.zip")[1] == [0, 1]
     assert ImageFolderDataset(tmp_path / "set.zip").item_labels().tolist() == [0, 1]
     assert stream(tmp_path / "set-*.zip").item_labels().tolist() == [0, 1]
@@ -122,7 +97,7 @@ def test_shards_with_backslashes_are_one_data_set(tmp_path):
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 def test_a_mapping_of_files_to_classes_is_read_in_any_unicode(tmp_path, name, text, encoding):
     files = {"0.png": png(), "1.png": png(), "dataset.json": json.dumps(text).encode(encoding)}
-    path = write(tmp_path / name, files)
+    path = pack(tmp_path / name, files)
     assert convert(path)[1] == [1, 0]
     if name != "set.tar":
         assert ImageFolderDataset(path).item_labels().tolist() == [1, 0]
@@ -133,7 +108,7 @@ def test_a_mapping_of_files_to_classes_is_read_in_any_unicode(tmp_path, name, te
 @pytest.mark.parametrize("name", KINDS)
 def test_names_as_labels_become_classes_in_sorted_order(tmp_path, name):
     files = {**{f"{i}.png": png() for i in range(3)}, "dataset.json": {"0.png": "dog", "1.png": "ant", "2.png": "dog"}}
-    path = write(tmp_path / name, files)
+    path = pack(tmp_path / name, files)
     assert convert(path)[1:] == ([1, 0, 1], ["ant", "dog"])
     opened = ImageFolderDataset(path) if name == "set" else stream(path)
     assert (opened.item_labels().tolist(), opened.class_names) == ([1, 0, 1], ["ant", "dog"])
@@ -144,7 +119,7 @@ def test_names_as_labels_mean_the_same_class_in_all_shards(tmp_path):
     for i, labels in enumerate((["dog", "cat"], ["emu", "dog"])):
         files = {f"{2 * i + j}.png": png() for j in range(2)}
         labels = [[name, label] for name, label in zip(files, labels, strict=True)]
-        write(tmp_path / f"set-{i:05d}.zip", {**files, "dataset.json": {"labels": labels}})
+        pack(tmp_path / f"set-{i:05d}.zip", {**files, "dataset.json": {"labels": labels}})
     expected = ([1, 0, 2, 1], ["cat", "dog", "emu"])
     assert convert(tmp_path / "set.zip")[1:] == expected
     for opened in (ImageFolderDataset(tmp_path / "set.zip"), *(stream(tmp_path / "set-*.zip") for _ in range(2))):
@@ -153,31 +128,31 @@ def test_names_as_labels_mean_the_same_class_in_all_shards(tmp_path):
 
 def test_a_list_of_classes_gives_names_their_numbers(tmp_path):
     content = {"classes": ["emu", "dog", "cat"], "labels": [["0.png", "cat"], ["1.png", "dog"]]}
-    path = write(tmp_path / "set", {"0.png": png(), "1.png": png(), "dataset.json": content})
+    path = pack(tmp_path / "set", {"0.png": png(), "1.png": png(), "dataset.json": content})
     assert convert(path)[1:] == ([2, 1], ["emu", "dog", "cat"])
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_the_label_files_of_a_webdataset_count_everywhere(tmp_path, name):
     files = {"a.png": png(), "a.cls": "dog\n", "b.png": png(), "b.json": {"label": "cat"}}
-    assert convert(write(tmp_path / name, files))[1:] == ([1, 0], ["cat", "dog"])
+    assert convert(pack(tmp_path / name, files))[1:] == ([1, 0], ["cat", "dog"])
 
 
 def test_dots_in_names_do_not_make_one_sample_of_two_images(tmp_path):
     files = {f"{name}s/{name}.{i}.png": png() for name in ("cat", "dog") for i in range(2)}
-    assert convert(write(tmp_path / "set.tar", files))[1] == [0, 0, 1, 1]
+    assert convert(pack(tmp_path / "set.tar", files))[1] == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize("missing", [None, -1])
 def test_null_and_minus_one_stand_for_no_label(tmp_path, missing):
-    path = write(
+    path = pack(
         tmp_path / "all", {"0.png": png(), "1.png": png(), "dataset.json": {"0.png": missing, "1.png": missing}}
     )
     text, labels, _ = convert(path)
     assert labels is None and text.endswith("2 images of 8x8; no labels\n")
     assert not ImageFolderDataset(path).has_labels
     (tmp_path / "out.zip").unlink()
-    path = write(tmp_path / "some", {"0.png": png(), "1.png": png(), "dataset.json": {"0.png": 0, "1.png": missing}})
+    path = pack(tmp_path / "some", {"0.png": png(), "1.png": png(), "dataset.json": {"0.png": 0, "1.png": missing}})
     assert "no label for 1 of 2 images, first 1.png" in refused(path) and "--no-labels" in refused(path)
     assert convert(path, "--no-labels")[1] is None
 
@@ -196,7 +171,7 @@ INDICES = ([1, 0], None)
     ],
 )  # fmt: skip
 def test_the_metadata_of_hugging_face_image_folders(tmp_path, name, file, text, expected):
-    path = write(tmp_path / name, {"0.png": png(), "x/1.png": png(), file: text})
+    path = pack(tmp_path / name, {"0.png": png(), "x/1.png": png(), file: text})
     assert convert(path)[1:] == expected
 
 
@@ -205,13 +180,13 @@ def test_metadata_in_folders_and_other_columns(tmp_path):
         "train/metadata.csv": "file_name,kind\n0.png,b\n",
         "test/metadata.jsonl": '{"file_name": "0.png", "kind": "a"}',
     }
-    path = write(tmp_path / "set", {"train/0.png": png(), "test/0.png": png(), **rows})
+    path = pack(tmp_path / "set", {"train/0.png": png(), "test/0.png": png(), **rows})
     assert convert(path, "--label=kind")[1:] == ([0, 1], ["a", "b"])
     text, _, classes = convert(path)
     assert classes == ["test", "train"] and "metadata.csv has no column label or labels and is not used" in text
     (tmp_path / "out.zip").unlink()
     assert "choose one by --label=file_name|kind" in refused(path, "--label=sort")
-    assert "no file with a column 'x'" in refused(write(tmp_path / "bare", CATS), "--label=x")
+    assert "no file with a column 'x'" in refused(pack(tmp_path / "bare", CATS), "--label=x")
 
 
 @pytest.mark.parametrize(
@@ -228,7 +203,7 @@ def test_metadata_in_folders_and_other_columns(tmp_path):
     ],
 )
 def test_metadata_that_cannot_be_used(tmp_path, file, text, told):
-    path = write(tmp_path / "set", {"0.png": png(), "1.png": png(), file: text})
+    path = pack(tmp_path / "set", {"0.png": png(), "1.png": png(), file: text})
     assert told in refused(path)
     assert convert(path, "--no-labels")[1] is None
 
@@ -238,7 +213,7 @@ SPLITS = {f"{split}/{name}/0.png": png() for split in ("Train", "val") for name 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_folders_of_splits_are_noted_with_the_option_that_takes_those_below(tmp_path, name):
-    path = write(tmp_path / name, SPLITS)
+    path = pack(tmp_path / name, SPLITS)
     text, labels, classes = convert(path)
     assert (labels, classes) == ([0, 0, 1, 1], ["Train", "val"])
     assert "Note: Train, val are often parts of a data set" in text
@@ -249,50 +224,50 @@ def test_folders_of_splits_are_noted_with_the_option_that_takes_those_below(tmp_
 
 @pytest.mark.parametrize("name", KINDS)
 def test_a_folder_around_the_classes_is_noted_in_the_same_way(tmp_path, name):
-    path = write(tmp_path / name, {f"pics/{key}": data for key, data in CATS.items()})
+    path = pack(tmp_path / name, {f"pics/{key}": data for key, data in CATS.items()})
     text, labels, _ = convert(path)
     assert labels is None and "no labels\nNote: all folders are in one, pics" in text and "--label-level=2" in text
     assert convert(path, "--label-level=2")[1:] == ([0, 0, 1], ["cats", "dogs"])
     assert convert(path, "--label-level=1")[1:] == ([0, 0, 0], ["pics"])
     (tmp_path / "out.zip").unlink()
     assert "no images 3 folders deep" in refused(path, "--label-level=3")
-    json_below = write(
+    json_below = pack(
         tmp_path / f"b{name}", {"p/0.png": png(), "p/1.png": png(), "p/dataset.json": {"0.png": 1, "1.png": 0}}
     )
     assert convert(json_below)[1] == [1, 0]
 
 
 def test_numbered_folders_without_their_dataset_json_are_noted(tmp_path):
-    path = write(tmp_path / "set", {f"{i:05d}/img{i:08d}.png": png() for i in range(2)})
+    path = pack(tmp_path / "set", {f"{i:05d}/img{i:08d}.png": png() for i in range(2)})
     assert "like those of a data set without its dataset.json; --no-labels" in convert(path)[0]
 
 
 def test_options_that_contradict_each_other_or_do_not_fit_the_source(tmp_path):
-    path = write(tmp_path / "set", CATS)
+    path = pack(tmp_path / "set", CATS)
     for options in (["--no-labels", "--label-level=1"], ["--label=x", "--label-level=1"], ["--no-labels", "--label=x"]):
         assert "contradict each other" in refused(path, *options)
     assert "--no-labels leaves out" in refused(path, "--no-labels", "--balanced", "--max-images=2")
     assert f"--source={path}/cats takes a folder of it" in refused(path, "--split=cats")
-    write(tmp_path / "mnist", {"train-images-idx3-ubyte": b"\0\0\x08\x03" + bytes([0, 0, 0, 1] * 3) + b"\0"})
+    pack(tmp_path / "mnist", {"train-images-idx3-ubyte": b"\0\0\x08\x03" + bytes([0, 0, 0, 1] * 3) + b"\0"})
     assert "is not an option for the kind of source" in refused(tmp_path / "mnist", "--label-level=1")
 
 
 def test_without_labels_on_demand_nothing_of_them_is_read(tmp_path):
-    text, labels, classes = convert(write(tmp_path / "set", {**CATS, "dataset.json": "{"}), "--no-labels")
+    text, labels, classes = convert(pack(tmp_path / "set", {**CATS, "dataset.json": "{"}), "--no-labels")
     assert (labels, classes) == (None, None) and text.endswith("; no labels\n")
 
 
 def test_classes_without_names_many_classes_and_vectors(tmp_path):
     names = [f"{i}.png" for i in range(12)]
     files = dict.fromkeys(names, png())
-    text = convert(write(tmp_path / "many", {**files, "dataset.json": {name: i for i, name in enumerate(names)}}))[0]
+    text = convert(pack(tmp_path / "many", {**files, "dataset.json": {name: i for i, name in enumerate(names)}}))[0]
     assert "12 classes: 0 (1), 1 (1)" in text and "9 (1) and 2 more\n" in text
-    text = convert(write(tmp_path / "vectors", {**files, "dataset.json": {name: [0.5, 1] for name in names}}))[0]
+    text = convert(pack(tmp_path / "vectors", {**files, "dataset.json": {name: [0.5, 1] for name in names}}))[0]
     assert text.endswith("labels are vectors of 2\n")
 
 
 def test_images_that_are_left_out_do_not_count(tmp_path):
-    text = convert(write(tmp_path / "set", {**CATS, "cats/2.png": b"?"}), "--on-error=skip")[0]
+    text = convert(pack(tmp_path / "set", {**CATS, "cats/2.png": b"?"}), "--on-error=skip")[0]
     assert "left out 1 that cannot be read; 2 classes: cats (2), dogs (1)" in text
 
 
@@ -302,8 +277,8 @@ def test_images_that_are_left_out_do_not_count(tmp_path):
 @pytest.fixture
 def linked(tmp_path):
     """A folder with one class of its own and one behind a link."""
-    write(tmp_path / "store", CATS)
-    write(tmp_path / "set", {"emus/0.png": png(4)})
+    pack(tmp_path / "store", CATS)
+    pack(tmp_path / "set", {"emus/0.png": png(4)})
     try:
         (tmp_path / "set/cats").symlink_to(tmp_path / "store/cats", target_is_directory=True)
     except OSError:
@@ -314,7 +289,7 @@ def linked(tmp_path):
 def test_links_to_folders_are_followed_by_all_readers(linked):
     assert convert(linked)[1:] == ([0, 0, 1], ["cats", "emus"])
     assert ImageSet(linked).names == ["cats/0.png", "cats/1.png", "emus/0.png"]
-    write(linked, {"dataset.json": {"cats/0.png": 0, "cats/1.png": 0, "emus/0.png": 1}})
+    pack(linked, {"dataset.json": {"cats/0.png": 0, "cats/1.png": 0, "emus/0.png": 1}})
     assert [int(image.max()) for image, _ in ImageFolderDataset(linked)] == [1, 2, 4]
     assert "3 images" in CliRunner().invoke(dataset_tool.cmdline, ["inspect", str(linked)]).stdout
 
@@ -334,7 +309,7 @@ def test_links_to_nowhere_are_named(linked):
 
 
 def test_links_in_a_zip_are_refused(tmp_path):
-    with zipfile.ZipFile(write(tmp_path / "set.zip", CATS), "a") as archive:
+    with zipfile.ZipFile(pack(tmp_path / "set.zip", CATS), "a") as archive:
         entry = zipfile.ZipInfo("emus")
         entry.create_system, entry.external_attr = 3, 0o120777 << 16
         archive.writestr(entry, "/store/emus")
@@ -342,7 +317,7 @@ def test_links_in_a_zip_are_refused(tmp_path):
 
 
 def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
-    path, scandir = write(tmp_path / "set", CATS), os.scandir
+    path, scandir = pack(tmp_path / "set", CATS), os.scandir
 
     def denied(folder):
         if str(folder).endswith("dogs"):
@@ -360,7 +335,7 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
 def test_shards_are_opened_by_the_name_that_made_them(tmp_path, name):
     if os.name == "nt" and set(name) & set("*?"):
         pytest.skip("no file can have this name there")
-    words = ["convert", f"--source={write(tmp_path / 'set', CATS)}", f"--dest={tmp_path / name}", "--workers=1"]
+    words = ["convert", f"--source={pack(tmp_path / 'set', CATS)}", f"--dest={tmp_path / name}", "--workers=1"]
     for more in ([], ["--overwrite"]):
         assert CliRunner().invoke(dataset_tool.cmdline, [*words, "--shards=2", *more]).exit_code == 0
     (tmp_path / "axb-00000.zip").write_bytes(b"of another data set")
@@ -372,6 +347,6 @@ def test_shards_are_opened_by_the_name_that_made_them(tmp_path, name):
 
 def test_streamed_patterns_have_stars_only(tmp_path):
     for name in ("faces[v2]-0.zip", "faces[v2]-1.zip", "v*.zip", "v2.zip"):
-        write(tmp_path / name, {"0.png": png()})
+        pack(tmp_path / name, {"0.png": png()})
     for name, count in (("faces[v2]-*.zip", 2), ("v*.zip", 1), ("faces[v2]-{0..1}.zip", 2)):
         assert len(stream(tmp_path / name)) == count

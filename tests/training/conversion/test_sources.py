@@ -3,7 +3,6 @@
 import gc
 import gzip
 import io
-import json
 import os
 import pickle
 import struct
@@ -12,13 +11,13 @@ import sys
 import tarfile
 import tempfile
 import tracemalloc
-import zipfile
 
 import numpy as np
 import PIL.Image
 import pytest
 
 from dnnlib.errors import ConfigError
+from tests.helpers.sources import pack
 from training.conversion import unpacked_tar
 from training.conversion.open_source import open_source
 from training.images.decode import Unreadable, decode_rgb
@@ -34,26 +33,6 @@ def png(pixels):
     buffer = io.BytesIO()
     PIL.Image.fromarray(pixels).save(buffer, "png")
     return buffer.getvalue()
-
-
-def write(path, files):
-    """Write {name: bytes or JSON value} to a ZIP or a tar if `path` ends so, to a folder otherwise."""
-    files = {name: data if isinstance(data, bytes) else json.dumps(data).encode() for name, data in files.items()}
-    if path.suffix == ".zip":
-        with zipfile.ZipFile(path, "w") as archive:
-            for name, data in files.items():
-                archive.writestr(name, data)
-    elif ".tar" in path.name:
-        with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as archive:
-            for name, data in files.items():
-                member = tarfile.TarInfo(name)
-                member.size = len(data)
-                archive.addfile(member, io.BytesIO(data))
-    else:
-        for name, data in files.items():
-            (path / name).parent.mkdir(parents=True, exist_ok=True)
-            (path / name).write_bytes(data)
-    return path
 
 
 def pixels_of(source):
@@ -86,7 +65,7 @@ def test_classes_are_the_top_level_folders_in_sorted_order_at_any_depth(tmp_path
     images = {key: noise(4, 4, 3) for key in ("b/2.png", "a/x/y/1.png", "c/0.png", "a/0.png")}
     files = {key: png(pixels) for key, pixels in images.items()}
     others = {"a/notes.txt": b"x", "__MACOSX/a/._0.png": b"x", "a/.hidden.png": b"x", "d/readme.md": b"x"}
-    source = open_source(write(tmp_path / name, {**files, **others}))
+    source = open_source(pack(tmp_path / name, {**files, **others}))
     assert source.names == sorted(images)
     assert (source.labels, source.classes) == ([0, 0, 1, 2], ["a", "b", "c"])
     assert same(pixels_of(source), [images[key] for key in sorted(images)])
@@ -94,7 +73,7 @@ def test_classes_are_the_top_level_folders_in_sorted_order_at_any_depth(tmp_path
 
 def test_folders_that_are_called_like_the_files_of_other_sources(tmp_path):
     files = {f"{name}/0.png": png(noise(4, 4)) for name in ("train", "test", "meta", "data")}
-    assert open_source(write(tmp_path / "set", {**files, "state.json": {}})).classes == [
+    assert open_source(pack(tmp_path / "set", {**files, "state.json": {}})).classes == [
         "data",
         "meta",
         "test",
@@ -103,7 +82,7 @@ def test_folders_that_are_called_like_the_files_of_other_sources(tmp_path):
 
 
 def test_one_folder_is_no_class(tmp_path):
-    source = open_source(write(tmp_path / "set", {"a/0.png": png(noise(4, 4)), "1.png": png(noise(4, 4))}))
+    source = open_source(pack(tmp_path / "set", {"a/0.png": png(noise(4, 4)), "1.png": png(noise(4, 4))}))
     assert (source.names, source.labels, source.classes) == (["1.png", "a/0.png"], None, None)
 
 
@@ -112,12 +91,12 @@ def test_one_folder_is_no_class(tmp_path):
 def test_a_dataset_json_wins_over_the_folders(tmp_path, name, labels):
     pairs = list(zip(["a/0.png", "b/0.png"], labels, strict=True))
     files = {key: png(noise(4, 4)) for key, _ in pairs}
-    assert open_source(write(tmp_path / name, {**files, "dataset.json": {"labels": pairs[::-1]}})).labels == labels
+    assert open_source(pack(tmp_path / name, {**files, "dataset.json": {"labels": pairs[::-1]}})).labels == labels
 
 
 def test_a_dataset_json_without_labels_means_none(tmp_path):
     files = {"a/0.png": png(noise(4, 4)), "b/0.png": png(noise(4, 4))}
-    assert open_source(write(tmp_path / "set", {**files, "dataset.json": {"labels": None}})).labels is None
+    assert open_source(pack(tmp_path / "set", {**files, "dataset.json": {"labels": None}})).labels is None
 
 
 def test_shards_are_one_source(tmp_path):
@@ -125,7 +104,7 @@ def test_shards_are_one_source(tmp_path):
     for i in range(2):
         files = {f"{j}.png": png(images[j]) for j in (2 * i, 2 * i + 1)}
         labels = {"labels": [[name, 7 + i] for name in files]}
-        write(tmp_path / f"set-{i:05d}.zip", {**files, "dataset.json": labels})
+        pack(tmp_path / f"set-{i:05d}.zip", {**files, "dataset.json": labels})
     for place in (tmp_path, tmp_path / "set.zip", tmp_path / "set-*.zip"):
         source = open_source(place)
         assert source.labels == [7, 7, 8, 8]
@@ -143,34 +122,34 @@ def test_shards_are_one_source(tmp_path):
 )
 def test_labels_that_cannot_be_used(tmp_path, content, told):
     files = {"a.png": png(noise(4, 4)), "b.png": png(noise(4, 4)), "dataset.json": content}
-    assert told in refused(write(tmp_path / "set", files))
+    assert told in refused(pack(tmp_path / "set", files))
 
 
 def test_images_outside_of_the_class_folders_have_no_label(tmp_path):
     files = {key: png(noise(4, 4)) for key in ("a/0.png", "b/0.png", "stray.png")}
-    assert "1 images outside of them without a label, first stray.png" in refused(write(tmp_path / "set", files))
+    assert "1 images outside of them without a label, first stray.png" in refused(pack(tmp_path / "set", files))
 
 
 @pytest.mark.parametrize("name", ["../a.png", "x/../../a.png", "/etc/a.png", "C:\\a.png", "..\\a.png", "c:a.png"])
 def test_names_that_lead_out_of_the_folder(tmp_path, name):
     for kind in ("set.zip", "set.tar"):
-        message = refused(write(tmp_path / kind, {"ok.png": png(noise(4, 4)), name: png(noise(4, 4))}))
+        message = refused(pack(tmp_path / kind, {"ok.png": png(noise(4, 4)), name: png(noise(4, 4))}))
         assert "leads out of its folder" in message and kind in message
 
 
 def test_places_without_images(tmp_path):
     (tmp_path / "empty").mkdir()
     assert "holds no images; it is empty" in refused(tmp_path / "empty")
-    assert "holds no images; it has 1 other files" in refused(write(tmp_path / "text", {"a.txt": b"x"}))
-    assert "holds no images" in refused(write(tmp_path / "text.zip", {"a.txt": b"x"}))
+    assert "holds no images; it has 1 other files" in refused(pack(tmp_path / "text", {"a.txt": b"x"}))
+    assert "holds no images" in refused(pack(tmp_path / "text.zip", {"a.txt": b"x"}))
     assert "does not exist" in refused(tmp_path / "missing")
     assert "does not exist" in refused(tmp_path / "missing.zip")
-    assert "give the folder" in refused(write(tmp_path / "one", {"a.png": b""}) / "a.png")
+    assert "give the folder" in refused(pack(tmp_path / "one", {"a.png": b""}) / "a.png")
 
 
 def test_truncated_archives(tmp_path):
     for name, kind in (("set.zip", "readable ZIP"), ("set.tar", "readable uncompressed tar")):
-        path = write(tmp_path / name, {f"{i}.png": png(noise(16, 16, 3)) for i in range(9)})
+        path = pack(tmp_path / name, {f"{i}.png": png(noise(16, 16, 3)) for i in range(9)})
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
         assert f"not a {kind} file" in refused(path)
 
@@ -229,7 +208,7 @@ def cifar10():
 def test_cifar10_in_the_order_of_its_files(tmp_path, cifar10, name):
     batches, files = cifar10
     folder = "" if name.endswith("py") else "cifar-10-batches-py/"
-    path = write(tmp_path / name, {folder + key: data for key, data in files.items()})
+    path = pack(tmp_path / name, {folder + key: data for key, data in files.items()})
     source = open_source(path)
     train = [batches[f"data_batch_{i}"] for i in range(1, 6)]
     assert source.labels == [label for batch in train for label in batch[b"labels"]]
@@ -242,7 +221,7 @@ def test_cifar10_in_the_order_of_its_files(tmp_path, cifar10, name):
 
 def test_a_single_batch_of_cifar(tmp_path, cifar10):
     batches, files = cifar10
-    path = write(tmp_path / "set", {"data_batch_3": files["data_batch_3"]}) / "data_batch_3"
+    path = pack(tmp_path / "set", {"data_batch_3": files["data_batch_3"]}) / "data_batch_3"
     assert same(pixels_of(open_source(path)), cifar_pixels(batches["data_batch_3"]))
 
 
@@ -250,7 +229,7 @@ def test_cifar100_has_fine_and_coarse_labels(tmp_path):
     batch = cifar_batch(3, fine_labels=[99, 1, 2], coarse_labels=[19, 0, 1])
     meta = {b"fine_label_names": [b"f"] * 100, b"coarse_label_names": [b"c"] * 20}
     files = {"train": batch, "test": cifar_batch(1, fine_labels=[0], coarse_labels=[0]), "meta": meta}
-    path = write(tmp_path / "cifar-100-python", {k: pickle.dumps(v, protocol=2) for k, v in files.items()})
+    path = pack(tmp_path / "cifar-100-python", {k: pickle.dumps(v, protocol=2) for k, v in files.items()})
     assert open_source(path).labels == [99, 1, 2] and len(open_source(path).classes) == 100
     coarse = open_source(path, label="coarse")
     assert coarse.labels == [19, 0, 1] and coarse.classes == ["c"] * 20
@@ -262,7 +241,7 @@ def test_pickles_of_python_2(tmp_path):
     data = python2_pickle(pixels, [7, 8])
     (reference,) = [pickle.loads(data, encoding="bytes")]  # the assembled opcodes are sound
     assert np.array_equal(reference[b"data"], pixels) and reference[b"labels"] == [7, 8]
-    source = open_source(write(tmp_path / "set", {"train": data}) / "train")
+    source = open_source(pack(tmp_path / "set", {"train": data}) / "train")
     assert source.labels == [7, 8]
     assert same(pixels_of(source), cifar_pixels({b"data": pixels}))
 
@@ -278,7 +257,7 @@ class _Runs:
 def test_nothing_in_a_pickle_is_run(tmp_path):
     bait = tmp_path / "bait"
     batch = {**cifar_batch(1, labels=[0]), b"x": _Runs(f"open({str(bait)!r}, 'w')")}
-    path = write(tmp_path / "set", {"train": pickle.dumps(batch, protocol=2)}) / "train"
+    path = pack(tmp_path / "set", {"train": pickle.dumps(batch, protocol=2)}) / "train"
     assert "not read, and nothing in it was run" in refused(path)
     assert not bait.exists()
 
@@ -294,13 +273,13 @@ def test_nothing_in_a_pickle_is_run(tmp_path):
     ],
 )
 def test_pickles_that_are_no_cifar(tmp_path, content, told):
-    assert told in refused(write(tmp_path / "set", {"train": pickle.dumps(content, protocol=2)}) / "train")
+    assert told in refused(pack(tmp_path / "set", {"train": pickle.dumps(content, protocol=2)}) / "train")
 
 
 def test_a_cut_pickle(tmp_path, cifar10):
     data = cifar10[1]["test_batch"]
     for size in (len(data) - 9, len(data) // 2, 40):
-        message = refused(write(tmp_path / "set", {"test_batch": data[:size]}) / "test_batch")
+        message = refused(pack(tmp_path / "set", {"test_batch": data[:size]}) / "test_batch")
         assert "test_batch" in message and "cut short" in message
 
 
@@ -318,7 +297,7 @@ def test_idx_files(tmp_path, suffix):
     files |= {"t10k-images-idx3-ubyte": idx(images[:2]), "t10k-labels-idx1-ubyte": idx(labels[:2])}
     if suffix:
         files = {name + suffix: gzip.compress(data) for name, data in files.items()}
-    path = write(tmp_path / "mnist", files)
+    path = pack(tmp_path / "mnist", files)
     source = open_source(path)
     assert source.labels == labels.tolist()
     assert same(pixels_of(source), [np.stack([image] * 3, axis=2) for image in images])
@@ -338,7 +317,7 @@ def test_idx_files(tmp_path, suffix):
 )
 def test_idx_files_that_cannot_be_used(tmp_path, images, labels, told):
     files = {"train-images-idx3-ubyte": images} | ({"train-labels-idx1-ubyte": labels} if labels else {})
-    assert told in refused(write(tmp_path / "mnist", files))
+    assert told in refused(pack(tmp_path / "mnist", files))
 
 
 # LMDB.
@@ -365,7 +344,7 @@ def test_lmdbs_that_cannot_be_used(tmp_path):
     lmdb = pytest.importorskip("lmdb")
     lmdb.open(str(tmp_path / "empty"), map_size=1 << 20).close()
     assert "the LMDB is empty" in refused(tmp_path / "empty")
-    assert "not a readable LMDB" in refused(write(tmp_path / "text", {"data.mdb": b"text" * 9999}))
+    assert "not a readable LMDB" in refused(pack(tmp_path / "text", {"data.mdb": b"text" * 9999}))
 
 
 # Hugging Face data sets.
@@ -426,14 +405,14 @@ def test_a_parquet_file_and_another_column_of_labels(tables):
 def test_tables_that_cannot_be_used(tmp_path, tables):
     pa = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
-    assert "no readable tables" in refused(write(tmp_path / "text", {"a.parquet": b"PAR1 text"}))
+    assert "no readable tables" in refused(pack(tmp_path / "text", {"a.parquet": b"PAR1 text"}))
     (tmp_path / "flat").mkdir()
     parquet.write_table(pa.table({"x": [1, 2]}), tmp_path / "flat/a.parquet")
     assert "0 columns of images among x" in refused(tmp_path / "flat")
     assert "leads out of its folder" in refused(
-        write(tmp_path / "out", {"state.json": {"_data_files": [{"filename": "../x.arrow"}]}, "dataset_info.json": {}})
+        pack(tmp_path / "out", {"state.json": {"_data_files": [{"filename": "../x.arrow"}]}, "dataset_info.json": {}})
     )
-    assert "is not JSON" in refused(write(tmp_path / "json", {"state.json": b"{", "dataset_info.json": {}}))
+    assert "is not JSON" in refused(pack(tmp_path / "json", {"state.json": b"{", "dataset_info.json": {}}))
     parquet.write_table(pa.table({"image": [png(noise(4, 4)), None], "label": [0, -1]}), tmp_path / "flat/a.parquet")
     assert "no label for 1 of 2 images, first a.parquet[1]" in refused(tmp_path / "flat")
 
@@ -455,7 +434,7 @@ def test_webdataset_tars(tmp_path, kind):
             files[f"s/{i:03d}.seg.txt"] = b"x"
             files[f"s/{i:03d}.png"] = png(images[f"{i:03d}"])
         (tmp_path / "shards").mkdir(exist_ok=True)
-        write(tmp_path / "shards" / f"train-{part:06d}.tar", files)
+        pack(tmp_path / "shards" / f"train-{part:06d}.tar", files)
     source = open_source(tmp_path / "shards")
     assert source.names[0] == "train-000000.tar/s/000.png" and source.labels == labels
     assert same(pixels_of(source), list(images.values()))
@@ -465,17 +444,17 @@ def test_webdataset_tars(tmp_path, kind):
 def test_a_tar_of_a_data_set_has_its_dataset_json(tmp_path):
     files = {"00000/a.png": png(noise(4, 4)), "00000/a-b.png": png(noise(4, 4))}
     labels = {"labels": [["00000/a-b.png", 2], ["00000/a.png", 1]]}
-    source = open_source(write(tmp_path / "set.tar", {**files, "dataset.json": labels}))
+    source = open_source(pack(tmp_path / "set.tar", {**files, "dataset.json": labels}))
     assert (source.names, source.labels) == (["00000/a.png", "00000/a-b.png"], [1, 2])  # in the order of samples
 
 
 def test_tars_that_cannot_be_used(tmp_path):
     image = png(noise(4, 4))
     half = {"a.png": image, "a.cls": b"0", "b.png": image}
-    assert "no label for 1 of 2 images, first b.png" in refused(write(tmp_path / "half.tar", half))
-    assert "a.cls holds no label" in refused(write(tmp_path / "cls.tar", {"a.png": image, "a.cls": b"cat\ndog"}))
-    assert "a.jpg and a.png in one sample" in refused(write(tmp_path / "two.tar", {"a.png": image, "a.jpg": image}))
-    assert "holds no images" in refused(write(tmp_path / "none.tar", {"a.txt": b"x"}))
+    assert "no label for 1 of 2 images, first b.png" in refused(pack(tmp_path / "half.tar", half))
+    assert "a.cls holds no label" in refused(pack(tmp_path / "cls.tar", {"a.png": image, "a.cls": b"cat\ndog"}))
+    assert "a.jpg and a.png in one sample" in refused(pack(tmp_path / "two.tar", {"a.png": image, "a.jpg": image}))
+    assert "holds no images" in refused(pack(tmp_path / "none.tar", {"a.txt": b"x"}))
     (tmp_path / "text.tar").write_bytes(b"text" * 999)
     assert "not a readable tar file" in refused(tmp_path / "text.tar")
 
@@ -493,7 +472,7 @@ def temporary(tmp_path, monkeypatch):
 def test_a_compressed_tar_is_the_tar_in_it(tmp_path, temporary, name):
     files = {f"{i:02d}.png": png(noise(4, 4)) for i in range(9)}
     files |= {f"{i:02d}.cls": b"%d" % (i % 2) for i in range(9)}
-    plain = write(tmp_path / "set.tar", files)
+    plain = pack(tmp_path / "set.tar", files)
     (tmp_path / name).write_bytes(gzip.compress(plain.read_bytes()))
     expected, found = open_source(plain), open_source(tmp_path / name)
     assert list(found.names) == list(expected.names) and list(found.labels) == list(expected.labels)
@@ -506,9 +485,9 @@ def test_a_compressed_tar_is_the_tar_in_it(tmp_path, temporary, name):
 
 def test_compressed_tars_that_cannot_be_used_leave_nothing(tmp_path, temporary, monkeypatch):
     monkeypatch.setattr(unpacked_tar, "_ALWAYS_ALLOWED", 0)
-    bomb = write(tmp_path / "bomb.tar.gz", {"a.png": bytes(1 << 22)})
+    bomb = pack(tmp_path / "bomb.tar.gz", {"a.png": bytes(1 << 22)})
     assert "unpacks to more than 100 times its size" in refused(bomb)
-    whole = write(tmp_path / "cut.tar.gz", {"a.png": png(noise(64, 64))})
+    whole = pack(tmp_path / "cut.tar.gz", {"a.png": png(noise(64, 64))})
     whole.write_bytes(whole.read_bytes()[:-900])
     assert "cut.tar.gz is not a readable" in refused(whole)
     (tmp_path / "text.tar.gz").write_bytes(gzip.compress(b"text" * 999))
@@ -536,7 +515,7 @@ def test_batches_of_samples(tmp_path, name, channels):
 
 @pytest.mark.parametrize(("name", "target"), [("b.png", "/etc/passwd"), ("b.png", "../x.png"), ("cats", "/data/cats")])
 def test_links_that_lead_out_of_a_tar_are_refused_by_name(tmp_path, name, target):
-    path = write(tmp_path / "links.tar", {"a.png": png(noise(4, 4))})
+    path = pack(tmp_path / "links.tar", {"a.png": png(noise(4, 4))})
     with tarfile.open(path, "a") as archive:
         member = tarfile.TarInfo(name)
         member.type, member.linkname = tarfile.SYMTYPE, target
@@ -547,7 +526,7 @@ def test_links_that_lead_out_of_a_tar_are_refused_by_name(tmp_path, name, target
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
 def test_links_inside_of_a_tar_lead_to_their_image(tmp_path, kind):
     image = noise(4, 4, 3)
-    path = write(tmp_path / "links.tar", {"x/a.png": png(image)})
+    path = pack(tmp_path / "links.tar", {"x/a.png": png(image)})
     with tarfile.open(path, "a") as archive:
         member = tarfile.TarInfo("y/b.png")
         member.type, member.linkname = kind, "../x/a.png" if kind == tarfile.SYMTYPE else "x/a.png"
@@ -563,7 +542,7 @@ def test_links_inside_of_a_tar_lead_to_their_image(tmp_path, kind):
 @pytest.mark.parametrize(("package", "file"), [("lmdb", "data.mdb"), ("pyarrow", "dataset_dict.json")])
 def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch, package, file):
     monkeypatch.setitem(sys.modules, package, None)
-    assert "pip install -e '.[formats]'" in refused(write(tmp_path / "set", {file: {"splits": []}}))
+    assert "pip install -e '.[formats]'" in refused(pack(tmp_path / "set", {file: {"splits": []}}))
 
 
 def test_workers_need_no_torch():

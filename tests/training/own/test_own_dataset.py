@@ -2,15 +2,13 @@
 
 import pickle
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.torch import load_file
 
 from dnnlib.errors import ConfigError
 from dnnlib.own_part import OwnPart
-from tests.helpers.own_parts import in_folder_of_examples
+from tests.helpers.own_parts import in_folder_of_examples, saved_tensors
 from tests.helpers.tiny import assert_same_state, write_dataset
 from tests.helpers.train_command import SHORT, run
 from training.own.own_dataset import OwnItems
@@ -55,19 +53,13 @@ def folder(tmp_path):
         yield tmp_path
 
 
-def tensors(outdir: str) -> dict[str, Any]:
-    found = {path.name: load_file(path) for path in sorted(Path(outdir).glob("*-0.*.safetensors"))}
-    assert len(found) == 4
-    return found
-
-
 @pytest.mark.parametrize("labels", [True, False])
 def test_the_same_images_through_a_class_train_the_same_network(labels):
     options = ["--data=data.zip", *SHORT, *FILES, "--xflip=True", "--balance"]
     own = ["--dataset=own_data_of_test:Again", f"--dataset-args=labels={labels}"]
     assert run("--outdir=ours", *options) == 0
     assert run("--outdir=own", *options, *own) == 0
-    assert_same_state(tensors("ours"), tensors("own"))
+    assert_same_state(saved_tensors("ours"), saved_tensors("own"))
     kwargs = read_header("own/network-snapshot-0000000.032-0.050.safetensors").dataset_kwargs
     assert kwargs["class_name"] == "own_data_of_test:Again" and kwargs["args"] == {"labels": labels}
 
@@ -77,7 +69,7 @@ def test_the_same_images_through_a_class_train_the_same_network(labels):
 def test_a_run_on_own_data_continues_to_the_bit(args):
     for outdir, *more in (("whole",), ("parts", "--slice=16"), ("parts",)):
         assert run(f"--outdir={outdir}", *SHORT, *FILES, *args, *more) == 0
-    assert_same_state(tensors("whole"), tensors("parts"))
+    assert_same_state(saved_tensors("whole"), saved_tensors("parts"))
 
 
 @pytest.mark.slow
@@ -85,7 +77,7 @@ def test_workers_read_own_data():
     args = [*SHORT, *FILES, "--dataset=discs:Discs", "--dataset-args=num=20,side=8"]
     assert run("--outdir=none", *args) == 0
     assert run("--outdir=one", *args, "--workers=1") == 0
-    assert_same_state(tensors("none"), tensors("one"))
+    assert_same_state(saved_tensors("none"), saved_tensors("one"))
 
 
 def test_a_run_does_not_continue_on_other_items(capsys):

@@ -2,12 +2,10 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-from safetensors.torch import load_file
 
-from tests.helpers.own_parts import in_folder_of_examples
+from tests.helpers.own_parts import in_folder_of_examples, saved_tensors
 from tests.helpers.tiny import assert_same_state, write_dataset
 from tests.helpers.train_command import SHORT, run
 from training.snapshot import load_snapshot
@@ -46,16 +44,10 @@ def folder(tmp_path):
         yield tmp_path
 
 
-def tensors(outdir: str) -> dict[str, Any]:
-    found = {path.name: load_file(path) for path in sorted(Path(outdir).glob("*-0.*.safetensors"))}
-    assert len(found) == 4
-    return found
-
-
 def test_a_subclass_of_ours_that_changes_nothing_trains_the_same_network():
     for outdir, *args in (("ours",), ("same", "--loss=own_loss_of_test:Same")):
         assert run(f"--outdir={outdir}", *SHORT, *FILES, "--P_mean=-0.8", "--batch-gpu=4", *args) == 0
-    assert_same_state(tensors("ours"), tensors("same"))
+    assert_same_state(saved_tensors("ours"), saved_tensors("same"))
 
 
 @pytest.mark.parametrize("args", [["--loss=own_loss_of_test:Noisy"], ["--loss=huber:PseudoHuber", "--loss-args=c=0.1"],
@@ -63,7 +55,7 @@ def test_a_subclass_of_ours_that_changes_nothing_trains_the_same_network():
 def test_a_run_with_an_own_loss_continues_to_the_bit(args):
     for outdir, *more in (("whole",), ("parts", "--slice=16"), ("parts",)):
         assert run(f"--outdir={outdir}", *SHORT, *FILES, *args, *more) == 0
-    assert_same_state(tensors("whole"), tensors("parts"))
+    assert_same_state(saved_tensors("whole"), saved_tensors("parts"))
     snapshot = load_snapshot("whole/network-snapshot-0000000.032-0.050.safetensors")
     assert snapshot.loss_fn is None and f"--loss={snapshot.info['loss']['class']}" == args[0]
 
