@@ -72,19 +72,19 @@ gpu: env
 
 demo: env
 	@rm -rf $(DEMO)
-	@echo "1/4 Pictures from the shipped network, guided by a smaller and less trained one"
+	@echo "1/4 Images from the shipped network, guided by a smaller and less trained one"
 	$(RUN) generate_images.py --preset=demo --outdir=$(DEMO)/shipped --grid=$(DEMO)/shipped.png --class=all --seeds=0-79 --steps=18
 	@echo "2/4 Training the same network on the shipped data for about two minutes"
 	$(RUN) train_edm2.py --preset=fashion --outdir=$(DEMO)/run --batch=16 --duration=8Ki --rampup=0.002 \
 		--snapshot=1Ki --status=1Ki --checkpoint=4Ki
 	@echo "3/4 Two EMA lengths from the snapshots just written"
 	$(RUN) reconstruct_phema.py --indir=$(DEMO)/run --outdir=$(DEMO)/phema --outstd=0.080,0.150
-	@echo "4/4 Pictures from both"
+	@echo "4/4 Images from both"
 	$(RUN) generate_images.py --net=$(DEMO)/phema/phema-0000008-0.080.pkl --grid=$(DEMO)/trained-0.080.png \
 		--class=all --seeds=0-79 --steps=16
 	$(RUN) generate_images.py --net=$(DEMO)/phema/phema-0000008-0.150.pkl --grid=$(DEMO)/trained-0.150.png \
 		--class=all --seeds=0-79 --steps=16
-	@echo "Done. The pictures, a row for each class:"
+	@echo "Done. The images, a row for each class:"
 	@echo "  $(DEMO)/shipped.png        the shipped network"
 	@echo "  $(DEMO)/trained-0.080.png  the network trained just now, EMA length 0.080"
 	@echo "  $(DEMO)/trained-0.150.png  the same, EMA length 0.150"

@@ -116,11 +116,6 @@ def decode_image(data: bytes | memoryview | np.ndarray, options: DecodeOptions) 
             return _decoded(image, options)
 
 
-def decode_rgb(data: bytes | memoryview | np.ndarray, *, exif: bool = False) -> Image:
-    """Decode `data` to RGB, without alpha, upright by its EXIF data if `exif`. Raises Unreadable."""
-    return decode_image(data, DecodeOptions(exif=exif)).image
-
-
 def on_background(image: Image, color: str = "white") -> Image:
     """Return `image`, of a mode with 8 bits, as RGB with `color` behind transparent pixels."""
     alpha = alpha_channel(image)

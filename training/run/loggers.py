@@ -51,7 +51,8 @@ def log_in(names: Sequence[str]) -> None:
 
 def _wandb_error(error: Exception) -> ConfigError:
     reason = " ".join(str(error).split())[:300].rstrip(".;")
-    return ConfigError(f"--log=wandb: {reason}; log in with `wandb login`, or set WANDB_MODE=offline")
+    advice = "or " if "wandb login" in reason else "log in with `wandb login`, or "
+    return ConfigError(f"--log=wandb: {reason}; {advice}set WANDB_MODE=offline to log to a folder")
 
 
 class TensorBoardLogger:

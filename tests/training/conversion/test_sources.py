@@ -20,7 +20,7 @@ from dnnlib.errors import ConfigError
 from tests.helpers.sources import pack
 from training.conversion import unpacked_tar
 from training.conversion.open_source import open_source
-from training.images.decode import Unreadable, decode_rgb
+from training.images.decode import DecodeOptions, Unreadable, decode_image
 
 RNG = np.random.default_rng(5)
 
@@ -41,7 +41,7 @@ def pixels_of(source):
     found = []
     for key in source.keys:
         data = reader.read(pickle.loads(pickle.dumps(key)))
-        found.append(np.asarray(decode_rgb(data)))
+        found.append(np.asarray(decode_image(data, DecodeOptions()).image))
     return found
 
 

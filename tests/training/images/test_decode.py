@@ -18,7 +18,6 @@ from training.images.decode import (
     DecodeOptions,
     Unreadable,
     decode_image,
-    decode_rgb,
     open_image,
 )
 
@@ -33,14 +32,14 @@ def encoded(image, kind, **options):
 
 
 def rgb(data, **options):
-    image = decode_rgb(data, **options)
+    image = decode_image(data, DecodeOptions(**options)).image
     assert image.mode == "RGB"
     return np.asarray(image)
 
 
 def refused(data):
     with pytest.raises(Unreadable) as caught:
-        decode_rgb(data)
+        decode_image(data, DecodeOptions())
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -193,9 +192,11 @@ def test_the_limit_lets_large_photographs_pass():
 
 
 def test_arrays_of_one_and_three_channels_become_rgb():
-    assert np.array_equal(np.asarray(decode_rgb(PIXELS)), PIXELS)
+    assert np.array_equal(rgb(PIXELS), PIXELS)
     for gray in (PIXELS[:, :, 0], PIXELS[:, :, :1]):
-        assert np.array_equal(np.asarray(decode_rgb(gray)), np.repeat(PIXELS[:, :, :1], 3, axis=2))
+        assert np.array_equal(
+            np.asarray(decode_image(gray, DecodeOptions()).image), np.repeat(PIXELS[:, :, :1], 3, axis=2)
+        )
 
 
 def test_one_place_opens_files_with_pillow():
